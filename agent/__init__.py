@@ -1,0 +1,1 @@
+"""Learns: the only package that knows the other two."""

@@ -1,0 +1,95 @@
+"""The contract of a continual-learning method, and what it is given and gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from agent.values import Progress, Update
+
+Report = Callable[[Progress], None]
+
+
+class Tokens(Protocol):
+    """Output of a tower's frozen part for every image of a task, computed once (memory, or a file beyond the bound)."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, index: Tensor) -> Tensor:
+        """`index`: int64 [B], any device -> float [B, tokens, width] on the model's device."""
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """A task as a method sees it: class names, labels, and images as tokens. Never changed by a method."""
+
+    number: int
+    """From 1; with the configured seed it determines all randomness of the update."""
+    classes: tuple[str, ...]
+    """The task's class names in order of first appearance; some may have been learned before."""
+    labels: Tensor
+    """int64 [N] on the CPU, index into `classes`."""
+    tokens: Tokens
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class LearnerState:
+    """What a method keeps between tasks. `tensors` go to safetensors, `facts` to JSON."""
+
+    tensors: Mapping[str, Tensor]
+    facts: Mapping[str, Any]
+
+
+class InferenceModule(nn.Module):
+    """What is evaluated and released: adapters merged, no state shared with training, in eval mode.
+
+    `forward(images)` takes float32 [B, 3, H, W], preprocessed, and gives `embedding` [B, D] (L2-normalised), `logits`
+    [B, C] and `probabilities` [B, C] (rows sum to 1), float32, C = learned classes in `classes`. The prediction for one
+    image never depends on the others in the batch. `from_tokens` is the same from the frozen part's output on.
+    """
+
+    classes: tuple[str, ...]
+    class_tensors: tuple[str, ...]
+    """Names of the buffers whose first dimension is C: with other classes only these change shape."""
+
+    def from_tokens(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        raise NotImplementedError
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        raise NotImplementedError
+
+
+class Method(Protocol):
+    """A continual-learning algorithm. Built as `Class(clip, config.method)`; holds no data of earlier tasks."""
+
+    name: str
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Learned class names in order of first appearance."""
+
+    def update(self, task: TaskData, report: Report) -> Update:
+        """Learn `task`. Deterministic given the state, the task and the seed (bitwise on a CPU with the same threads)."""
+
+    def inference_module(self) -> InferenceModule:
+        """The model as it would be released now. Raises LookupError before the first class is learned."""
+
+    def state(self) -> LearnerState: ...
+
+    def load_state(self, state: LearnerState) -> None:
+        """Continue exactly where `state()` was taken."""
+
+
+def task_generator(seed: int, task: int, purpose: str) -> torch.Generator:
+    """CPU generator for one purpose within one task: adding a draw in one place moves no other."""
+    import hashlib
+
+    digest = hashlib.sha256(f"{seed}/{task}/{purpose}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

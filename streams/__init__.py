@@ -1,0 +1,1 @@
+"""Brings labelled images in; knows nothing of learning."""

@@ -1,0 +1,71 @@
+"""The contract of a source: positions are values, polling never blocks longer than asked, bad input is a value."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from streams.record import Item, Offsets, Rejected
+
+
+class Source(Protocol):
+    """Brings items in order within each partition. Used from one thread."""
+
+    @property
+    def exhausted(self) -> bool:
+        """True once nothing will ever follow (an archive's end); a topic never is."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the order of items; a commit's offsets mean something only under the same fingerprint."""
+
+    def seek(self, offsets: Offsets) -> None:
+        """Continue at `offsets` (from a commit). Partitions it lacks start where the configuration says."""
+
+    def poll(self, timeout_s: float) -> Sequence[Item]:
+        """Items that arrived, perhaps none; returns within about `timeout_s`. Must be called also while throttled."""
+
+    def throttle(self, full: bool) -> None:
+        """While `full` nothing new is fetched; polling goes on."""
+
+    def acknowledge(self, offsets: Offsets) -> None:
+        """Tell the outside (lag tools) what is committed. Never read back; a failure is logged, not fatal."""
+
+    def lag(self) -> dict[tuple[str, int], int]:
+        """Records not yet read, per (topic, partition); empty where unknown."""
+
+    def close(self) -> None: ...
+
+
+class DeadLetters(Protocol):
+    """Where rejected records go. `flush` returns only when everything put before is acknowledged."""
+
+    def put(self, rejected: Rejected) -> None: ...
+
+    def flush(self, timeout_s: float) -> None:
+        """Raises DeadLetterError when they cannot be delivered: the commit that would pass them must not happen."""
+
+    def close(self) -> None: ...
+
+
+class StreamError(Exception):
+    """The stream cannot go on. Subclasses and messages say what was got, what was expected, what happens next.
+
+    StreamError
+    ├── ArchiveError        unreadable, empty or unsafe archive
+    ├── PositionError       a commit's offsets do not fit this stream (another archive, order, topic, retention)
+    ├── SpoolError          samples cannot be kept on disk (full, read-only)
+    └── DeadLetterError     a rejected record could not be set aside
+    """
+
+
+class ArchiveError(StreamError): ...
+
+
+class PositionError(StreamError): ...
+
+
+class SpoolError(StreamError): ...
+
+
+class DeadLetterError(StreamError): ...
