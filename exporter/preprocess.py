@@ -1,0 +1,166 @@
+"""Encoded bytes to the network's input, with numpy and Pillow alone: training and serving share these few lines.
+
+`decode` ends where hostile bytes end; `Preprocess` repeats open_clip's validation transform, bit for bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+"""What is decoded; anything else is `unsupported_format`, however well Pillow would do."""
+MAX_ASPECT = 100
+"""Longer side over shorter side: resizing the shorter one to 224 would make a 1 x 1,000,000 image 50 gigapixels."""
+
+_MAGIC = (b"\xff\xd8", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"P1", b"P2", b"P3", b"P4", b"P5", b"P6")
+_RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+_RESIZE_MODES = ("shortest", "longest", "squash")
+
+
+class ImageError(Exception):
+    """Bytes that give no usable image. `reason` is one of `empty`, `unsupported_format`, `undecodable`, `truncated`,
+    `bomb` (more pixels than allowed), `bad_dimensions` (sides differ too much); `detail` says what was found."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+
+def decode(data: bytes, max_pixels: int) -> Image.Image:
+    """The first frame of an encoded image as an upright (EXIF orientation applied) 8-bit RGB image.
+
+    Transparency is dropped, not composited, as CLIP's own training data was read; 16-bit grey keeps its upper 8 bits.
+    Raises ImageError, before any pixel is decoded when the header alone says so. Pillow itself takes headers of more
+    than 178 million pixels for bombs, so a larger `max_pixels` has no effect.
+    """
+    if not data:
+        raise ImageError("empty", "got 0 bytes, expected an encoded image")
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        width, height = image.size
+        if width * height > max_pixels:
+            raise ImageError("bomb", f"{width} x {height} pixels, at most {max_pixels} are decoded")
+        if max(width, height) > MAX_ASPECT * min(width, height):
+            raise ImageError("bad_dimensions", f"{width} x {height} pixels, sides may differ {MAX_ASPECT}-fold at most")
+        image.load()
+        return upright_rgb(image)
+    except (ImageError, MemoryError):
+        raise
+    except UnidentifiedImageError as error:
+        if data.startswith(_MAGIC) or data[8:12] == b"WEBP" or data[4:12] == b"ftypavif":
+            raise ImageError("undecodable", f"{len(data)} bytes begin like an image, the header is broken") from error
+        found = f"{len(data)} bytes beginning with {data[:8]!r}"
+        raise ImageError("unsupported_format", f"{found}, expected one of {', '.join(FORMATS)}") from error
+    except Image.DecompressionBombError as error:
+        raise ImageError("bomb", str(error)) from error
+    # Pillow's plugins let nearly everything through on hostile bytes: OSError, SyntaxError, ValueError, struct.error,
+    # IndexError, KeyError, TypeError, zlib.error.
+    except Exception as error:
+        text = str(error) or type(error).__name__
+        reason = "truncated" if "truncated" in text.lower() or "EOF" in text else "undecodable"
+        raise ImageError(reason, text) from error
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """Any Pillow image, turned as its EXIF orientation says, in 8-bit RGB; the argument may be changed.
+
+    Raises ImageError for floating-point pixels: nothing says what range they have.
+    """
+    # A broken EXIF block says nothing about the pixels.
+    with contextlib.suppress(OSError, SyntaxError, ValueError, TypeError, KeyError, struct.error):
+        ImageOps.exif_transpose(image, in_place=True)
+    if image.mode == "RGB":
+        return image
+    if image.mode == "F":
+        raise ImageError("unsupported_format", "floating-point pixels, expected 8 or 16 bits a channel")
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        # Pillow's own conversion clips at 255: all but the darkest pixels turn white.
+        values = np.asarray(image).astype(np.int64)
+        image = Image.fromarray((values.clip(0, 65535) >> 8).astype(np.uint8))
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """Resize, centre crop, scale to 0..1, normalise: open_clip's validation transform of an RGB image."""
+
+    size: int
+    """Side of the square output in pixels."""
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str = "bicubic"
+    """`bicubic` or `bilinear`, both antialiased."""
+    resize_mode: str = "shortest"
+    """`shortest` side to `size` and crop, `longest` side to `size` and pad with black, or `squash` both."""
+
+    def __post_init__(self) -> None:
+        if self.size < 1 or len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise ValueError(f"got {self}, expected size >= 1, three means and three positive standard deviations")
+        if self.interpolation not in _RESAMPLING:
+            raise ValueError(f"got interpolation {self.interpolation!r}, expected one of {', '.join(_RESAMPLING)}")
+        if self.resize_mode not in _RESIZE_MODES:
+            raise ValueError(f"got resize mode {self.resize_mode!r}, expected one of {', '.join(_RESIZE_MODES)}")
+
+    def __call__(self, image: Image.Image, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+        """RGB image of any size -> float32 [3, size, size], written into `out` when given (a row of a batch)."""
+        if image.mode != "RGB":
+            raise ValueError(f"got an image of mode {image.mode}, expected RGB (see upright_rgb)")
+        if out is None:
+            out = np.empty((3, self.size, self.size), np.float32)
+        # Divisions instead of one multiply-add: the same roundings as torchvision, for 15 us an image.
+        planes = np.ascontiguousarray(np.asarray(self._fit(image)).transpose(2, 0, 1))
+        np.divide(planes, np.float32(255), out=out)
+        np.subtract(out, np.array(self.mean, np.float32)[:, None, None], out=out)
+        np.divide(out, np.array(self.std, np.float32)[:, None, None], out=out)
+        return out
+
+    def batch(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
+        """RGB images -> float32 [len(images), 3, size, size]."""
+        out = np.empty((len(images), 3, self.size, self.size), np.float32)
+        for image, row in zip(images, out, strict=True):
+            self(image, row)
+        return out
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able; `from_dict` is its inverse."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Preprocess:
+        """Raises TypeError or ValueError for anything `to_dict` would not give."""
+        return cls(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
+
+    def _fit(self, image: Image.Image) -> Image.Image:
+        side, (width, height) = self.size, image.size
+        if self.resize_mode == "shortest":
+            shortest = min(width, height)
+            resized = (int(side * width / shortest), int(side * height / shortest))
+        elif self.resize_mode == "longest":
+            ratio = max(width, height) / side
+            resized = (max(1, round(width / ratio)), max(1, round(height / ratio)))
+        else:
+            resized = (side, side)
+        if resized != image.size:
+            image = image.resize(resized, _RESAMPLING[self.interpolation])
+        if resized == (side, side):
+            return image
+        # round() to even, as torchvision; a negative corner (`longest`) is filled with black by crop().
+        left, top = _corner(resized[0], side), _corner(resized[1], side)
+        return image.crop((left, top, left + side, top + side))
+
+
+def _corner(length: int, side: int) -> int:
+    """Where the centre crop (or, negative, the padding) begins; both of torchvision's roundings."""
+    return round((length - side) / 2) if length >= side else -((side - length) // 2)
