@@ -1,0 +1,59 @@
+# `make demo` and `make test` need python3 (3.11 or newer) and make; everything else goes into .venv, once.
+
+PYTHON ?= python3
+BIN := .venv/bin
+UV := $(BIN)/uv pip
+
+.PHONY: demo install test test-slow test-gpu lint lock system-packages clean
+
+demo: .venv/run.stamp
+	$(BIN)/gapstream demo
+
+install: .venv/run.stamp
+
+test: .venv/test.stamp system-packages
+	$(BIN)/pytest
+
+test-slow: .venv/test.stamp system-packages
+	$(BIN)/pytest -m slow
+
+test-gpu: .venv/test.stamp
+	$(BIN)/pytest -m gpu
+
+lint: .venv/test.stamp
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+# Pins everything pyproject.toml asks for, on every platform.
+lock: .venv/pip.stamp
+	$(UV) compile -q --upgrade --universal --no-header --no-annotate --group test -o constraints.txt pyproject.toml
+
+.venv/pip.stamp:
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("gapstream needs Python 3.11 or newer, got %d.%d; name another one: make PYTHON=python3.12" % sys.version_info[:2])'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q --upgrade pip
+	$(BIN)/pip install -q uv || echo "uv cannot be had here; pip does its work, only slower"
+	touch $@
+
+.venv/run.stamp: .venv/pip.stamp pyproject.toml constraints.txt
+	@echo "Installing gapstream and what it needs into .venv (torch is large; minutes, once)"
+	if [ -x $(BIN)/uv ]; then $(UV) install -q --python $(BIN)/python -c constraints.txt -e .; \
+	else $(BIN)/pip install -q -c constraints.txt -e .; fi
+	touch $@
+
+.venv/test.stamp: .venv/run.stamp
+	if [ -x $(BIN)/uv ]; then $(UV) install -q --python $(BIN)/python -c constraints.txt --group test; \
+	else $(BIN)/pip install -q -c constraints.txt --group test; fi
+	touch $@
+
+# Tests of the status page, the alert rules and Kafka want these programs and skip without them, saying so. Where CI is
+# set and we may, they are installed.
+system-packages:
+	@if [ -n "$$CI" ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  for pair in chromium:chromium promtool:prometheus java:openjdk-17-jre-headless mvn:maven; do \
+	    command -v "$${pair%%:*}" >/dev/null || wanted="$$wanted $${pair#*:}"; done; \
+	  [ -z "$$wanted" ] || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$wanted; }; \
+	fi
+
+clean:
+	rm -rf build .pytest_cache .mypy_cache .ruff_cache *.egg-info

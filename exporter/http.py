@@ -1,0 +1,137 @@
+"""/metrics, /livez, /readyz and the status page, on a daemon thread; nothing here can stop the agent's loop."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import threading
+from collections.abc import Callable
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib import resources
+from typing import Any
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import choose_encoder
+
+log = logging.getLogger(__name__)
+
+JSON = "application/json; charset=utf-8"
+
+
+class StatusServer:
+    """HTTP server of one agent. GET and HEAD only:
+
+    /metrics             Prometheus (or OpenMetrics, when asked for)
+    /livez, /healthz     200 when `live()` gives no reason against it, else 503; JSON `{"status", "reasons"}`
+    /readyz              the same with `ready()`
+    /status.json         `status()` without its key `report`
+    /report.json         that report, null before the first commit
+    /                    the status page, which polls the two above
+
+    The callables are called from request threads. Raises OSError at construction when the address cannot be had.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        registry: CollectorRegistry,
+        live: Callable[[], list[str]],
+        ready: Callable[[], list[str]],
+        status: Callable[[], dict[str, Any]],
+    ) -> None:
+        def state() -> dict[str, Any]:
+            return {key: value for key, value in status().items() if key != "report"}
+
+        def metrics(accept: str) -> tuple[int, str, bytes]:
+            encode, kind = choose_encoder(accept)
+            return HTTPStatus.OK, kind, encode(registry)
+
+        page = resources.files("exporter").joinpath("assets/status.html").read_bytes()
+        routes: dict[str, Callable[[str], tuple[int, str, bytes]]] = {
+            "/": lambda _: (HTTPStatus.OK, "text/html; charset=utf-8", page),
+            "/metrics": metrics,
+            "/livez": lambda _: _health(live()),
+            "/healthz": lambda _: _health(live()),
+            "/readyz": lambda _: _health(ready()),
+            "/status.json": lambda _: (HTTPStatus.OK, JSON, _json(state())),
+            "/report.json": lambda _: (HTTPStatus.OK, JSON, _json(status().get("report"))),
+        }
+        try:
+            self._server = _Server((host, port), type("Handler", (_Handler,), {"routes": routes}))
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"cannot serve /metrics on {host}:{port} ({error.strerror or error}); set http.host and http.port to a "
+                "free address, or http.port to 0 for any free port",
+            ) from error
+        self._thread = threading.Thread(target=self._server.serve_forever, name="http", daemon=True)
+
+    @property
+    def port(self) -> int:
+        """The port listened on (of interest when 0 was asked for)."""
+        return self._server.server_address[1]
+
+    def start(self) -> None:
+        """Answer requests from now on."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop answering and free the port. Does nothing harmful when never started."""
+        if self._thread.is_alive():
+            self._server.shutdown()
+            self._thread.join()
+        self._server.server_close()
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        log.debug("request from %s was cut off: %s", client_address, sys.exception())
+
+
+class _Handler(BaseHTTPRequestHandler):
+    routes: dict[str, Callable[[str], tuple[int, str, bytes]]]
+    timeout = 10
+    server_version = "gapstream"
+    sys_version = ""
+
+    def do_GET(self) -> None:
+        route = self.routes.get(self.path.partition("?")[0])
+        if route is None:
+            self._answer(HTTPStatus.NOT_FOUND, JSON, _json({"error": "not found", "paths": list(self.routes)}))
+            return
+        try:
+            answer = route(self.headers.get("Accept", ""))
+        except Exception:
+            log.exception("%s could not be answered; the agent goes on", self.path)
+            answer = HTTPStatus.INTERNAL_SERVER_ERROR, JSON, _json({"error": "internal error; see the agent's log"})
+        self._answer(*answer)
+
+    do_HEAD = do_GET
+
+    def _answer(self, code: int, kind: str, body: bytes) -> None:
+        self.send_response(code)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Cache-Control", "no-store")
+        self.send_header("X-Content-Type-Options", "nosniff")
+        self.send_header("Content-Security-Policy", "default-src 'self' 'unsafe-inline' data:")
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        log.debug(format, *args)
+
+
+def _health(reasons: list[str]) -> tuple[int, str, bytes]:
+    code = HTTPStatus.SERVICE_UNAVAILABLE if reasons else HTTPStatus.OK
+    return code, JSON, _json({"status": "failing" if reasons else "ok", "reasons": reasons})
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, allow_nan=False, default=str).encode()

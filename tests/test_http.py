@@ -1,0 +1,132 @@
+import json
+import socket
+import threading
+import urllib.error
+import urllib.request
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from exporter.http import StatusServer
+from exporter.metrics import Metrics
+
+
+@pytest.fixture
+def registry():
+    return CollectorRegistry()
+
+
+@pytest.fixture
+def metrics(registry):
+    return Metrics(registry)
+
+
+@pytest.fixture
+def reasons():
+    return {"live": [], "ready": ["no commit yet"]}
+
+
+@pytest.fixture
+def server(registry, metrics, reasons):
+    server = StatusServer(
+        "127.0.0.1", 0, registry, lambda: reasons["live"], lambda: reasons["ready"], lambda: metrics.status()
+    )
+    server.start()
+    yield server
+    server.stop()
+
+
+def get(server, path, **headers):
+    request = urllib.request.Request(f"http://127.0.0.1:{server.port}{path}", headers=headers)
+    try:
+        with urllib.request.urlopen(request, timeout=5) as answer:
+            return answer.status, answer.headers, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.headers, error.read().decode()
+
+
+def test_metrics_are_those_of_the_registry(server, metrics):
+    metrics.cut("samples", samples=5, classes=1)
+    code, headers, body = get(server, "/metrics")
+    assert code == 200
+    assert headers["Content-Type"].startswith("text/plain")
+    assert 'gapstream_task_cuts_total{reason="samples"} 1.0' in body
+
+
+def test_openmetrics_is_given_to_who_asks_for_it(server):
+    _, headers, body = get(server, "/metrics", Accept="application/openmetrics-text; version=1.0.0")
+    assert headers["Content-Type"].startswith("application/openmetrics-text")
+    assert body.endswith("# EOF\n")
+
+
+def test_health_is_200_or_503_with_the_reasons(server, reasons):
+    assert get(server, "/livez")[0] == get(server, "/healthz")[0] == 200
+    code, _, body = get(server, "/readyz")
+    assert code == 503
+    assert json.loads(body) == {"status": "failing", "reasons": ["no commit yet"]}
+
+    reasons["live"].append("the stream loop was last seen 40 s ago")
+    reasons["ready"].clear()
+    assert get(server, "/livez")[0] == get(server, "/healthz")[0] == 503
+    assert get(server, "/readyz")[0] == 200
+
+
+def test_status_is_json_and_leaves_the_report_to_its_own_path(server, metrics):
+    status = json.loads(get(server, "/status.json")[2])
+    assert status["state"] == "starting"
+    assert "report" not in status
+    assert json.loads(get(server, "/report.json")[2]) is None
+
+
+def test_the_page_needs_nothing_from_elsewhere(server):
+    code, headers, body = get(server, "/")
+    assert code == 200
+    assert headers["Content-Type"].startswith("text/html")
+    assert "http://" not in body.replace("http://www.w3.org/", "")
+    assert "https://" not in body
+
+
+def test_an_unknown_path_is_404_and_names_the_known_ones(server):
+    code, _, body = get(server, "/nothing")
+    assert code == 404
+    assert "/metrics" in json.loads(body)["paths"]
+
+
+def test_other_verbs_are_refused(server):
+    request = urllib.request.Request(f"http://127.0.0.1:{server.port}/metrics", data=b"x", method="POST")
+    with pytest.raises(urllib.error.HTTPError) as error:
+        urllib.request.urlopen(request, timeout=5)
+    assert error.value.code == 501
+
+
+def test_a_failing_status_is_a_500_and_the_server_goes_on(registry):
+    def broken():
+        raise RuntimeError("no")
+
+    server = StatusServer("127.0.0.1", 0, registry, list, list, broken)
+    server.start()
+    try:
+        assert get(server, "/status.json")[0] == 500
+        assert get(server, "/livez")[0] == 200
+    finally:
+        server.stop()
+
+
+def test_a_client_that_says_nothing_does_not_keep_others_waiting(server):
+    with socket.create_connection(("127.0.0.1", server.port)):
+        assert get(server, "/livez")[0] == 200
+
+
+def test_a_taken_port_is_a_clear_error(server, registry):
+    with pytest.raises(OSError, match=rf"cannot serve /metrics on 127.0.0.1:{server.port} .*http.port to 0"):
+        StatusServer("127.0.0.1", server.port, registry, list, list, dict)
+
+
+def test_stop_frees_the_port_and_ends_the_thread(registry):
+    server = StatusServer("127.0.0.1", 0, registry, list, list, dict)
+    server.start()
+    port = server.port
+    server.stop()
+    again = StatusServer("127.0.0.1", port, registry, list, list, dict)
+    again.stop()
+    assert "http" not in [thread.name for thread in threading.enumerate()]
