@@ -28,14 +28,16 @@ _POM = f"""<project xmlns="http://maven.apache.org/POM/4.0.0"><modelVersion>4.0.
 </dependencies></project>
 """
 
-_LOG4J = """<Configuration status="warn"><Appenders><Console name="out"><PatternLayout pattern="%d %p %m (%c{1})%n%throwable"/>
-</Console></Appenders><Loggers><Root level="warn"><AppenderRef ref="out"/></Root></Loggers></Configuration>
+_LOG4J = """<Configuration status="warn"><Appenders>
+<Console name="out"><PatternLayout pattern="%d %p %m (%c{1})%n%throwable"/></Console></Appenders><Loggers><Root level="warn"><AppenderRef ref="out"/></Root></Loggers></Configuration>
 """
 
 _PLAIN = "org.apache.kafka.common.security.plain.PlainLoginModule required"
 _SCRAM = "org.apache.kafka.common.security.scram.ScramLoginModule required;"
 _OAUTH = "org.apache.kafka.common.security.oauthbearer.OAuthBearerLoginModule required"
-_OAUTH_HANDLER = "org.apache.kafka.common.security.oauthbearer.internals.unsecured.OAuthBearerUnsecuredValidatorCallbackHandler"
+_OAUTH_HANDLER = (
+    "org.apache.kafka.common.security.oauthbearer.internals.unsecured.OAuthBearerUnsecuredValidatorCallbackHandler"
+)
 
 
 class BrokerUnavailable(Exception):
@@ -65,7 +67,9 @@ def jars() -> Path:
     )
     if fetched.returncode:
         shutil.rmtree(staging)
-        raise BrokerUnavailable(f"mvn could not fetch Kafka {KAFKA_VERSION}:\n{fetched.stdout[-2000:]}{fetched.stderr[-2000:]}")
+        raise BrokerUnavailable(
+            f"mvn could not fetch Kafka {KAFKA_VERSION}:\n{fetched.stdout[-2000:]}{fetched.stderr[-2000:]}"
+        )
     staging.rename(folder)
     return folder
 
@@ -146,14 +150,18 @@ class Broker:
     def _run_tool(self, *args: str) -> None:
         done = subprocess.run(self._java("kafka.tools.StorageTool", *args), capture_output=True, text=True, timeout=120)
         if done.returncode:
-            raise BrokerUnavailable(f"Kafka's storage could not be formatted:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+            raise BrokerUnavailable(
+                f"Kafka's storage could not be formatted:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+            )
 
     def _certificate(self) -> None:
         def openssl(*args: str) -> None:
             subprocess.run(["openssl", *args], cwd=self._folder, check=True, capture_output=True)
 
         key = ("-newkey", "rsa:2048", "-nodes")
-        openssl("req", "-x509", *key, "-keyout", "ca.key", "-out", "ca.pem", "-days", "2", "-subj", "/CN=gapstream test CA")
+        openssl(
+            "req", "-x509", *key, "-keyout", "ca.key", "-out", "ca.pem", "-days", "2", "-subj", "/CN=gapstream test CA"
+        )
         openssl("req", *key, "-keyout", "server.key", "-out", "server.csr", "-subj", "/CN=localhost")
         (self._folder / "san.cnf").write_text("subjectAltName=DNS:localhost,IP:127.0.0.1\n")
         openssl("x509", "-req", "-in", "server.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial",

@@ -63,6 +63,8 @@ def new_topic(admin: KafkaAdminClient) -> Callable[..., str]:
 
 @pytest.fixture
 def producer(bootstrap: str) -> Iterator[KafkaProducer]:
-    client = KafkaProducer(bootstrap_servers=bootstrap, enable_idempotence=True, linger_ms=5, max_request_size=4 * 2**20)
+    client = KafkaProducer(
+        bootstrap_servers=bootstrap, enable_idempotence=True, linger_ms=5, max_request_size=4 * 2**20
+    )
     yield client
     client.close()
