@@ -6,9 +6,15 @@ Images stay encoded bytes. Nothing here touches a network, a disk or a tensor.
 from __future__ import annotations
 
 import enum
+import io
+import struct
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
+
+from PIL import Image
 
 
 class Partition(NamedTuple):
@@ -94,3 +100,137 @@ class Control:
 
 
 Item = Record | Rejected | Control
+
+
+class Unusable(Exception):
+    """A label or an image that makes its record `Rejected`: carries the `reason` and a `detail` for the dead letter."""
+
+    def __init__(self, reason: Reason, detail: str):
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+
+@lru_cache(maxsize=4096)
+def canonical_label(raw: str | bytes, max_chars: int) -> str:
+    """The class name `raw` means: NFC, no space at the ends, every run of white space inside is one space.
+
+    Case is kept: which of two spellings counts is for the buffer, which knows the one seen first. Raises `Unusable`:
+    MISSING_LABEL when nothing is left, LABEL_TYPE for what is not UTF-8, has control characters or more than
+    `max_chars` characters.
+    """
+    try:
+        text = raw.decode() if isinstance(raw, bytes) else raw
+        text.encode()
+    except UnicodeError:
+        raise Unusable(Reason.LABEL_TYPE, f"label {raw[:80]!r} is not UTF-8 text") from None
+    label = " ".join(unicodedata.normalize("NFC", text).split())
+    if not label:
+        raise Unusable(Reason.MISSING_LABEL, f"label {raw[:80]!r} is empty")
+    if len(label) > max_chars:
+        raise Unusable(Reason.LABEL_TYPE, f"label of {len(label)} characters, at most {max_chars}: {label[:80]!r}...")
+    if any(unicodedata.category(c) == "Cc" for c in label):
+        raise Unusable(Reason.LABEL_TYPE, f"label {label[:80]!r} has control characters")
+    return label
+
+
+MAX_ASPECT = 100
+"""Longest over shortest side. Beyond it the resize of the shortest side to the model's input is itself a bomb."""
+
+
+def check_image(data: bytes, max_bytes: int, max_pixels: int) -> None:
+    """Look at the first bytes of an encoded image and raise `Unusable` when it cannot or must not be decoded.
+
+    Takes a microsecond or two (TIFF, PPM and AVIF a hundred) and decodes nothing: what only a decoder finds (a cut or
+    damaged body) passes. The format is known by content: JPEG, PNG, WEBP, GIF, BMP, TIFF, PPM or AVIF. Reasons: EMPTY,
+    TOO_LARGE (more than `max_bytes`), UNSUPPORTED_FORMAT, TRUNCATED or UNDECODABLE (no complete, sensible header),
+    BAD_DIMENSIONS (a side is 0, or one is more than MAX_ASPECT times the other), BOMB (more than `max_pixels`).
+    """
+    if not data:
+        raise Unusable(Reason.EMPTY, "no bytes")
+    if len(data) > max_bytes:
+        raise Unusable(Reason.TOO_LARGE, f"{len(data)} bytes, at most {max_bytes}")
+    try:
+        width, height = _dimensions(data)
+    except (struct.error, IndexError):
+        raise Unusable(Reason.TRUNCATED, f"{len(data)} bytes end inside the image's header") from None
+    if width <= 0 or height <= 0 or max(width, height) > MAX_ASPECT * min(width, height):
+        detail = f"{width} x {height} pixels; sides from 1, one at most {MAX_ASPECT} times the other"
+        raise Unusable(Reason.BAD_DIMENSIONS, detail)
+    if width * height > max_pixels:
+        raise Unusable(Reason.BOMB, f"{width} x {height} pixels, at most {max_pixels} in all")
+
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+_RARE = (b"II*\0", b"MM\0*", b"P1", b"P2", b"P3", b"P4", b"P5", b"P6")
+_JPEG_FRAMES = frozenset({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})
+
+
+def _dimensions(data: bytes) -> tuple[int, int]:
+    """Width and height from the header. struct.error and IndexError mean that the data ends too early."""
+    if data.startswith(b"\xff\xd8\xff"):
+        return _jpeg_dimensions(data)
+    if data.startswith(_PNG):
+        kind, width, height = struct.unpack_from(">4sII", data, 12)
+        if kind != b"IHDR":
+            raise Unusable(Reason.UNDECODABLE, f"PNG begins with chunk {kind!r}, not IHDR")
+        return width, height
+    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        return _webp_dimensions(data)
+    if data.startswith((b"GIF87a", b"GIF89a")):
+        width, height = struct.unpack_from("<HH", data, 6)
+        return width, height
+    if data.startswith(b"BM"):
+        (header_size,) = struct.unpack_from("<I", data, 14)
+        width, height = struct.unpack_from("<HH" if header_size == 12 else "<ii", data, 18)
+        return width, abs(height)
+    if data.startswith(_RARE) or data[4:12] == b"ftypavif":
+        return _pillow_dimensions(data)
+    found = f"begins with {data[:12]!r}"
+    raise Unusable(Reason.UNSUPPORTED_FORMAT, f"{found}; expected JPEG, PNG, WEBP, GIF, BMP, TIFF, PPM or AVIF")
+
+
+def _jpeg_dimensions(data: bytes) -> tuple[int, int]:
+    at = 2
+    while True:
+        if data[at] != 0xFF:
+            raise Unusable(Reason.UNDECODABLE, f"JPEG has no marker at byte {at}")
+        marker = data[at + 1]
+        if marker in _JPEG_FRAMES:
+            height, width = struct.unpack_from(">HH", data, at + 5)
+            return width, height
+        if marker == 0xFF:  # a fill byte
+            at += 1
+        elif marker == 0x01 or 0xD0 <= marker <= 0xD8:  # markers without a segment
+            at += 2
+        elif marker in (0x00, 0xD9, 0xDA):
+            raise Unusable(Reason.UNDECODABLE, "JPEG has no frame header before its pixels")
+        else:
+            at += 2 + struct.unpack_from(">H", data, at + 2)[0]
+
+
+def _webp_dimensions(data: bytes) -> tuple[int, int]:
+    (size,) = struct.unpack_from("<I", data, 4)
+    if size + 8 > len(data):
+        raise Unusable(Reason.TRUNCATED, f"WEBP of {size + 8} bytes ends after {len(data)}")
+    kind = data[12:16]
+    if kind == b"VP8X":
+        width, height = (int.from_bytes(data[at : at + 3], "little") + 1 for at in (24, 27))
+    elif kind == b"VP8L":
+        (bits,) = struct.unpack_from("<I", data, 21)
+        width, height = (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    elif kind == b"VP8 ":
+        width, height = (side & 0x3FFF for side in struct.unpack_from("<HH", data, 26))
+    else:
+        raise Unusable(Reason.UNDECODABLE, f"WEBP begins with chunk {kind!r}")
+    return width, height
+
+
+def _pillow_dimensions(data: bytes) -> tuple[int, int]:
+    try:
+        with Image.open(io.BytesIO(data), formats=("TIFF", "PPM", "AVIF")) as image:
+            return image.size
+    except Image.DecompressionBombError as error:
+        raise Unusable(Reason.BOMB, str(error)) from None
+    except Exception as error:  # on hostile bytes Pillow raises nearly anything
+        raise Unusable(Reason.UNDECODABLE, f"{type(error).__name__}: {error}") from None

@@ -1,0 +1,104 @@
+"""Labels become canonical, and the header check turns away what must not be decoded: nothing else."""
+
+import io
+import random
+import timeit
+
+import pytest
+from PIL import Image
+
+from streams.record import Reason, Unusable, canonical_label, check_image
+from tests.bad_images import MAX_BYTES, MAX_PIXELS, OddImage, bad_images, encoded, good_images, picture
+
+FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"]
+
+
+@pytest.mark.parametrize(
+    ("raw", "label"),
+    [
+        ("cat", "cat"),
+        (b"cat", "cat"),
+        ("  polar \t\n bear ", "polar bear"),
+        ("polar\u00a0bear", "polar bear"),
+        ("Zu\u0308rich", "Zürich"),
+        ("Cat", "Cat"),
+        ("x" * 20, "x" * 20),
+        ("黒猫", "黒猫"),
+    ],
+)
+def test_a_label_is_normalised_and_its_case_is_kept(raw, label):
+    assert canonical_label(raw, max_chars=20) == label
+
+
+@pytest.mark.parametrize(
+    ("raw", "reason"),
+    [
+        ("", Reason.MISSING_LABEL),
+        (b" \n ", Reason.MISSING_LABEL),
+        (b"caf\xe9", Reason.LABEL_TYPE),
+        ("caf\udce9", Reason.LABEL_TYPE),
+        ("x" * 21, Reason.LABEL_TYPE),
+        ("nul\0", Reason.LABEL_TYPE),
+        ("bell\x07", Reason.LABEL_TYPE),
+    ],
+)
+def test_a_label_that_is_no_text_is_unusable_with_a_reason(raw, reason):
+    with pytest.raises(Unusable) as caught:
+        canonical_label(raw, max_chars=20)
+    assert caught.value.reason == reason
+    caught.value.detail.encode()  # can be written to a dead letter
+
+
+def accepted(image: OddImage) -> None:
+    check_image(image.data, MAX_BYTES, MAX_PIXELS)
+
+
+@pytest.mark.parametrize("image", good_images(), ids=lambda image: image.name)
+def test_an_unusual_image_is_accepted(image):
+    accepted(image)
+
+
+@pytest.mark.parametrize("image", [i for i in bad_images() if i.stage == "intake"], ids=lambda image: image.name)
+def test_a_bad_header_is_rejected_with_its_reason(image):
+    with pytest.raises(Unusable) as caught:
+        accepted(image)
+    assert caught.value.reason == image.reason
+
+
+@pytest.mark.parametrize("image", [i for i in bad_images() if i.stage == "decode"], ids=lambda image: image.name)
+def test_what_only_a_decoder_can_see_passes(image):
+    accepted(image)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("size", [(1, 1), (3, 200), (150, 2), (300, 300)])
+def test_the_pixel_limit_reads_the_dimensions_that_pillow_reads(kind, size):
+    data = encoded(picture(size=size), kind)
+    pixels = size[0] * size[1]
+    check_image(data, MAX_BYTES, max_pixels=pixels)
+    with pytest.raises(Unusable, match=f"{size[0]} x {size[1]} pixels"):
+        check_image(data, MAX_BYTES, max_pixels=pixels - 1)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of corrupt metadata
+@pytest.mark.parametrize("image", good_images(), ids=lambda image: image.name)
+def test_no_mutation_makes_the_check_fail_otherwise_or_refuse_what_pillow_opens(image):
+    draw = random.Random(image.name)
+    for _ in range(100):
+        data = bytearray(image.data)
+        for _ in range(draw.randrange(1, 4)):
+            data[draw.randrange(min(len(data), 200))] = draw.randrange(256)
+        del data[draw.choice([len(data), draw.randrange(1, len(data))]) :]
+        try:
+            check_image(bytes(data), MAX_BYTES, MAX_PIXELS)
+        except Unusable as unusable:
+            if unusable.reason in (Reason.BOMB, Reason.BAD_DIMENSIONS):
+                continue
+            with pytest.raises(Exception):  # noqa: B017 (Pillow raises nearly anything)
+                Image.open(io.BytesIO(data), formats=FORMATS).load()
+
+
+def test_the_check_costs_a_few_microseconds():
+    data = encoded(picture(size=(500, 400)), "JPEG", quality=95)
+    seconds = min(timeit.repeat(lambda: check_image(data, MAX_BYTES, MAX_PIXELS), number=200, repeat=5)) / 200
+    assert seconds < 50e-6
