@@ -1,0 +1,333 @@
+"""The wire format: messages of a topic to items and back, and dead letters with what is needed to replay them. Pure.
+
+A message is one of, told apart in this order (deploy/wire-format.md is the same for producers in any language):
+
+    header gapstream.control              a mark: `task-boundary` or `flush`; key and value are ignored
+    header image-url                      a claim check: headers `label`, `image-sha256`, `image-size` (optional)
+    content-type application/json, or     an envelope: `label`, and `image` (base64), or `image_url` with `sha256`
+      none and a value that begins with {   and `size` (optional); or `control` alone
+    application/cloudevents+json          a structured CloudEvent with an envelope (`data`) or image (`data_base64`)
+    image/*, octet-stream or none         the value is the image, header `label` (or `ce_label`) its class name
+"""
+
+from __future__ import annotations
+
+import binascii
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from streams.record import (
+    Control,
+    ControlKind,
+    Item,
+    Partition,
+    Raw,
+    Reason,
+    Record,
+    Rejected,
+    Unusable,
+    canonical_label,
+    check_image,
+)
+
+CONTROL = "gapstream.control"
+IMAGE_URL, IMAGE_SHA256, IMAGE_SIZE = "image-url", "image-sha256", "image-size"
+JSON, CLOUDEVENTS = "application/json", "application/cloudevents+json"
+
+_SHA256 = re.compile(r"[0-9a-fA-F]{64}")
+_ENVELOPE_EXTRA = 2**16
+_MEDIA_TYPES = {b"\xff\xd8\xff": "image/jpeg", b"\x89PNG": "image/png", b"GIF8": "image/gif", b"BM": "image/bmp"}
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A record whose image is elsewhere: to be fetched, then handed to `Codec.redeem`."""
+
+    partition: Partition
+    offset: int
+    label: str
+    url: str
+    sha256: str
+    """64 lower-case hexadecimal digits."""
+    size: int | None
+    """Bytes, when the message says."""
+    timestamp_s: float | None
+    raw: Raw
+
+
+class Codec:
+    """Decodes messages within given limits. Never raises: what cannot be used comes out as Rejected."""
+
+    def __init__(self, *, max_image_bytes: int, max_image_pixels: int, max_label_chars: int) -> None:
+        self._max_bytes = max_image_bytes
+        self._max_pixels = max_image_pixels
+        self._max_label = max_label_chars
+
+    def decode(self, partition: Partition, offset: int, raw: Raw, timestamp_s: float | None) -> Item | Claim:
+        """The item a message stands for; of an image only the header is looked at."""
+        try:
+            headers = dict(raw.headers)  # of a repeated header the last one counts, as Kafka's lastHeader has it
+            if headers:
+                if CONTROL in headers:
+                    return Control(partition, offset, _control(headers[CONTROL]))
+                if IMAGE_URL in headers:
+                    fields = _claim_fields(headers)
+                    return self._claim(partition, offset, self._label(headers, None), fields, timestamp_s, raw)
+            value = raw.value
+            if self._is_image(headers, value):
+                label = self._label(headers, None)
+                image = value or b""
+            else:
+                envelope = self._envelope(headers, value or b"")
+                if "control" in envelope:
+                    return Control(partition, offset, _control(envelope["control"]))
+                label = self._label(headers, envelope)
+                if "image_url" in envelope:
+                    return self._claim(partition, offset, label, envelope, timestamp_s, raw)
+                image = self._base64(envelope)
+            check_image(image, self._max_bytes, self._max_pixels)
+        except Unusable as why:
+            return Rejected(partition, offset, why.reason, why.detail, raw)
+        return Record(partition, offset, label, image, timestamp_s, raw)
+
+    def redeem(self, claim: Claim, image: bytes) -> Record | Rejected:
+        """The record of a claim whose image has been fetched. Its hash and size are checked here."""
+        try:
+            digest = hashlib.sha256(image).hexdigest()
+            if claim.size is not None and len(image) != claim.size:
+                raise Unusable(
+                    Reason.FETCH_FAILED, f"{claim.url!r} has {len(image)} bytes, announced were {claim.size}"
+                )
+            if digest != claim.sha256:
+                raise Unusable(Reason.FETCH_FAILED, f"{claim.url!r} has sha256 {digest}, announced was {claim.sha256}")
+            check_image(image, self._max_bytes, self._max_pixels)
+        except Unusable as why:
+            return Rejected(claim.partition, claim.offset, why.reason, why.detail, claim.raw)
+        return Record(claim.partition, claim.offset, claim.label, image, claim.timestamp_s, claim.raw)
+
+    @staticmethod
+    def _is_image(headers: Mapping[str, bytes | None], value: bytes | None) -> bool:
+        version = headers.get("ce_specversion", b"1.0")
+        if version != b"1.0":
+            raise Unusable(Reason.BAD_SCHEMA, f"CloudEvents specversion {version!r}; only 1.0 is understood")
+        declared = headers.get("content-type")
+        if declared is None:
+            return not (value and value.startswith(b"{"))
+        if declared.startswith((b"image/", b"application/octet-stream")):
+            return True
+        kind = declared.partition(b";")[0].strip().lower()
+        if kind.startswith(b"image/") or kind == b"application/octet-stream":
+            return True
+        if kind.decode("latin-1") in (JSON, CLOUDEVENTS):
+            return False
+        raise Unusable(
+            Reason.BAD_SCHEMA,
+            f"content-type {declared[:100]!r}; understood are image/*, application/octet-stream, {JSON}, {CLOUDEVENTS}",
+        )
+
+    def _label(self, headers: Mapping[str, bytes | None], envelope: Mapping[str, Any] | None) -> str:
+        found: Any = headers.get("label")
+        if found is None:
+            found = headers.get("ce_label")
+        if found is None and envelope:
+            found = envelope.get("label")
+        if found is None:
+            raise Unusable(Reason.MISSING_LABEL, "no header `label` or `ce_label`, and no `label` in an envelope")
+        if not isinstance(found, str | bytes):
+            raise Unusable(Reason.LABEL_TYPE, f"label is {type(found).__name__} {str(found)[:80]}, expected text")
+        return canonical_label(found, self._max_label)
+
+    def _envelope(self, headers: Mapping[str, bytes | None], value: bytes) -> dict[str, Any]:
+        if not value:
+            raise Unusable(Reason.EMPTY, "no value, expected a JSON envelope")
+        longest = self._max_bytes * 4 // 3 + _ENVELOPE_EXTRA
+        if len(value) > longest:
+            raise Unusable(Reason.TOO_LARGE, f"envelope of {len(value)} bytes, at most {longest}")
+        try:
+            parsed = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise Unusable(Reason.BAD_ENVELOPE, f"not JSON: {str(error)[:200]}") from None
+        if not isinstance(parsed, dict):
+            raise Unusable(Reason.BAD_ENVELOPE, f"JSON {type(parsed).__name__}, expected an object")
+        if (headers.get("content-type") or b"").lower().startswith(CLOUDEVENTS.encode()):
+            return _event_envelope(parsed)
+        return parsed
+
+    def _base64(self, envelope: Mapping[str, Any]) -> bytes:
+        text = envelope.get("image")
+        if text is None:
+            raise Unusable(Reason.BAD_SCHEMA, "envelope has neither `image` nor `image_url` nor `control`")
+        if not isinstance(text, str):
+            raise Unusable(Reason.BAD_SCHEMA, f"`image` is {type(text).__name__}, expected base64 text")
+        if len(text) // 4 * 3 > self._max_bytes + 2:
+            raise Unusable(Reason.TOO_LARGE, f"about {len(text) // 4 * 3} bytes of image, at most {self._max_bytes}")
+        try:
+            return binascii.a2b_base64(text, strict_mode=True)
+        except ValueError as error:
+            raise Unusable(Reason.BAD_ENVELOPE, f"`image` is not base64: {error}") from None
+
+    def _claim(
+        self,
+        partition: Partition,
+        offset: int,
+        label: str,
+        fields: Mapping[str, Any],
+        timestamp_s: float | None,
+        raw: Raw,
+    ) -> Claim:
+        url, sha256, size = fields.get("image_url"), fields.get("sha256"), fields.get("size")
+        if not isinstance(url, str) or not url:
+            raise Unusable(Reason.BAD_SCHEMA, f"image URL is {url!r}, expected text")
+        if not isinstance(sha256, str) or not _SHA256.fullmatch(sha256):
+            raise Unusable(Reason.BAD_SCHEMA, f"sha256 of {url[:200]!r} is {sha256!r}, expected 64 hexadecimal digits")
+        if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 0):
+            raise Unusable(Reason.BAD_SCHEMA, f"size of {url[:200]!r} is {size!r}, expected a number of bytes")
+        if size is not None and size > self._max_bytes:
+            raise Unusable(Reason.TOO_LARGE, f"{url[:200]!r} has {size} bytes, at most {self._max_bytes}")
+        return Claim(partition, offset, label, url, sha256.lower(), size, timestamp_s, raw)
+
+
+def _control(value: Any) -> ControlKind:
+    text = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+    try:
+        return ControlKind(text)
+    except ValueError:
+        known = ", ".join(ControlKind)
+        raise Unusable(Reason.BAD_SCHEMA, f"control mark {str(text)[:80]!r}, expected one of {known}") from None
+
+
+def _claim_fields(headers: Mapping[str, bytes | None]) -> dict[str, Any]:
+    """The headers of a claim check under the names an envelope has."""
+    fields: dict[str, Any] = {}
+    for name, key in ((IMAGE_URL, "image_url"), (IMAGE_SHA256, "sha256"), (IMAGE_SIZE, "size")):
+        value = headers.get(name)
+        if value is not None:
+            text = value.decode("utf-8", "backslashreplace")
+            fields[key] = int(text) if key == "size" and re.fullmatch("[0-9]{1,18}", text, re.ASCII) else text
+    return fields
+
+
+def _event_envelope(event: dict[str, Any]) -> dict[str, Any]:
+    """The envelope inside a structured CloudEvent; its `label` extension counts when the data has none."""
+    if event.get("specversion") != "1.0":
+        version = event.get("specversion")
+        raise Unusable(Reason.BAD_SCHEMA, f"CloudEvents specversion {version!r}; only 1.0 is understood")
+    label = {"label": event["label"]} if "label" in event else {}
+    if "data_base64" in event:
+        return label | {"image": event["data_base64"]}
+    if isinstance(event.get("data"), dict):
+        return label | event["data"]
+    raise Unusable(Reason.BAD_SCHEMA, "CloudEvent has neither `data_base64` nor an object in `data`")
+
+
+def encode_image(label: str, image: bytes) -> tuple[bytes, list[tuple[str, bytes]]]:
+    """Value and headers of a labelled image in the default format."""
+    media = next((name for magic, name in _MEDIA_TYPES.items() if image.startswith(magic)), "application/octet-stream")
+    return image, [("label", label.encode()), ("content-type", media.encode())]
+
+
+def encode_control(kind: ControlKind) -> tuple[None, list[tuple[str, bytes]]]:
+    """Value and headers of a mark. Its message needs a key, as a client may refuse to send neither key nor value."""
+    return None, [(CONTROL, kind.value.encode())]
+
+
+_DETAIL_BYTES = 4096
+
+
+def dead_letter(rejected: Rejected, max_bytes: int) -> Raw:
+    """The message that sets a record aside: its own key, value and headers, and where it came from and why.
+
+    Origin and reason are headers named as Kafka Connect names them. A header without a value and a message without key
+    and value, which clients cannot send, are written so that `original` gives them back. What would be longer than
+    `max_bytes` goes without its value (hash and length stay), and if need be without key and headers.
+    """
+    raw = rejected.raw or Raw(None, None)
+    topic, partition = rejected.partition
+    notes: dict[str, object] = {
+        "__connect.errors.topic": topic,
+        "__connect.errors.partition": partition,
+        "__connect.errors.offset": rejected.offset,
+        "__connect.errors.connector.name": "gapstream",
+        "__connect.errors.task.id": 0,
+        "__connect.errors.stage": "VALUE_CONVERTER",
+        "__connect.errors.class.name": "streams.formats.Codec",
+        "__connect.errors.exception.class.name": f"gapstream.{rejected.reason}",
+        "__connect.errors.exception.message": _text(rejected.detail)[:_DETAIL_BYTES].decode("utf-8", "ignore"),
+        "gapstream.errors.reason": rejected.reason,
+    }
+    nulls = [str(index) for index, (_, value) in enumerate(raw.headers) if value is None]
+    if nulls:
+        notes["gapstream.errors.null-headers"] = ",".join(nulls)
+    key, value, headers = raw.key, raw.value, raw.headers
+    if _size(key, value, headers) + 512 + _DETAIL_BYTES > max_bytes and value is not None:
+        notes["gapstream.errors.dropped"] = "value"
+        notes["gapstream.errors.value-bytes"] = len(value)
+        notes["gapstream.errors.value-sha256"] = hashlib.sha256(value).hexdigest()
+        value = None
+    if _size(key, value, headers) + 512 + _DETAIL_BYTES > max_bytes:
+        notes["gapstream.errors.dropped"] = "key, value and headers"
+        key, headers = None, ()
+    if key is None and value is None:
+        notes["gapstream.errors.null-key"] = "true"
+        key = f"{topic}-{partition}-{rejected.offset}".encode()
+    written = tuple((name, content or b"") for name, content in headers)
+    notes["gapstream.errors.headers"] = len(written)
+    return Raw(key, value, written + tuple((name, str(note).encode()) for name, note in notes.items()))
+
+
+def _text(text: str) -> bytes:
+    return text.encode("utf-8", "backslashreplace")  # JSON can spell half a surrogate pair
+
+
+def _size(key: bytes | None, value: bytes | None, headers: tuple[tuple[str, bytes | None], ...]) -> int:
+    written = sum(len(name.encode()) + len(content or b"") + 10 for name, content in headers)
+    return len(key or b"") + len(value or b"") + written
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What a dead letter says about its record."""
+
+    partition: Partition
+    offset: int
+    reason: str
+    detail: str
+    dropped: str
+    """What was too large to be kept; empty: nothing."""
+
+
+def origin(letter: Raw) -> Origin:
+    """Raises ValueError for a message that `dead_letter` did not write."""
+    notes = {name: (value or b"").decode("utf-8", "replace") for name, value in letter.headers}
+    try:
+        return Origin(
+            Partition(notes["__connect.errors.topic"], int(notes["__connect.errors.partition"])),
+            int(notes["__connect.errors.offset"]),
+            notes["gapstream.errors.reason"],
+            notes["__connect.errors.exception.message"],
+            notes.get("gapstream.errors.dropped", ""),
+        )
+    except KeyError as missing:
+        raise ValueError(f"not a dead letter of gapstream: no header {missing}") from None
+
+
+def original(letter: Raw) -> Raw:
+    """The message as it was before it became a dead letter, to be sent again.
+
+    Raises ValueError when parts of it were dropped, or for a message that `dead_letter` did not write.
+    """
+    notes = dict(letter.headers)
+    if "gapstream.errors.dropped" in notes:
+        dropped = (notes["gapstream.errors.dropped"] or b"").decode()
+        raise ValueError(f"cannot be sent again: its {dropped} was too large to be kept")
+    try:
+        count = int(notes["gapstream.errors.headers"] or b"")
+    except KeyError as missing:
+        raise ValueError(f"not a dead letter of gapstream: no header {missing}") from None
+    nulls = {int(index) for index in (notes.get("gapstream.errors.null-headers") or b"").split(b",") if index}
+    headers = tuple((name, None if at in nulls else value) for at, (name, value) in enumerate(letter.headers[:count]))
+    return Raw(None if "gapstream.errors.null-key" in notes else letter.key, letter.value, headers)
