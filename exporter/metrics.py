@@ -61,6 +61,8 @@ class Metrics:
         self._lag: dict[str, int] = {}
         self._consumed = {"records": 0, "bytes": 0, "rejected": 0}
         self._seconds: deque[list[int]] = deque(maxlen=RATE_WINDOW_S)
+        self._by_topic: dict[str, tuple[Counter, Counter]] = {}
+        """Children of the record and byte counters: looking them up costs more than counting, and every record counts."""
         self._last_rejected: deque[dict[str, Any]] = deque(maxlen=LAST_REJECTED)
         self._last_poll: float | None = None
         self._counted = {"tasks": 0.0, "training_samples": 0.0, "training_steps": 0.0}
@@ -148,11 +150,14 @@ class Metrics:
     def consumed(self, item: Any, now: float) -> None:
         """A record, rejected record or control mark was read; a rejected one is counted by its reason too."""
         topic = item.partition.topic
-        self._records.labels(topic).inc()
+        counters = self._by_topic.get(topic)
+        if counters is None:
+            counters = self._by_topic[topic] = (self._records.labels(topic), self._bytes.labels(topic))
+        counters[0].inc()
         image = getattr(item, "image", None)
         size = len(image) if image is not None else 0
         if image is not None:
-            self._bytes.labels(topic).inc(size)
+            counters[1].inc(size)
             self._size.observe(size)
             if item.timestamp_s is not None:
                 self._age.observe(max(0.0, now - item.timestamp_s))
