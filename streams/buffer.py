@@ -1,0 +1,178 @@
+"""Records in, tasks out: the cutting rule, and the offsets that follow each cut.
+
+A task is a contiguous range of every partition, so one next offset per partition says what it covers. All cuts but
+`idle` depend on the items alone, not on how they were polled: the same stream gives the same tasks.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+
+from streams.record import Control, ControlKind, Item, Offsets, Partition, Record, Rejected
+from streams.spool import Sample, Spool
+
+
+@dataclass(frozen=True)
+class CutRule:
+    """A task is cut at the first of these that holds; 0 or False switches one off. A `flush` mark always cuts."""
+
+    new_classes: int = 0
+    """Before the record that would begin one more class not known than this."""
+    samples: int = 0
+    """After so many samples."""
+    bytes: int = 0
+    """After so many bytes of encoded images."""
+    idle_s: float = 0
+    """After so many seconds without an item."""
+    boundaries: bool = True
+    """At a task boundary mark."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A cut of the stream that one update learns."""
+
+    number: int
+    """From 1."""
+    classes: tuple[str, ...]
+    """In order of first appearance."""
+    samples: tuple[Sample, ...]
+    """At least one, in order of arrival."""
+    next_offsets: dict[Partition, int]
+    """For every partition seen so far: what follows the task."""
+    reason: str
+    """Why it was cut: new_classes | samples | bytes | boundary | idle | end | stop."""
+    bytes: int
+    """Of encoded images."""
+    records: int
+    """Items consumed for it, rejected ones and marks included."""
+    rejected: dict[str, int]
+    """Rejected records among them, by reason."""
+
+
+class TaskBuffer:
+    """Cuts a stream into tasks, in order. Used from one thread.
+
+    `known` are the class names of the commit the stream continues from, `offsets` its positions, `next_number` the
+    number of the next task. Labels that differ only in case are one class, spelled as in `known` or as first seen.
+    """
+
+    def __init__(self, rule: CutRule, spool: Spool, known: Collection[str], next_number: int, offsets: Offsets):
+        self._rule = rule
+        self._spool = spool
+        self._next: dict[Partition, int] = dict(offsets)
+        self._number = next_number
+        self._known = set(known)
+        self._spelling: dict[str, str] = {}
+        for name in known:
+            self._spelling.setdefault(name.casefold(), name)
+        self._cut: deque[Task] = deque()
+        self._held = 0
+        self._quiet_since: float | None = None
+        self._begin()
+
+    @property
+    def records(self) -> int:
+        """Samples on the spool: waiting in cut and uncut tasks, or being learned."""
+        return self._held
+
+    @property
+    def bytes(self) -> int:
+        """Bytes they take on disk."""
+        return self._spool.bytes
+
+    @property
+    def full(self) -> bool:
+        """True asks to stop fetching until a task is committed. `add` takes what was fetched already."""
+        return self._spool.full
+
+    @property
+    def next_offsets(self) -> dict[Partition, int]:
+        """What follows everything added. It may be committed by itself while no sample waits (`records` is 0)."""
+        return dict(self._next)
+
+    def add(self, item: Item) -> None:
+        """Take the next item of a partition. One from before the partition's position came twice and is ignored."""
+        if item.offset < self._next.get(item.partition, 0):
+            return
+        self._quiet_since = None
+        if isinstance(item, Record):
+            self._add_sample(item)
+        self._next[item.partition] = item.offset + 1
+        self._records += 1
+        if isinstance(item, Rejected):
+            self._rejected[str(item.reason)] += 1
+        elif isinstance(item, Control):
+            if self._samples and (self._rule.boundaries or item.kind is ControlKind.FLUSH):
+                self._end_task("boundary")
+        elif self._rule.samples and len(self._samples) >= self._rule.samples:
+            self._end_task("samples")
+        # A task that fills the spool alone is cut too: nothing else could ever free room.
+        elif (self._rule.bytes and self._bytes >= self._rule.bytes) or self._stored >= self._spool.max_bytes:
+            self._end_task("bytes")
+
+    def cut(self, now: float) -> Task | None:
+        """The oldest task not handed out yet, or None. `now`: seconds of a monotonic clock, for the idle rule alone."""
+        if self._quiet_since is None:
+            self._quiet_since = now
+        if not self._cut and self._samples and 0 < self._rule.idle_s <= now - self._quiet_since:
+            self._end_task("idle")
+        return self._cut.popleft() if self._cut else None
+
+    def end(self, reason: str) -> Task | None:
+        """Cut what remains and hand out the oldest task; None when no sample is left.
+
+        `reason`: `end` of the stream, or `stop` of the agent. Called again it hands out the next.
+        """
+        if self._samples:
+            self._end_task(reason)
+        return self._cut.popleft() if self._cut else None
+
+    def committed(self, task: Task) -> None:
+        """The task handed out is committed: its samples leave the spool."""
+        self._spool.release(task.samples)
+        self._held -= len(task.samples)
+
+    def _begin(self) -> None:
+        self._samples: list[Sample] = []
+        self._classes: dict[str, None] = {}
+        self._new_classes = 0
+        self._bytes = 0
+        self._stored = 0
+        self._records = 0
+        self._rejected: Counter[str] = Counter()
+
+    def _add_sample(self, record: Record) -> None:
+        label = self._spelling.setdefault(record.label.casefold(), record.label)
+        if label != record.label:
+            record = replace(record, label=label)
+        if label not in self._classes:
+            new = label not in self._known
+            if new and 0 < self._rule.new_classes <= self._new_classes:
+                self._end_task("new_classes")
+            self._new_classes += new
+            self._classes[label] = None
+        before = self._spool.bytes
+        self._samples.append(self._spool.append(record))
+        self._stored += self._spool.bytes - before
+        self._bytes += len(record.image)
+        self._held += 1
+
+    def _end_task(self, reason: str) -> None:
+        self._spool.end_segment()
+        task = Task(
+            number=self._number,
+            classes=tuple(self._classes),
+            samples=tuple(self._samples),
+            next_offsets=dict(self._next),
+            reason=reason,
+            bytes=self._bytes,
+            records=self._records,
+            rejected=dict(self._rejected),
+        )
+        self._cut.append(task)
+        self._number += 1
+        self._known |= self._classes.keys()
+        self._begin()

@@ -1,0 +1,187 @@
+"""Samples of unfinished tasks on disk, filled as records arrive: a cache, never the truth.
+
+Images are appended to segment files as they came. A segment is deleted when every sample in it is released, so the disk
+in use follows what is not yet committed. Whatever an earlier run left is deleted at the start: the records are read
+again from the commit's offsets.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from streams.record import Partition, Raw, Record
+from streams.source import SpoolError
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One record of a task; its image waits in a segment of the spool."""
+
+    label: str
+    partition: Partition
+    offset: int
+    path: Path
+    start: int
+    length: int
+    """The encoded image is `length` bytes of the file `path` from byte `start` on."""
+
+    def read(self) -> bytes:
+        """The encoded image. Raises SpoolError when the segment is gone or shorter than it was."""
+        return _read(self.path, self.start, self.length)
+
+
+class Spool:
+    """Holds about `max_bytes`: nothing is refused beyond it, but `full` asks to stop fetching. Used from one thread."""
+
+    def __init__(self, folder: Path, max_bytes: int, segment_bytes: int = 64 * 2**20):
+        self.max_bytes = max_bytes
+        self._folder = folder
+        self._segment_bytes = segment_bytes
+        self._file: BinaryIO | None = None
+        self._path = folder
+        self._end = 0
+        self._number = 0
+        self._samples: Counter[Path] = Counter()
+        self._sizes: dict[Path, int] = {}
+        self._bytes = 0
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for left in folder.glob("*.segment"):
+                left.unlink()
+        except OSError as error:
+            raise self._error(error) from error
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all segments that still hold a sample."""
+        return self._bytes
+
+    @property
+    def full(self) -> bool:
+        return self._bytes >= self.max_bytes
+
+    def append(self, record: Record) -> Sample:
+        """Keep the record's image (and what a late dead letter needs of the message around it).
+
+        The bytes are on disk for other processes after `end_segment`. Raises SpoolError when the disk takes no more.
+        """
+        around = _NOTHING if record.raw is None else _pack(record.raw, record.image)
+        try:
+            if self._file is None or self._end >= self._segment_bytes:
+                self._next_segment()
+            assert self._file is not None
+            self._file.write(record.image)
+            self._file.write(around)
+        except OSError as error:
+            raise self._error(error) from error
+        length = len(record.image)
+        sample = Sample(record.label, record.partition, record.offset, self._path, self._end, length)
+        stored = length + len(around)
+        self._end += stored
+        self._bytes += stored
+        self._samples[self._path] += 1
+        self._sizes[self._path] = self._end
+        return sample
+
+    def end_segment(self) -> None:
+        """Hand everything appended to the operating system; the next sample begins a new segment."""
+        if self._file is None:
+            return
+        file, self._file = self._file, None
+        try:
+            file.close()
+        except OSError as error:
+            raise self._error(error) from error
+
+    def raw(self, sample: Sample) -> Raw:
+        """The message the sample came in. For a record without `raw`: no key, no headers, the image as value."""
+        if self._file is not None and sample.path == self._path:
+            self._file.flush()
+        after = sample.start + sample.length
+        (size,) = _LENGTH.unpack(_read(sample.path, after, _LENGTH.size))
+        image = sample.read()
+        if not size:
+            return Raw(None, image)
+        return _unpack(_read(sample.path, after + _LENGTH.size, size), image)
+
+    def release(self, samples: Iterable[Sample]) -> None:
+        """Forget samples; segments left without one are deleted."""
+        self._samples.subtract(sample.path for sample in samples)
+        for path in [path for path, count in self._samples.items() if count <= 0]:
+            if path == self._path:
+                self.end_segment()
+            del self._samples[path]
+            self._bytes -= self._sizes.pop(path)
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                raise self._error(error) from error
+
+    def clear(self) -> None:
+        """Forget every sample."""
+        self._samples = Counter(dict.fromkeys(self._samples, 0))
+        self.release(())
+
+    def _next_segment(self) -> None:
+        self.end_segment()
+        self._number += 1
+        self._path = self._folder / f"{self._number:08d}.segment"
+        self._file = self._path.open("wb", buffering=2**20)
+        self._end = 0
+
+    def _error(self, error: OSError) -> SpoolError:
+        return SpoolError(
+            f"cannot keep samples in {self._folder}: {error.strerror or error}; make room there or lower"
+            " spool.max_bytes and start again. Nothing is lost: records after the last commit are read again"
+        )
+
+
+def _read(path: Path, start: int, length: int) -> bytes:
+    try:
+        with path.open("rb") as file:
+            file.seek(start)
+            data = file.read(length)
+    except OSError as error:
+        raise SpoolError(f"cannot read a sample from {path}: {error.strerror or error}") from error
+    if len(data) != length:
+        raise SpoolError(f"{path} ends after {start + len(data)} bytes, expected a sample up to {start + length}")
+    return data
+
+
+# After the image: the size of what follows, then key, value and headers as fields of a length and so many bytes.
+_LENGTH = struct.Struct("<i")
+_NOTHING = _LENGTH.pack(0)
+_NULL = _LENGTH.pack(-1)
+_THE_IMAGE = _LENGTH.pack(-2)
+
+
+def _pack(raw: Raw, image: bytes) -> bytes:
+    def field(value: bytes | None) -> bytes:
+        return _NULL if value is None else _LENGTH.pack(len(value)) + value
+
+    fields = [field(raw.key), _THE_IMAGE if raw.value == image else field(raw.value)]
+    for name, value in raw.headers:
+        fields += field(name.encode("utf-8", "surrogateescape")), field(value)
+    packed = b"".join(fields)
+    return _LENGTH.pack(len(packed)) + packed
+
+
+def _unpack(packed: bytes, image: bytes) -> Raw:
+    fields: list[bytes | None] = []
+    at = 0
+    while at < len(packed):
+        (size,) = _LENGTH.unpack_from(packed, at)
+        at += _LENGTH.size
+        if size < 0:
+            fields.append(None if size == -1 else image)
+        else:
+            fields.append(packed[at : at + size])
+            at += size
+    key, value, *headers = fields
+    names = [(name or b"").decode("utf-8", "surrogateescape") for name in headers[::2]]
+    return Raw(key, value, tuple(zip(names, headers[1::2], strict=True)))
