@@ -1,0 +1,165 @@
+"""What a release is on disk: an ONNX model, golden answers to test it with, and release.json, which is written last.
+
+    release/
+      model.onnx        images [N,3,H,W] -> embedding [N,D], logits [N,C], probabilities [N,C], all float32
+      model.onnx.data   only beside a model too large for one file
+      golden.npz        a few preprocessed images with the answers of the trained model
+      release.json      everything else: class names, preprocessing, hashes, parity, versions
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from exporter.preprocess import Preprocess
+
+FORMAT = 1
+MANIFEST = "release.json"
+MODEL = "model.onnx"
+GOLDEN = "golden.npz"
+CURRENT = "CURRENT"
+
+
+class ReleaseError(Exception):
+    """A release cannot be read, trusted or made.
+
+    ReleaseError
+    └── ParityError     onnxruntime's answers are not the trained model's (exporter.onnx)
+    """
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far onnxruntime's answers are from torch's on the same images; the worst over all batch sizes."""
+
+    embedding: float
+    """Largest absolute difference of a component."""
+    logits: float
+    """Largest difference relative to the largest absolute logit."""
+    probabilities: float
+    """Largest absolute difference."""
+    cosine: float
+    """Smallest cosine between the two embeddings of an image."""
+    top1: float
+    """Share of images, 0 to 1, for which both give the same class first."""
+    images: int
+    batches: tuple[int, ...]
+    provider: str
+    """Execution provider that answered."""
+
+
+@dataclass(frozen=True)
+class Release:
+    """A release in `path`; immutable once made."""
+
+    path: Path
+    created: str
+    """UTC, ISO 8601."""
+    classes: tuple[str, ...]
+    """Class name of every column of logits and probabilities."""
+    preprocess: Preprocess
+    facts: Mapping[str, Any]
+    """Model identity, method, fusion form, prompt, task: what the caller says about the model. JSON-able."""
+    opset: int
+    ir_version: int
+    precision: str
+    parity: Parity
+    atol: float
+    """Tolerance the parity was held to."""
+    files: Mapping[str, tuple[int, str]]
+    """Name -> (size in bytes, sha256) of every file beside release.json."""
+    versions: Mapping[str, str]
+    seconds: Mapping[str, float]
+    """Wall seconds of making it: `trace` (0 when an earlier trace was used again), `write`, `check`."""
+
+    @property
+    def model(self) -> Path:
+        return self.path / MODEL
+
+    @property
+    def golden(self) -> Path:
+        return self.path / GOLDEN
+
+    @property
+    def id(self) -> str:
+        """Twelve hex digits that name the model's content: equal models have equal ids."""
+        digests = sorted(f"{name} {digest}" for name, (_, digest) in self.files.items() if name.startswith(MODEL))
+        return hashlib.sha256("\n".join(digests).encode()).hexdigest()[:12]
+
+    def verify(self) -> None:
+        """Compare every file with its hash. Raises ReleaseError naming the first that differs or is missing."""
+        for name, expected in self.files.items():
+            try:
+                found = digest(self.path / name)
+            except OSError as error:
+                raise ReleaseError(f"release {self.path}: {name} cannot be read ({error}); it is not used") from error
+            if found != expected:
+                raise ReleaseError(
+                    f"release {self.path}: {name} has {found[0]} bytes, sha256 {found[1][:12]}, expected {expected[0]} "
+                    f"bytes, {expected[1][:12]}; it is damaged and not used"
+                )
+
+
+def write(release: Release) -> None:
+    """Write release.json into the release's folder, where the other files already are."""
+    values = {"format": FORMAT, "id": release.id}
+    values |= {field.name: getattr(release, field.name) for field in fields(release) if field.name != "path"}
+    values |= {"preprocess": release.preprocess.to_dict(), "parity": asdict(release.parity)}
+    (release.path / MANIFEST).write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read(folder: Path) -> Release:
+    """The release in `folder`. Raises ReleaseError when there is none or it has another format."""
+    try:
+        values = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ReleaseError(f"no release in {folder}: {MANIFEST} is missing") from error
+    except (OSError, ValueError) as error:
+        raise ReleaseError(f"release {folder}: {MANIFEST} cannot be read ({error}); it is not used") from error
+    try:
+        if values.pop("format") != FORMAT:
+            raise ValueError(f"its format is not {FORMAT}")
+        del values["id"]
+        parity = values["parity"]
+        return Release(
+            **{
+                **values,
+                "path": folder,
+                "classes": tuple(values["classes"]),
+                "preprocess": Preprocess.from_dict(values["preprocess"]),
+                "parity": Parity(**{**parity, "batches": tuple(parity["batches"])}),
+                "files": {name: (size, sha256) for name, (size, sha256) in values["files"].items()},
+            }
+        )
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        found = f"{type(error).__name__}: {error}"
+        raise ReleaseError(f"release {folder}: {MANIFEST} is not a release of format {FORMAT} ({found})") from error
+
+
+def current(path: Path) -> Path:
+    """The release folder to serve from `path`: itself when it is one, or the one behind a state folder's CURRENT.
+
+    The answer names one commit, so it stays the same release when CURRENT moves on. Raises ReleaseError when nothing
+    has been released yet.
+    """
+    if (path / MANIFEST).exists():
+        return path.resolve()
+    link = path / CURRENT
+    if not link.exists():
+        raise ReleaseError(f"no release in {path}: neither {MANIFEST} nor {CURRENT} is there; was a task learned yet?")
+    folder = link.resolve() / "release"
+    if not folder.exists():
+        raise ReleaseError(f"no release in {path}: the current commit {folder.parent.name} has none")
+    return folder.resolve()
+
+
+def digest(path: Path) -> tuple[int, str]:
+    """(size in bytes, sha256 in hex) of a file."""
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        return file.tell(), sha256
