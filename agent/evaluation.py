@@ -10,11 +10,47 @@ this is exactly the published formula. A metric without any value is None.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import base64
+import io
+import logging
+import math
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import compress, zip_longest
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
+import torch
+from torch import Tensor
+
+from agent.clip import Clip
+from agent.config import Evaluation
+from agent.holdout import HoldOut, ImageRef
+from agent.images import LoadedImages, load_tokens
+from agent.methods.base import InferenceModule, Report, TaskData, task_generator
+from agent.values import Progress, Update
+from exporter.preprocess import decode
+
+log = logging.getLogger(__name__)
+
+PREDICTED = 512
+"""Training samples of a task that are predicted before they are learned: a standard error of at most 2.2 points."""
+CANDIDATES = 64
+EXAMPLES = 12
+EXAMPLE_PIXELS = 96
+"""Longest side of an example image."""
 
 Matrix = Sequence[Sequence[float | None]]
+Score = tuple[int, int]
+"""Right answers, images."""
+
+
+class EvaluationError(Exception):
+    """A model cannot be scored; the message says which image is the reason."""
 
 
 def average_incremental_accuracy(accuracies: Sequence[float | None]) -> float | None:
@@ -96,3 +132,453 @@ def _square(matrix: Matrix) -> np.ndarray:
 def _mean(values: np.ndarray) -> float | None:
     there = values[~np.isnan(values)]
     return float(there.mean()) if there.size else None
+
+
+class ImageFolder(Protocol):
+    """Test images by class (streams.archive.ArchiveFolder)."""
+
+    @property
+    def classes(self) -> tuple[str, ...]: ...
+
+    def images(self, class_name: str, limit: int = 0) -> Sequence[ImageFile]: ...
+
+
+class ImageFile(Protocol):
+    @property
+    def name(self) -> str: ...
+
+    def read(self) -> bytes: ...
+
+
+class Learner(Protocol):
+    """What is scored: the part of agent.methods.base.Method that evaluation needs."""
+
+    @property
+    def classes(self) -> tuple[str, ...]: ...
+
+    def inference_module(self) -> InferenceModule: ...
+
+    def encode_names(self, names: Sequence[str]) -> Tensor:
+        """Class names, put into the prompt, by the current text tower: float32 [n, D], L2-normalised."""
+
+    def encode_tokens(self, tokens: Tensor) -> Tensor:
+        """Tokens [B, tokens, width] by the current image tower: float32 [B, D], L2-normalised."""
+
+
+Answer = list[tuple[str, float]]
+"""Best three class names with their probabilities, best first."""
+
+
+@dataclass(frozen=True)
+class Before:
+    """What the model could do before an update."""
+
+    accuracy: float | None
+    """On the task's incoming training samples; None when there is none."""
+    answers: Mapping[int, Answer]
+    """To candidates for examples, by number of the test image."""
+    seconds: float
+
+
+class Evaluator:
+    """Scores a method before and after every task on hold-out and test images, against the untouched model.
+
+    Test images are decoded once and their tokens kept as far as `cache_bytes` reaches (the others are decoded again
+    each time); the untouched model's embeddings are kept for all, so that zero-shot costs no second pass. Images that
+    cannot be decoded are left out with a warning. Used from one thread.
+    """
+
+    def __init__(
+        self,
+        clip: Clip,
+        settings: Evaluation,
+        holdout: HoldOut,
+        *,
+        test: ImageFolder | None = None,
+        probe: ImageFolder | None = None,
+        max_pixels: int,
+        cache_bytes: int,
+    ) -> None:
+        """test: images of the stream's classes, scored beside the hold-out. probe: classes that are never learned."""
+        self._clip = clip
+        self._settings = settings
+        self._holdout = holdout
+        self._test = test
+        self._probe = probe
+        self._max_pixels = max_pixels
+        self._images = _Images(clip, settings.batch_size, max_pixels, cache_bytes)
+        self._names: dict[str, Tensor] = {}
+        self._opened: set[str] = set()
+        self._by_class: dict[str, list[int]] = {}
+        self._held: set[str] = set()
+        self._probe_images: list[int] | None = None
+
+    def before(self, method: Learner, task: TaskData, report: Report) -> Before:
+        """Predict before learning: call it with the hold-out already split and before the update.
+
+        At most 512 of the task's training samples (drawn by the task's number) are answered among all classes seen so
+        far and the task's new names. Whether a new name or a seen class is meant is decided by similarity to the names,
+        as in zero-shot classification with the current towers; which seen class is decided by the method. The scores
+        are the text probabilities with the method's own, scaled to the same maximum, in place of the seen classes'.
+        """
+        started = time.perf_counter()
+        self._admit((*method.classes, *task.classes))
+        answers: dict[int, Answer] = {}
+        accuracy = None
+        if len(task):
+            names, answer = self._answering(method, task.classes)
+            generator = task_generator(0, task.number, "predict before learning")
+            picked = torch.randperm(len(task), generator=generator)[:PREDICTED]
+            index_of = torch.tensor([names.index(name) for name in task.classes])
+            right = 0
+            for part in picked.split(self._settings.batch_size):
+                predicted = answer(task.tokens.batch(part)).argmax(1)
+                right += int((predicted == index_of[task.labels[part]]).sum())
+                report(Progress("evaluate", task.number))
+            accuracy = right / len(picked)
+            for numbers, tokens in self._images.batches(self._candidates(method.classes, task.classes)):
+                answers |= zip(numbers, _best(answer(tokens), names), strict=True)
+        return Before(accuracy, answers, time.perf_counter() - started)
+
+    def after(
+        self,
+        method: Learner,
+        task: TaskData,
+        update: Update | None,
+        before: Before,
+        parent: Mapping[str, Any] | None,
+        report: Report,
+    ) -> dict[str, Any]:
+        """Score the updated method; gives the content of report.json, continuing the parent commit's (None: the first).
+
+        update: None when the task had nothing to learn. All accuracies are fractions from 0 to 1; what is undefined is
+        None. Keys, of this task unless said otherwise:
+
+        - `task`, `classes` (all learned, in order), `samples` (trained on), `test_images` (scored), `held_out` (in all)
+        - `accuracy` (all classes seen), `zero_shot` (the untouched model on the same images and names),
+          `predict_before_learn`, `old_classes` {before, after} (classes of earlier tasks; before as the parent says)
+        - `matrix` [T][T], `avg`, `last`, `forgetting`, `backward_transfer`: over all tasks, see the formulas above
+        - `retention` and `probe` {images, classes, untouched, now}: None without a probe
+        - `gap` {positive, negative, centroid: {before, after, untouched}, drift: {before, after, budget}}
+        - `seconds` by phase: the update's and `evaluate`
+        - `history`: one entry for each task so far, with the scalars above, `new_classes`, `loss`, `epochs`,
+          `rolled_back` and the method's `details`
+        - `examples`: at most 12 {image, label, task, before, after, untouched}; image is a data URL, the last three are
+          the best three [name, probability]
+
+        Facts not known here (model, method, versions, release) and later phases (`add_phase`) are the caller's to add.
+        """
+        started = time.perf_counter()
+        history = [dict(entry) for entry in (parent or {}).get("history", ())]
+        owner = {name: i for i, entry in enumerate(history) for name in entry["new_classes"]}
+        new = [name for name in method.classes if name not in owner]
+        owner |= dict.fromkeys(new, len(history))
+        scores, untouched, answers = self._score(method, before.answers, task.number, report)
+
+        tasks = range(len(history) + 1)
+        row = [_accuracy([scores[name] for name in scores if owner[name] == i]) for i in tasks]
+        matrix = [[*old, *[None] * (len(tasks) - len(old))] for old in (parent or {}).get("matrix", ())] + [row]
+        accuracy = _accuracy(scores.values())
+        zero_shot = _accuracy(untouched.values())
+        accuracies = [entry["accuracy"] for entry in history] + [accuracy]
+        probe = self._score_probe(method, task.number, report)
+        seconds = dict(update.seconds) if update else {}
+        seconds["evaluate"] = before.seconds + time.perf_counter() - started
+        scalars = {
+            "task": task.number,
+            "samples": len(task),
+            "test_images": sum(images for _, images in scores.values()),
+            "accuracy": accuracy,
+            "zero_shot": zero_shot,
+            "predict_before_learn": before.accuracy,
+            "forgetting": forgetting(matrix),
+            "retention": retention([(probe["now"], probe["untouched"])]) if probe else None,
+            "gap": _gap(update),
+            "seconds": seconds,
+        }
+        entry = {
+            **scalars,
+            "classes": list(task.classes),
+            "new_classes": new,
+            "loss": update.loss if update else None,
+            "epochs": update.epochs if update else 0,
+            "rolled_back": update.rolled_back if update else False,
+            "details": dict(update.details) if update else {},
+        }
+        result = {
+            **scalars,
+            "classes": list(method.classes),
+            "held_out": len(self._holdout),
+            "old_classes": {
+                "before": accuracies[-2] if history else None,
+                "after": _accuracy([scores[name] for name in scores if owner[name] < len(history)]),
+            },
+            "matrix": matrix,
+            "avg": average_incremental_accuracy(accuracies),
+            "last": last_accuracy(accuracies),
+            "backward_transfer": backward_transfer(matrix),
+            "probe": probe,
+            "history": [*history, entry],
+            "examples": self._examples(before.answers, answers, method.classes, owner, history, task.number),
+        }
+        report(Progress("evaluate", task.number, accuracy=accuracy))
+        return _finite(result)
+
+    def _admit(self, classes: Sequence[str]) -> None:
+        """Take in the test images of `classes` and the hold-out as it is now."""
+        refs = [ref for ref in self._holdout.images() if ref.key not in self._held]
+        self._held |= {ref.key for ref in refs}
+        for name in classes:
+            if self._test is not None and name not in self._opened:
+                self._opened.add(name)
+                refs += _refs(self._test, name, self._settings.test_per_class)
+        for number in self._images.add(refs):
+            self._by_class.setdefault(self._images.refs[number].label, []).append(number)
+
+    def _answering(self, method: Learner, classes: Sequence[str]) -> tuple[list[str], Callable[[Tensor], Tensor]]:
+        """All names known with the task's, and a function from tokens to scores float32 [B, names] on the CPU."""
+        learned = len(method.classes)
+        names = [*method.classes, *(name for name in classes if name not in method.classes)]
+        module = method.inference_module() if learned else None
+        text = method.encode_names(names) if len(names) > learned else None
+
+        @torch.no_grad()
+        def answer(tokens: Tensor) -> Tensor:
+            own = module.from_tokens(tokens.float())[2] if module is not None else None
+            if text is None:
+                assert own is not None
+                return own.cpu()
+            scores = torch.softmax(self._clip.logit_scale * method.encode_tokens(tokens) @ text.T, dim=-1)
+            if own is not None:
+                best = scores[:, :learned].amax(1, keepdim=True)
+                scores = torch.cat([own / own.amax(1, keepdim=True) * best, scores[:, learned:]], dim=1)
+            return (scores / scores.sum(1, keepdim=True)).cpu()
+
+        return names, answer
+
+    @torch.no_grad()
+    def _score(
+        self, method: Learner, wanted: Collection[int], task: int, report: Report
+    ) -> tuple[dict[str, Score], dict[str, Score], dict[int, Answer]]:
+        """Scores per class of the model and of the untouched one, and the model's answers to the images `wanted`."""
+        names = method.classes
+        classes = [name for name in names if name in self._by_class]
+        if not classes:
+            return {}, {}, {}
+        module = method.inference_module()
+        text = self._untouched(names)
+        index_of = {name: i for i, name in enumerate(names)}
+        numbers = [number for name in classes for number in self._by_class[name]]
+        right, right_untouched, answers = Counter[str](), Counter[str](), dict[int, Answer]()
+        done = 0
+        for part, tokens in self._images.batches(numbers):
+            probabilities = module.from_tokens(tokens.float())[2].cpu()
+            labels = [self._images.refs[number].label for number in part]
+            truth = torch.tensor([index_of[label] for label in labels])
+            untouched = (self._images.embeddings[part] @ text.T).argmax(1)
+            right.update(compress(labels, (probabilities.argmax(1) == truth).tolist()))
+            right_untouched.update(compress(labels, (untouched == truth).tolist()))
+            shown = [i for i, number in enumerate(part) if number in wanted]
+            answers |= zip((part[i] for i in shown), _best(probabilities[shown], names), strict=True)
+            done += len(part)
+            report(Progress("evaluate", task, step=done, steps=len(numbers)))
+        images = {name: len(self._by_class[name]) for name in classes}
+        return (
+            {name: (right[name], images[name]) for name in classes},
+            {name: (right_untouched[name], images[name]) for name in classes},
+            answers,
+        )
+
+    @torch.no_grad()
+    def _score_probe(self, method: Learner, task: int, report: Report) -> dict[str, Any] | None:
+        """Zero-shot accuracy on the probe with the current towers and with the untouched ones; None without a probe."""
+        if self._probe is None:
+            return None
+        names = self._probe.classes
+        if self._probe_images is None:
+            refs = [ref for name in names for ref in _refs(self._probe, name, self._settings.probe_per_class)]
+            self._probe_images = self._images.add(refs)
+        numbers = self._probe_images
+        if not numbers:
+            return None
+        index_of = {name: i for i, name in enumerate(names)}
+        truth = torch.tensor([index_of[self._images.refs[number].label] for number in numbers])
+        untouched = (self._images.embeddings[numbers] @ self._untouched(names).T).argmax(1)
+        text = method.encode_names(names)
+        now = []
+        for _, tokens in self._images.batches(numbers):
+            now.append((method.encode_tokens(tokens) @ text.T).argmax(1).cpu())
+            report(Progress("evaluate", task))
+        return {
+            "images": len(numbers),
+            "classes": len(names),
+            "untouched": (untouched == truth).float().mean().item(),
+            "now": (torch.cat(now) == truth).float().mean().item(),
+        }
+
+    def _untouched(self, names: Sequence[str]) -> Tensor:
+        """The untouched model's features of class names, float32 [n, D] on the CPU, computed once each."""
+        missing = [name for name in names if name not in self._names]
+        for at in range(0, len(missing), self._settings.batch_size):
+            part = missing[at : at + self._settings.batch_size]
+            self._names |= zip(part, self._clip.encode_names(part).cpu(), strict=True)
+        return torch.stack([self._names[name] for name in names])
+
+    def _candidates(self, learned: Sequence[str], classes: Sequence[str]) -> list[int]:
+        """Images to choose examples from: the task's classes and the others in turn, one of each, then a second."""
+        others = [name for name in learned if name not in classes]
+        turns = [name for pair in zip_longest(classes, others) for name in pair if name in self._by_class]
+        rounds = zip_longest(*(self._by_class[name][:CANDIDATES] for name in turns))
+        return [number for images in rounds for number in images if number is not None][:CANDIDATES]
+
+    def _examples(
+        self,
+        before: Mapping[int, Answer],
+        after: Mapping[int, Answer],
+        names: Sequence[str],
+        owner: Mapping[str, int],
+        history: Sequence[Mapping[str, Any]],
+        task: int,
+    ) -> list[dict[str, Any]]:
+        """At most EXAMPLES images, as many of each class as possible, first those whose answer changed."""
+        by_class: dict[str, list[int]] = {}
+        for number in sorted((n for n in before if n in after), key=lambda n: before[n][0][0] == after[n][0][0]):
+            by_class.setdefault(self._images.refs[number].label, []).append(number)
+        in_turn = [number for images in zip_longest(*by_class.values()) for number in images if number is not None]
+        examples = []
+        for number in in_turn[:EXAMPLES]:
+            ref = self._images.refs[number]
+            cosines = self._images.embeddings[[number]] @ self._untouched(names).T
+            [untouched] = _best(torch.softmax(self._clip.logit_scale * cosines, dim=-1), names)
+            introduced = owner[ref.label]
+            examples.append(
+                {
+                    "image": _data_url(ref.read(), self._max_pixels),
+                    "label": ref.label,
+                    "task": history[introduced]["task"] if introduced < len(history) else task,
+                    "before": before[number],
+                    "after": after[number],
+                    "untouched": untouched,
+                }
+            )
+        return examples
+
+
+class _Images:
+    """Test images by number: where they are, the untouched model's embeddings, and tokens as far as they fit."""
+
+    def __init__(self, clip: Clip, batch_size: int, max_pixels: int, cache_bytes: int) -> None:
+        self.refs: list[ImageRef] = []
+        self.embeddings = torch.zeros(0, clip.embed_dim)
+        """float32 [n, D], L2-normalised, on the CPU."""
+        self._clip = clip
+        self._batch_size = batch_size
+        self._max_pixels = max_pixels
+        self._free_bytes = cache_bytes
+        self._tokens: dict[int, Tensor] = {}
+
+    def add(self, refs: Sequence[ImageRef]) -> list[int]:
+        """Decode and embed new images; gives the numbers of those that could be decoded, in order."""
+        first = len(self.refs)
+        embeddings = [self.embeddings]
+        for at in range(0, len(refs), self._batch_size):
+            part = refs[at : at + self._batch_size]
+            loaded = self._load(part)
+            for index, error in loaded.failed:
+                log.warning("test image %s of %r is left out: %s", part[index].key, part[index].label, error)
+            if not loaded.kept:
+                continue
+            tokens = loaded.tokens.batch(torch.arange(len(loaded.kept)))
+            embeddings.append(self._clip.encode_tokens(tokens).cpu())
+            if tokens.nbytes <= self._free_bytes:
+                self._free_bytes -= tokens.nbytes
+                self._tokens |= enumerate(tokens, len(self.refs))
+            self.refs += [part[index] for index in loaded.kept]
+        self.embeddings = torch.cat(embeddings)
+        return list(range(first, len(self.refs)))
+
+    def batches(self, numbers: Sequence[int]) -> Iterator[tuple[list[int], Tensor]]:
+        """(numbers, tokens [B, tokens, width] on the device) of the images asked for, in order."""
+        for at in range(0, len(numbers), self._batch_size):
+            part = list(numbers[at : at + self._batch_size])
+            absent = [number for number in part if number not in self._tokens]
+            again: dict[int, Tensor] = {}
+            if absent:
+                loaded = self._load([self.refs[number] for number in absent])
+                if loaded.failed:
+                    index, error = loaded.failed[0]
+                    raise EvaluationError(
+                        f"test image {self.refs[absent[index]].key} could be read before but not now: {error}"
+                    )
+                again = dict(zip(absent, loaded.tokens.batch(torch.arange(len(absent))), strict=True))
+            yield part, torch.stack([self._tokens[n] if n in self._tokens else again[n] for n in part])
+
+    def _load(self, refs: Sequence[ImageRef]) -> LoadedImages:
+        return load_tokens(
+            [ref.read for ref in refs],
+            self._clip,
+            max_pixels=self._max_pixels,
+            cache_bytes=sys.maxsize,  # a batch at a time, always in memory
+            scratch=Path(),
+        )
+
+
+def add_phase(report: dict[str, Any], phase: str, seconds: float) -> None:
+    """Note in a report of `Evaluator.after` how long a later phase took."""
+    report["seconds"][phase] = report["history"][-1]["seconds"][phase] = seconds
+
+
+def _refs(folder: ImageFolder, label: str, limit: int) -> list[ImageRef]:
+    """Images of the folder's classes that differ from `label` at most in case: streams keep the first spelling seen."""
+    same = [name for name in folder.classes if name.casefold() == label.casefold()]
+    return [ImageRef(label, f"{name}/{file.name}", file.read) for name in same for file in folder.images(name, limit)]
+
+
+def _accuracy(scores: Collection[Score]) -> float | None:
+    images = sum(count for _, count in scores)
+    return sum(right for right, _ in scores) / images if images else None
+
+
+def _best(probabilities: Tensor, names: Sequence[str]) -> list[Answer]:
+    top = probabilities.topk(min(3, len(names)), dim=1)
+    return [
+        [(names[i], score) for i, score in zip(row, scores, strict=True)]
+        for row, scores in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    ]
+
+
+def _gap(update: Update | None) -> dict[str, dict[str, float | None]]:
+    def values(name: str) -> dict[str, float | None]:
+        return {
+            "before": getattr(update.gap_before, name) if update else None,
+            "after": getattr(update.gap_after, name) if update else None,
+            "untouched": getattr(update.gap_untouched, name) if update else None,
+        }
+
+    return {
+        **{name: values(name) for name in ("positive", "negative", "centroid")},
+        "drift": {
+            "before": update.drift_before if update else None,
+            "after": update.drift_after if update else None,
+            "budget": update.budget if update else None,
+        },
+    }
+
+
+def _data_url(data: bytes, max_pixels: int) -> str:
+    image = decode(data, max_pixels)
+    image.thumbnail((EXAMPLE_PIXELS, EXAMPLE_PIXELS))
+    out = io.BytesIO()
+    image.save(out, "JPEG", quality=92, subsampling=0)
+    return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()
+
+
+def _finite(value: Any) -> Any:
+    """The same JSON-able value with None for what JSON has no number for."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
