@@ -49,7 +49,7 @@ class StatusServer:
             encode, kind = choose_encoder(accept)
             return HTTPStatus.OK, kind, encode(registry)
 
-        page = resources.files("exporter").joinpath("assets/status.html").read_bytes()
+        page = _page()
         routes: dict[str, Callable[[str], tuple[int, str, bytes]]] = {
             "/": lambda _: (HTTPStatus.OK, "text/html; charset=utf-8", page),
             "/metrics": metrics,
@@ -126,6 +126,15 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         log.debug(format, *args)
+
+
+def _page() -> bytes:
+    """The status page with its style and charts inside: one file, nothing fetched from elsewhere."""
+    assets = resources.files("exporter").joinpath("assets")
+    page = assets.joinpath("status.html").read_text(encoding="utf-8")
+    for name in ("look.css", "charts.js"):
+        page = page.replace(f"/* {name} */", assets.joinpath(name).read_text(encoding="utf-8"))
+    return page.encode()
 
 
 def _health(reasons: list[str]) -> tuple[int, str, bytes]:

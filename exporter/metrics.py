@@ -16,13 +16,16 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping
+from datetime import datetime
 from importlib import metadata
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Enum, Gauge, Histogram, Info, ProcessCollector
 
+from exporter.release import read as read_release
+
 STATES = ("starting", "recovering", "consuming", "training", "evaluating", "publishing", "paused", "draining", "failed")
-"""What the agent is doing; an update runs beside consuming, so it has the state of its phase."""
+"""What the agent does. Consuming goes on during an update, whose phase gives the state; draining stays to the end."""
 
 PHASES = ("decode", "train", "compensate", "evaluate", "export", "commit")
 
@@ -62,7 +65,7 @@ class Metrics:
         self._consumed = {"records": 0, "bytes": 0, "rejected": 0}
         self._seconds: deque[list[int]] = deque(maxlen=RATE_WINDOW_S)
         self._by_topic: dict[str, tuple[Counter, Counter]] = {}
-        """Children of the record and byte counters: looking them up costs more than counting, and every record counts."""
+        """Children of the record and byte counters, since looking one up costs more than counting."""
         self._last_rejected: deque[dict[str, Any]] = deque(maxlen=LAST_REJECTED)
         self._last_poll: float | None = None
         self._counted = {"tasks": 0.0, "training_samples": 0.0, "training_steps": 0.0}
@@ -199,7 +202,7 @@ class Metrics:
 
     def progressed(self, progress: Any) -> None:
         """News from the running update; sets the state to that of its phase."""
-        self.state(_STATE_OF_PHASE.get(progress.phase, "training"))
+        self._go_on(_STATE_OF_PHASE.get(progress.phase, "training"))
         self._epoch.set(progress.epoch)
         if progress.loss is not None:
             self._loss.set(progress.loss)
@@ -226,7 +229,7 @@ class Metrics:
         self._epoch.set(0)
         with self._lock:
             self._status["progress"] = None
-        self.state("consuming")
+        self._go_on("consuming")
 
     def restored(self, commit: Any) -> None:
         """The agent continues from `commit`."""
@@ -270,8 +273,11 @@ class Metrics:
                 "rejected": list(reversed(self._last_rejected)),
             }
 
+    def _go_on(self, state: str) -> None:
+        if self._status["state"] != "draining":
+            self.state(state)
+
     def _current(self, commit: Any) -> None:
-        report = commit.report
         self._commit.set(commit.number)
         self._classes.set(len(commit.classes))
         for partition, offset in commit.offsets.items():
@@ -284,9 +290,14 @@ class Metrics:
             total = commit.tasks if name == "tasks" else commit.totals.get(name, 0)
             counter.inc(max(0.0, total - self._counted[name]))
             self._counted[name] = max(total, self._counted[name])
-        self._set_report(report)
+        self._set_report(commit.report)
+        if commit.release is not None:
+            release = read_release(commit.release)
+            self._release_s.set(datetime.fromisoformat(release.created).timestamp())
+            self._parity.set(max(release.parity.embedding, release.parity.probabilities))
+            self._agreement.set(release.parity.top1)
         with self._lock:
-            self._status["report"] = dict(report)
+            self._status["report"] = dict(commit.report)
             self._status["commit"] = {"number": commit.number, "tasks": commit.tasks, "classes": len(commit.classes)}
 
     def _set_report(self, report: Mapping[str, Any]) -> None:
@@ -321,11 +332,6 @@ class Metrics:
                     "fusion": str(report.get("fusion")),
                 }
             )
-        release = report.get("release") or {}
-        parity = release.get("parity") or {}
-        _set(self._release_s, release.get("created"))
-        _set(self._parity, parity.get("max_abs_error"))
-        _set(self._agreement, parity.get("agreement"))
 
     def _set_gap(self, drift: float | None, budget: float | None) -> None:
         if drift is not None:

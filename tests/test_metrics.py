@@ -10,6 +10,9 @@ from prometheus_client.openmetrics.exposition import generate_latest
 
 from agent.values import Commit, GapStatistics, LateRejection, Outcome, Progress, Update
 from exporter.metrics import REASONS, STATES, Metrics
+from exporter.preprocess import Preprocess
+from exporter.release import Parity, Release
+from exporter.release import write as write_release
 from streams.record import Control, ControlKind, Partition, Reason, Record, Rejected
 
 PARTITION = Partition("birds", 0)
@@ -147,6 +150,27 @@ def test_a_commit_makes_its_report_current(metrics, registry, tmp_path):
     assert status["commit"]["number"] == 2
     assert status["report"]["last"] == 0.75
     assert status["rejected"][0]["reason"] == "undecodable"
+
+
+def test_while_draining_an_update_does_not_change_the_state(metrics, tmp_path):
+    metrics.state("draining")
+    metrics.progressed(Progress("train", task=1))
+    metrics.committed(commit(tmp_path), outcome(tmp_path))
+    assert metrics.status()["state"] == "draining"
+
+
+def test_the_parity_shown_is_that_of_the_release_that_serves(metrics, registry, tmp_path):
+    parity = Parity(3e-7, 2e-6, 2e-6, 0.9999999, 0.99, 68, (1, 3, 64), "CPUExecutionProvider")
+    preprocess = Preprocess(128, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    created = "2026-11-21T22:00:00+00:00"
+    release = Release(tmp_path, created, ("wren",), preprocess, {}, 20, 10, "fp32", parity, 1e-3, {}, {}, {})
+    write_release(release)
+
+    metrics.restored(commit(tmp_path, release=tmp_path))
+
+    assert registry.get_sample_value("gapstream_release_parity_max_abs_error") == 2e-6
+    assert registry.get_sample_value("gapstream_release_parity_agreement_ratio") == 0.99
+    assert registry.get_sample_value("gapstream_release_timestamp_seconds") == 1795298400
 
 
 def test_a_refused_release_is_counted_as_one(metrics, registry, tmp_path):
