@@ -42,12 +42,9 @@ class Spool:
         self.max_bytes = max_bytes
         self._folder = folder
         self._segment_bytes = segment_bytes
-        self._file: BinaryIO | None = None
-        self._path = folder
-        self._end = 0
+        self._segments: dict[Path, _Segment] = {}
+        self._open: _Segment | None = None
         self._number = 0
-        self._samples: Counter[Path] = Counter()
-        self._sizes: dict[Path, int] = {}
         self._bytes = 0
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -72,36 +69,32 @@ class Spool:
         """
         around = _NOTHING if record.raw is None else _pack(record.raw, record.image)
         try:
-            if self._file is None or self._end >= self._segment_bytes:
-                self._next_segment()
-            assert self._file is not None
-            self._file.write(record.image)
-            self._file.write(around)
+            segment = self._open
+            if segment is None or segment.bytes >= self._segment_bytes:
+                segment = self._next_segment()
+            segment.file.write(record.image)
+            segment.file.write(around)
         except OSError as error:
             raise self._error(error) from error
         length = len(record.image)
-        sample = Sample(record.label, record.partition, record.offset, self._path, self._end, length)
+        sample = Sample(record.label, record.partition, record.offset, segment.path, segment.bytes, length)
         stored = length + len(around)
-        self._end += stored
+        segment.bytes += stored
+        segment.samples += 1
         self._bytes += stored
-        self._samples[self._path] += 1
-        self._sizes[self._path] = self._end
         return sample
 
     def end_segment(self) -> None:
         """Hand everything appended to the operating system; the next sample begins a new segment."""
-        if self._file is None:
-            return
-        file, self._file = self._file, None
-        try:
-            file.close()
-        except OSError as error:
-            raise self._error(error) from error
+        segment, self._open = self._open, None
+        if segment is not None:
+            try:
+                segment.file.close()
+            except OSError as error:
+                raise self._error(error) from error
 
     def raw(self, sample: Sample) -> Raw:
         """The message the sample came in. For a record without `raw`: no key, no headers, the image as value."""
-        if self._file is not None and sample.path == self._path:
-            self._file.flush()
         after = sample.start + sample.length
         (size,) = _LENGTH.unpack(_read(sample.path, after, _LENGTH.size))
         image = sample.read()
@@ -111,34 +104,47 @@ class Spool:
 
     def release(self, samples: Iterable[Sample]) -> None:
         """Forget samples; segments left without one are deleted."""
-        self._samples.subtract(sample.path for sample in samples)
-        for path in [path for path, count in self._samples.items() if count <= 0]:
-            if path == self._path:
-                self.end_segment()
-            del self._samples[path]
-            self._bytes -= self._sizes.pop(path)
-            try:
-                path.unlink(missing_ok=True)
-            except OSError as error:
-                raise self._error(error) from error
+        for path, count in Counter(sample.path for sample in samples).items():
+            segment = self._segments[path]
+            segment.samples -= count
+            if not segment.samples:
+                self._delete(segment)
 
     def clear(self) -> None:
         """Forget every sample."""
-        self._samples = Counter(dict.fromkeys(self._samples, 0))
-        self.release(())
+        for segment in list(self._segments.values()):
+            self._delete(segment)
 
-    def _next_segment(self) -> None:
+    def _next_segment(self) -> _Segment:
         self.end_segment()
         self._number += 1
-        self._path = self._folder / f"{self._number:08d}.segment"
-        self._file = self._path.open("wb", buffering=2**20)
-        self._end = 0
+        path = self._folder / f"{self._number:08d}.segment"
+        self._open = self._segments[path] = _Segment(path, path.open("wb", buffering=2**20))
+        return self._open
+
+    def _delete(self, segment: _Segment) -> None:
+        if segment is self._open:
+            self.end_segment()
+        del self._segments[segment.path]
+        self._bytes -= segment.bytes
+        try:
+            segment.path.unlink(missing_ok=True)
+        except OSError as error:
+            raise self._error(error) from error
 
     def _error(self, error: OSError) -> SpoolError:
         return SpoolError(
             f"cannot keep samples in {self._folder}: {error.strerror or error}; make room there or lower"
             " spool.max_bytes and start again. Nothing is lost: records after the last commit are read again"
         )
+
+
+@dataclass(slots=True)
+class _Segment:
+    path: Path
+    file: BinaryIO
+    bytes: int = 0
+    samples: int = 0
 
 
 def _read(path: Path, start: int, length: int) -> bytes:
