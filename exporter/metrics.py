@@ -302,11 +302,10 @@ class Metrics:
 
     def _set_report(self, report: Mapping[str, Any]) -> None:
         matrix = report.get("matrix") or [[]]
-        earlier = [value for value in matrix[-1][:-1] if value is not None]
         scopes = {
             "all": report.get("last"),
             "new": matrix[-1][-1] if matrix[-1] else None,
-            "old": sum(earlier) / len(earlier) if earlier else None,
+            "old": report.get("old_classes", {}).get("after"),
             "zero_shot": report.get("zero_shot"),
             "predict_before_learn": report.get("predict_before_learn"),
         }

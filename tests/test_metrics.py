@@ -34,6 +34,7 @@ def report(**changes):
         "matrix": [[0.9, None], [0.8, 0.7]],
         "avg": 0.82,
         "last": 0.75,
+        "old_classes": {"before": 0.9, "after": 0.8},
         "forgetting": 0.1,
         "backward_transfer": -0.1,
         "zero_shot": 0.4,

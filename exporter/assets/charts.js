@@ -139,8 +139,8 @@ const gapstream = (() => {
     });
   }
 
-  // matrix[t][i]: accuracy on task i after task t, null where there is none; names: a word list per task for the tip.
-  function heatMap(box, matrix, names) {
+  // matrix[t][i]: accuracy on task i after task t, null where there is none; tasks: their numbers; names: their classes.
+  function heatMap(box, matrix, tasks, names) {
     const count = matrix.length;
     if (!count) { box.replaceChildren(html("p", "note", "Nothing learned yet.")); return; }
     responsive(box, width => {
@@ -151,8 +151,8 @@ const gapstream = (() => {
       const every = Math.ceil(26 / cell);
       for (let index = 0; index < count; index++) {
         if (index % every) continue;
-        svg.append(node("text", { x: edge.left + cell * (index + .5), y: 14, "text-anchor": "middle" }, index + 1));
-        svg.append(node("text", { x: edge.left - 10, y: edge.top + tall * (index + .5) + 4, "text-anchor": "end" }, index + 1));
+        svg.append(node("text", { x: edge.left + cell * (index + .5), y: 14, "text-anchor": "middle" }, tasks[index]));
+        svg.append(node("text", { x: edge.left - 10, y: edge.top + tall * (index + .5) + 4, "text-anchor": "end" }, tasks[index]));
       }
       matrix.forEach((row, task) => row.forEach((value, other) => {
         if (!known(value)) return;
@@ -162,7 +162,7 @@ const gapstream = (() => {
         if (cell > 30) group.append(node("text", { x: edge.left + cell * (other + .5), y: edge.top + tall * (task + .5) + 4, "text-anchor": "middle",
           style: `fill: ${value > .6 ? "var(--on-learned)" : "var(--ink)"}` }, Math.round(100 * value)));
         group.addEventListener("pointerenter", () => tip(box, edge.left + cell * (other + .5), edge.top + tall * task,
-          [`After task ${task + 1}, on task ${other + 1}: ${percent(value)}`, ...(names?.[other] ? [shortList(names[other])] : [])]));
+          [`After task ${tasks[task]}, on task ${tasks[other]}: ${percent(value)}`, shortList(names[other])]));
         group.addEventListener("pointerleave", () => tip(box));
         svg.append(group);
       }));
@@ -207,7 +207,7 @@ const gapstream = (() => {
       { name: "learned", color: "var(--learned)", values: history.map(entry => entry.accuracy) },
       { name: "untouched", color: "var(--untouched)", values: history.map(entry => entry.zero_shot), dash: "5 5" },
       { name: "before learning", color: "var(--before)", values: history.map(entry => entry.predict_before_learn), dash: "1 6" } ] });
-    if (boxes.matrix) heatMap(boxes.matrix, data.matrix || [], history.map(entry => entry.classes));
+    if (boxes.matrix) heatMap(boxes.matrix, data.matrix || [], x, history.map(entry => entry.classes));
     if (boxes.drift) lines(boxes.drift, { title: "gap drift over tasks", x, low: 0, axis: share, limit: known(data.gap?.drift?.budget) ? { name: "budget", value: data.gap.drift.budget } : undefined,
       series: [{ name: "drift", color: "var(--learned)", values: history.map(entry => gap(entry, "drift")) }] });
     if (boxes.similarity) lines(boxes.similarity, { title: "similarities over tasks", x, format: number, axis: value => value.toFixed(2), series: [
