@@ -6,18 +6,28 @@ the file. Relative paths in a file are relative to that file.
 
 from __future__ import annotations
 
-import os
+import difflib
+import json
 import tomllib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 ENV_PREFIX = "GAPSTREAM_"
 
 
 class ConfigError(Exception):
     """The configuration cannot be used; the message lists every mistake with the key's full name."""
+
+
+Unset = BeforeValidator(lambda value: None if value == "" else value)
+"""For keys whose default is None, which TOML cannot say: the empty string does."""
+
+MAYBE_PATH = "a path when it ends like a file"
+"""Metadata of a text key that may name a file, which is then relative to the configuration's folder."""
 
 
 class _Section(BaseModel):
@@ -35,15 +45,16 @@ class Model(_Section):
 
     name: str = "tinyclip"
     """`tinyclip` (bundled, offline) or any open_clip architecture with transformer towers, e.g. `ViT-B-16`."""
-    pretrained: str = ""
-    """open_clip tag (`openai`, `laion400m_e32`), or path of a local checkpoint (.safetensors, .pt, .bin). Empty only for tinyclip,
-    or `random` for random weights (benchmarks)."""
+    pretrained: Annotated[str, MAYBE_PATH] = ""
+    """open_clip tag (`openai`, `laion400m_e32`), path of a local checkpoint (.safetensors, .pt, .bin), or `random` for
+    random weights (benchmarks). Empty only for tinyclip."""
     prompt: Annotated[str, AfterValidator(_one_slot)] = "a good photo of a {}."
     """Sentence a class name is put into before the text tower reads it."""
     device: str = "auto"
     """`auto` (CUDA when there is one), `cpu`, `cuda`, `cuda:1`."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Arithmetic of training: `auto` is bf16 autocast on CUDA that has it, fp32 elsewhere (bitwise reproducible on CPU)."""
+    """Arithmetic of training: `auto` is bf16 autocast on CUDA that has it, `fp32` elsewhere (bitwise reproducible on a
+    CPU); `bf16` and `fp16` force autocast."""
     threads: int = Field(0, ge=0)
     """CPU threads of the trainer; 0 is all cores."""
 
@@ -51,17 +62,19 @@ class Model(_Section):
 class Archive(_Section):
     """The embedded stream: a folder or zip of `[split/]class name/image`."""
 
-    path: Path | Literal["bundled"] = "bundled"
+    path: Literal["bundled"] | Path = "bundled"
     """Folder or zip; `bundled` is the CIFAR-10 sample that comes with gapstream."""
     split: str = ""
     """Only paths below this first folder are the stream; empty: no split folder (or `train` when there is one)."""
     order: Literal["classes", "shuffled", "blurry"] = "classes"
-    """`classes`: class after class; `shuffled`: all mixed; `blurry`: class-incremental with `blur` of the records moved to other tasks."""
+    """`classes`: class after class; `shuffled`: all mixed; `blurry`: class-incremental with `blur` of the records moved
+    to other tasks."""
     classes_per_task: int = Field(2, ge=1)
-    """With `classes` and `blurry`: so many classes are interleaved before the next ones begin; a boundary mark follows each group."""
+    """With `classes` and `blurry`: so many classes are interleaved before the next ones begin; a boundary mark follows
+    each group."""
     class_order: tuple[str, ...] = ()
     """Class names in the order they appear; empty: drawn with `seed`."""
-    class_order_file: Path | None = None
+    class_order_file: Annotated[Path | None, Unset] = None
     """Text file with one class name a line, or JSON list; instead of `class_order`."""
     per_class: int = Field(0, ge=0)
     """Only the first so many images of a class (names sorted as text); 0 is all."""
@@ -98,7 +111,8 @@ class Task(_Section):
     bytes: int = Field(512 * 2**20, ge=0)
     """So many bytes of encoded images."""
     idle_s: float = Field(0, ge=0)
-    """So long nothing arrived (a task with at least one sample). Depends on the clock: off where runs must repeat exactly."""
+    """So long nothing arrived (a task with at least one sample). Depends on the clock: off where runs must repeat
+    exactly."""
     boundaries: bool = True
     """Boundary marks in the stream cut."""
     on_stop: Literal["keep", "learn"] = "keep"
@@ -107,7 +121,7 @@ class Task(_Section):
     @model_validator(mode="after")
     def _some_rule(self) -> Task:
         if not (self.new_classes or self.samples or self.bytes or self.idle_s or self.boundaries):
-            raise ValueError("no rule would ever cut a task; set one of new_classes, samples, bytes, idle_s, boundaries")
+            raise ValueError("no rule would ever cut; set one of new_classes, samples, bytes, idle_s, boundaries")
         return self
 
 
@@ -130,14 +144,16 @@ class MgClip(_Section):
     """MG-CLIP (arXiv 2507.09118)."""
 
     schedule: Literal["budget", "paper"] = "budget"
-    """`paper`: the first task fixes the number of epochs of all later ones. `budget`: every task may use `epochs`, and the drift is checked
-    after each; crossing `drift_budget` restores the last state inside it."""
+    """`paper`: the first task fixes the number of epochs of all later ones. `budget`: every task may use `epochs`, and
+    the drift is checked after each; crossing `drift_budget` restores the last state inside it."""
     epochs: int = Field(1, ge=1)
-    """Epochs of adapter training per task (`budget`), or at most so many on the first task (`paper`, where the paper uses 10)."""
+    """Epochs of adapter training per task (`budget`), or at most so many on the first task (`paper`, where the paper
+    uses 10)."""
     drift_budget: float = Field(0.25, gt=0)
     """Largest relative drift of the negative similarity (the paper's alpha is 0.1, relative to the negative mean)."""
     drift_relative_to: Literal["separation", "negative"] = "separation"
-    """Divisor of the drift: the untouched model's positive minus negative mean (well-conditioned), or its negative mean (paper)."""
+    """Divisor of the drift: `separation` is the untouched model's positive minus negative mean (well-conditioned),
+    `negative` its negative mean (paper)."""
     lr: float = Field(1e-3, gt=0)
     """Adam, of the adapters."""
     batch_size: int = Field(128, ge=1)
@@ -146,8 +162,8 @@ class MgClip(_Section):
     visual_epochs: int = Field(3, ge=0)
     visual_batch_size: int = Field(64, ge=1)
     fusion: Literal["calibrated", "faithful"] = "calibrated"
-    """How text and visual predictions are joined: `faithful` is the published code (text softmaxed twice, 1:4); `calibrated` sums
-    temperature-scaled probabilities once."""
+    """How text and visual predictions are joined: `faithful` is the published code (text softmaxed twice, 1:4);
+    `calibrated` sums temperature-scaled probabilities once."""
 
 
 class Method(_Section):
@@ -169,13 +185,13 @@ class Evaluation(_Section):
     """Share of the stream's samples kept from training to measure accuracy, chosen by hash of the image; 0: none."""
     holdout_per_class: int = Field(50, ge=0)
     """At most so many held-out samples of one class."""
-    test_archive: Path | Literal["bundled"] | None = None
+    test_archive: Annotated[Literal["bundled"] | Path | None, Unset] = None
     """Folder or zip with test images of the stream's classes, scored beside the hold-out."""
     test_split: str = ""
     """Split folder inside `test_archive`; empty: none (or `test`, then `val`, when there is one)."""
     test_per_class: int = Field(0, ge=0)
     """Only the first so many test images of a class; 0 is all."""
-    probe_archive: Path | None = None
+    probe_archive: Annotated[Path | None, Unset] = None
     """Folder or zip of classes that are never learned: zero-shot retention is measured on it."""
     probe_split: str = ""
     probe_per_class: int = Field(20, ge=0)
@@ -190,9 +206,11 @@ class Release(_Section):
     max_batch: int = Field(64, ge=4)
     """Largest batch the release is checked with."""
     parity_atol: float = Field(1e-3, gt=0)
-    """Largest difference between torch and onnxruntime in embeddings and probabilities; a release beyond it is refused."""
+    """Largest difference between torch and onnxruntime in embeddings and probabilities; a release beyond it is
+    refused."""
     max_old_class_drop: float = Field(0, ge=0, le=1)
-    """Gate: refuse a release whose accuracy on the classes before the task fell by more than this (0.05 is five points); 0: no gate."""
+    """Gate: refuse a release whose accuracy on the classes before the task fell by more than this (0.05 is five
+    points); 0: no gate."""
 
 
 class State(_Section):
@@ -201,6 +219,8 @@ class State(_Section):
     path: Path = Path("state")
     keep_commits: int = Field(3, ge=2)
     """Newest commits kept; older ones are deleted."""
+    dead_letter_bytes: int = Field(256 * 2**20, ge=2**20)
+    """Rejected records of an archive are kept in the folder `dead_letters`, about the newest so many bytes."""
 
 
 class Agent(_Section):
@@ -236,3 +256,198 @@ class Config(_Section):
     state: State = State()
     agent: Agent = Agent()
     http: Http = Http()
+
+
+def load(path: Path | None, env: Mapping[str, str], overrides: Mapping[str, str] | None = None) -> Config:
+    """The configuration from a TOML file, over it GAPSTREAM_* variables, over them `overrides` (full key -> text).
+
+    Without a file every key has its default. Text from `env` and `overrides` is read as the key's type; a list is
+    written as in TOML. Raises ConfigError that lists every mistake.
+    """
+    mistakes: list[str] = []
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    if path is not None:
+        values = _read_toml(path, mistakes)
+        _resolve_paths(values, Config, path.absolute().parent)
+    for variable, text in sorted(env.items()):
+        if variable.startswith(ENV_PREFIX):
+            key = variable.removeprefix(ENV_PREFIX).lower().replace("__", ".")
+            _set(values, origins, key, text, variable, mistakes)
+    for key, text in (overrides or {}).items():
+        _set(values, origins, key, text, f"{key}={text}", mistakes)
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        mistakes += _explain(error, origins)
+    if mistakes:
+        where = f" in {path}" if path else ""
+        raise ConfigError("\n  ".join([f"the configuration{where} has {len(mistakes)} mistake(s):", *mistakes]))
+    return config
+
+
+def resolved(config: Config) -> dict[str, Any]:
+    """Every key with its value, JSON-able, secrets masked."""
+    return config.model_dump(mode="json")
+
+
+def to_toml(config: Config, documented: bool = False) -> str:
+    """`config` as a file that `load` reads back (but for masked secrets); with `documented` each key is explained."""
+    lines: list[str] = []
+
+    def write(section: type[BaseModel], values: Mapping[str, Any], prefix: str) -> None:
+        fields = section.model_fields
+        if prefix:
+            lines.extend(["", *(_comment(section.__doc__) if documented else []), f"[{prefix}]"])
+        for name, field in fields.items():
+            if not _is_section(field):
+                if documented:
+                    lines.extend(_comment(field.description, field))
+                lines.append(f"{name} = {_toml_value(values[name])}")
+        for name, field in fields.items():
+            if _is_section(field):
+                write(_section(field), values[name], f"{prefix}.{name}".lstrip("."))
+
+    if documented:
+        lines += _comment(_EXAMPLE_HEAD)
+    write(Config, resolved(config), "")
+    return "\n".join(lines).lstrip("\n") + "\n"
+
+
+_EXAMPLE_HEAD = """Every key of gapstream with its default. Delete what you do not change; run with
+
+    gapstream run --config gapstream.toml
+
+The environment wins over this file: GAPSTREAM_TASK__SAMPLES=100 is samples under [task]. Relative paths are relative
+to this file. All mistakes are reported at once; `gapstream config` prints what is in force."""
+
+
+def _is_section(field: FieldInfo) -> bool:
+    return isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+
+
+def _section(field: FieldInfo) -> type[BaseModel]:
+    assert isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+    return field.annotation
+
+
+def _leaves(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Full name and field of every key below `section`."""
+    for name, field in section.model_fields.items():
+        if _is_section(field):
+            yield from _leaves(_section(field), f"{prefix}{name}.")
+        else:
+            yield prefix + name, field
+
+
+def _read_toml(path: Path, mistakes: list[str]) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        mistakes.append(f"{path} cannot be read: {error.strerror or error}")
+    except UnicodeDecodeError as error:
+        mistakes.append(f"{path} is not UTF-8: {error}")
+    except tomllib.TOMLDecodeError as error:
+        mistakes.append(f"{path} is not TOML: {error}")
+    return {}
+
+
+def _resolve_paths(values: dict[str, Any], section: type[BaseModel], base: Path) -> None:
+    for name, field in section.model_fields.items():
+        value = values.get(name)
+        if _is_section(field):
+            if isinstance(value, dict):
+                _resolve_paths(value, _section(field), base)
+        elif isinstance(value, str) and value not in _literals(field.annotation) and _names_a_file(field, value):
+            values[name] = str(base / value)
+
+
+def _names_a_file(field: FieldInfo, value: str) -> bool:
+    if MAYBE_PATH in field.metadata:
+        return Path(value).suffix in (".safetensors", ".pt", ".bin")
+    return bool(value) and Path in (field.annotation, *get_args(field.annotation))
+
+
+def _literals(annotation: Any) -> tuple[Any, ...]:
+    if get_origin(annotation) is Literal:
+        return get_args(annotation)
+    return tuple(value for part in get_args(annotation) for value in _literals(part))
+
+
+def _set(
+    values: dict[str, Any], origins: dict[str, str], key: str, text: str, origin: str, mistakes: list[str]
+) -> None:
+    """Put the text of one variable or override where its key is."""
+    if key not in dict(_leaves()):
+        mistakes.append(f"{origin}: there is no key {key}{_did_you_mean(key)}")
+        return
+    *sections, name = key.split(".")
+    for section in sections:
+        inner = values.setdefault(section, {})
+        if not isinstance(inner, dict):
+            return  # the file has a value where a section belongs, which is a mistake of its own
+        values = inner
+    origins[key] = origin
+    values[name] = text
+    if text.startswith("["):
+        try:
+            values[name] = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            mistakes.append(f"{origin}: {text} is not a list as TOML has it, like [\"cat\", \"dog\"]")
+
+
+def _explain(error: ValidationError, origins: Mapping[str, str]) -> list[str]:
+    """One line for each key; a key of several types has one error for each of them."""
+    found: dict[str, list[str]] = {}
+    for detail in error.errors(include_url=False):
+        key, known = _full_name(detail["loc"])
+        where = f"{key} ({origins[key]})" if key in origins else key
+        if detail["type"] == "extra_forbidden" and not known:
+            text = f"there is no such key{_did_you_mean(key)}"
+        elif detail["type"] == "value_error":
+            text = str(detail["ctx"]["error"])
+        else:
+            text = f"got {detail['input']!r}, expected: {detail['msg'].removeprefix('Input should be ')}"
+        found.setdefault(where, []).append(text)
+    lines = []
+    for where, texts in found.items():
+        first, *others = dict.fromkeys(texts)
+        lines.append(f"{where}: {first}" + "".join(f" or {other.partition('expected: ')[2]}" for other in others))
+    return lines
+
+
+def _full_name(location: tuple[int | str, ...]) -> tuple[str, bool]:
+    """The key a validation error is about, without pydantic's marks for parts of a union, and whether it exists."""
+    names: list[str] = []
+    section: type[BaseModel] = Config
+    for part in location:
+        field = section.model_fields.get(str(part))
+        names.append(str(part))
+        if field is None:
+            return ".".join(names), False
+        if not _is_section(field):
+            break
+        section = _section(field)
+    return ".".join(names), True
+
+
+def _did_you_mean(key: str) -> str:
+    keys = [name for name, _ in _leaves()]
+    last = key.rpartition(".")[2]
+    same_name = [name for name in keys if name.rpartition(".")[2] == last or name.replace(".", "_") == key]
+    close = same_name or difflib.get_close_matches(key, keys, n=1, cutoff=0.7)
+    return f"; did you mean {' or '.join(close)}?" if close else ""
+
+
+def _comment(text: str | None, field: FieldInfo | None = None) -> list[str]:
+    lines = [line.strip() for line in (text or "").strip().splitlines()]
+    choices = _literals(field.annotation) if field else ()
+    if len(choices) > 1 and not all(f"`{choice}`" in (text or "") for choice in choices):
+        lines.append("One of: " + ", ".join(map(str, choices)))
+    return [f"# {line}".rstrip() for line in lines]
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(_toml_value, value))}]"
+    return json.dumps("" if value is None else value, ensure_ascii=False)

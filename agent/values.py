@@ -117,3 +117,5 @@ class Commit:
     report: Mapping[str, Any]
     release: Path | None
     """Folder of the release that serves at this commit (perhaps an earlier one, linked); None before the first."""
+    seen: tuple[str, ...] = ()
+    """Class names of all tasks that are over, also those of which nothing was learned: the cutting rule knows them."""

@@ -56,6 +56,7 @@ class StreamError(Exception):
     ├── PositionError       a commit's offsets do not fit this stream (another archive, order, topic, retention)
     ├── SpoolError          samples cannot be kept on disk (full, read-only)
     └── DeadLetterError     a rejected record could not be set aside
+        └── DeadLetterDelayed       not yet: what holds it up may pass, and `flush` may be called again
     """
 
 
@@ -69,3 +70,6 @@ class SpoolError(StreamError): ...
 
 
 class DeadLetterError(StreamError): ...
+
+
+class DeadLetterDelayed(DeadLetterError): ...

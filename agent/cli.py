@@ -1,0 +1,273 @@
+"""The command `gapstream`: wires the parts, installs signals, picks the exit code. Nothing heavy is imported here.
+
+Exit codes: 0 done, 1 stopped by an error, 2 wrong usage, 78 wrong configuration (RestartPreventExitStatus of systemd).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from agent.config import Config, ConfigError, load, resolved, to_toml
+
+if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry
+
+    from agent.values import Commit
+    from exporter.metrics import Metrics
+    from streams.source import DeadLetters, Source
+
+log = logging.getLogger(__name__)
+
+EXIT_ERROR = 1
+EXIT_CONFIG = 78
+STALLED_S = 30
+"""A loop that was silent for so long is not alive."""
+
+
+def _no_arguments(parser: argparse.ArgumentParser) -> None:
+    pass
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file; without one every key has its default")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="one key, e.g. task.samples=1000; wins over file and environment; may be repeated",
+    )
+
+
+def _add_config_command(parser: argparse.ArgumentParser) -> None:
+    _add_config(parser)
+    parser.add_argument("--example", action="store_true", help="every key with its default, explained")
+
+
+def _add_predict(parser: argparse.ArgumentParser) -> None:
+    _add_config(parser)
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
+    parser.add_argument("--model", type=Path, metavar="FOLDER", help="a release or state folder, instead of state.path")
+    parser.add_argument("--top", type=int, default=5, metavar="K", help="answers for each image (%(default)s)")
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    _add_config(parser)
+    parser.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE", help="(%(default)s)")
+
+
+COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], str]] = {
+    "run": ("learn a stream until it ends or SIGTERM comes", _add_config, "agent.cli:run_command"),
+    "demo": ("learn the bundled stream and look at the result", _no_arguments, "agent.demo:demo_command"),
+    "predict": ("classify images with the current release", _add_predict, "agent.cli:predict_command"),
+    "report": ("write report.html from a state folder", _add_report, "agent.cli:report_command"),
+    "config": ("print the configuration in force", _add_config_command, "agent.cli:config_command"),
+}
+"""Name -> (help, adds the arguments, "module:function"). The function takes the parsed arguments and returns the exit
+code; its module is imported when the command is chosen. ConfigError becomes exit code 78, any other exception class of
+this project one line and exit code 1."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code. Wrong usage raises SystemExit(2), as argparse does."""
+    parser = argparse.ArgumentParser(prog="gapstream", description="Continual learning of CLIP on image streams.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, (text, add_arguments, function) in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text)
+        add_arguments(command)
+        command.set_defaults(function=function)
+    chosen = parser.parse_args(arguments)
+    module, _, attribute = chosen.function.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)(chosen) or 0
+    except ConfigError as error:
+        print(f"gapstream: {error}", file=sys.stderr)
+        return EXIT_CONFIG
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except BrokenPipeError:  # the reader of our output has gone, as in `gapstream config | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_ERROR
+    except Exception as error:
+        package = type(error).__module__.partition(".")[0]
+        if package not in ("agent", "exporter", "streams") and not isinstance(error, OSError):
+            raise
+        print(f"gapstream: {error}", file=sys.stderr)
+        return EXIT_ERROR
+
+
+def config_from(arguments: argparse.Namespace) -> Config:
+    """The configuration of a command that has --config and --set. Raises ConfigError."""
+    overrides = {}
+    for text in arguments.set:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {text}: expected KEY=VALUE, e.g. task.samples=1000")
+        overrides[key] = value
+    return load(arguments.config, os.environ, overrides)
+
+
+def run_command(arguments: argparse.Namespace) -> None:
+    config = config_from(arguments)
+    log_to_stderr(config)
+    stop = threading.Event()
+    with stop_on_signals(stop):
+        run_agent(config, stop)
+
+
+def config_command(arguments: argparse.Namespace) -> None:
+    config = Config() if arguments.example else config_from(arguments)
+    print(to_toml(config, documented=arguments.example), end="")
+
+
+def predict_command(arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from exporter.runtime import Classifier
+
+    classifier = Classifier(arguments.model or config_from(arguments).state.path)
+    predictions = classifier.classify([path.read_bytes() for path in arguments.images], top=arguments.top)
+    table = Table("image", "class", "score")
+    for path, prediction in zip(arguments.images, predictions, strict=True):
+        for rank, (label, score) in enumerate(zip(prediction.labels, prediction.scores, strict=True)):
+            table.add_row("" if rank else str(path), label, f"{score:.1%}")
+        table.add_section()
+    Console().print(table)
+
+
+def report_command(arguments: argparse.Namespace) -> None:
+    from agent.report import write_report
+
+    write_report(config_from(arguments).state.path, arguments.out)
+    print(f"wrote {arguments.out}")
+
+
+def run_agent(
+    config: Config,
+    stop: threading.Event,
+    make_metrics: Callable[[CollectorRegistry], Metrics] | None = None,
+    learner: str | None = None,
+) -> Commit | None:
+    """Run an agent until its stream ends or `stop` is set; returns its last commit.
+
+    `make_metrics` builds what is told of everything that happens (exporter.metrics.Metrics by default, a subclass to
+    watch), `learner` names the class that learns (agent.trainer:Learner by default). Raises StreamError, StateError,
+    AgentError, and OSError when the HTTP address cannot be had.
+    """
+    from prometheus_client import CollectorRegistry
+
+    from agent.commits import CommitStore
+    from agent.pipeline import Pipeline, Rules, resume
+    from agent.worker import TRAINER, ProcessWorker
+    from exporter.http import StatusServer
+    from exporter.metrics import Metrics
+    from streams.buffer import CutRule, TaskBuffer
+    from streams.spool import Spool
+
+    registry = CollectorRegistry()
+    metrics = (make_metrics or Metrics)(registry)
+    with contextlib.ExitStack() as parts:
+        commits = CommitStore(config.state.path, config.state.keep_commits)
+        parts.callback(commits.close)
+        commits.lock()
+        source, dead_letters = open_stream(config)
+        parts.callback(source.close)
+        parts.callback(dead_letters.close)
+        commit = resume(commits, source)
+        if commit is not None:
+            log.info("continuing from commit %06d: %d classes learned", commit.number, len(commit.classes))
+            metrics.restored(commit)
+        spool = Spool(config.state.path / "spool", config.spool.max_bytes)
+        rule = CutRule(**config.task.model_dump(exclude={"on_stop"}))
+        known, done, offsets = (commit.seen, commit.tasks, commit.offsets) if commit else ((), 0, {})
+        worker = ProcessWorker(config, learner or TRAINER)
+        pipeline = Pipeline(
+            source=source,
+            buffer=TaskBuffer(rule, spool, known, done + 1, offsets),
+            spool=spool,
+            worker=worker,
+            commits=commits,
+            dead_letters=dead_letters,
+            metrics=metrics,
+            stop=stop,
+            rules=Rules(
+                poll_timeout_s=config.agent.poll_timeout_s,
+                learn_at_end=config.source.archive.on_end == "learn",
+                learn_at_stop=config.task.on_stop == "learn",
+                quarantine=config.agent.on_task_failure == "quarantine",
+                stop_timeout_s=config.agent.stop_timeout_s,
+            ),
+            config=resolved(config),
+            commit=commit,
+        )
+        if config.http.enabled:
+            server = StatusServer(
+                config.http.host,
+                config.http.port,
+                registry,
+                live=lambda: _why_not_alive(metrics.status()),
+                ready=lambda: _why_not_ready(worker.ready, pipeline.commit),
+                status=metrics.status,
+            )
+            parts.callback(server.stop)
+            server.start()
+            log.info("metrics and status page on http://%s:%d/", config.http.host, server.port)
+        return pipeline.run()
+
+
+def open_stream(config: Config) -> tuple[Source, DeadLetters]:
+    """The configured source, and where its rejected records go. Raises StreamError."""
+    from streams.archive import ArchiveSource
+    from streams.dead_letters import FileDeadLetters
+
+    limits = config.source.model_dump(include={"max_image_bytes", "max_image_pixels", "max_label_chars"})
+    source = ArchiveSource(**config.source.archive.model_dump(exclude={"on_end"}), **limits)
+    return source, FileDeadLetters(config.state.path / "dead_letters", config.state.dead_letter_bytes)
+
+
+def log_to_stderr(config: Config) -> None:
+    from agent.worker import LOG_FORMAT
+
+    logging.basicConfig(level=config.agent.log_level, format=LOG_FORMAT)
+
+
+@contextlib.contextmanager
+def stop_on_signals(stop: threading.Event) -> Iterator[None]:
+    """SIGTERM and SIGINT set `stop`; a second one ends the process at once, which loses nothing either."""
+
+    def handle(number: int, _: Any) -> None:
+        if stop.is_set():
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        stop.set()
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _why_not_alive(status: dict[str, Any]) -> list[str]:
+    last = status["stream"]["last_poll"] or status["started"]
+    silent = status["now"] - last
+    return [f"the source was last polled {silent:.0f} s ago, expected every few seconds"] if silent > STALLED_S else []
+
+
+def _why_not_ready(trainer_ready: bool, commit: Commit | None) -> list[str]:
+    reasons = [] if trainer_ready else ["the trainer is being set up"]
+    if commit is None or commit.release is None:
+        reasons.append("nothing is released yet; the first release comes with the first learned task")
+    return reasons

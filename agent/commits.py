@@ -1,0 +1,394 @@
+"""The state folder: finds the commit to continue from, and makes the next one current by a single rename.
+
+    state/lock                  held by the one agent that may write here
+    state/CURRENT               symlink to commits/000042, replaced by one rename: the truth
+    state/commits/000042/       manifest.json (written last), learner.*, report.json, release/, holdout/
+    state/commits/*.staging     being written; swept at the next start, like commits newer than CURRENT
+    state/commits/*.damaged     a commit that failed its check, set aside for whoever wants to look
+
+A folder holds a commit only if its manifest is intact and names every other file with size and sha256.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import IO, Any
+
+from agent.values import Commit, Outcome
+from streams.record import Offsets, Partition
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+_PACKAGES = (
+    "gapstream", "torch", "open_clip_torch", "timm", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy",
+)  # fmt: skip
+_NUMBER = re.compile(r"\d{6,}")
+
+Files = Mapping[str, tuple[int, str]]
+"""Path relative to the commit's folder -> (size in bytes, sha256)."""
+
+
+_RELEASE = "release/"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a commit records beside the outcome."""
+
+    fingerprint: str
+    """Of the source."""
+    classes: tuple[str, ...]
+    """Of the task."""
+    totals: Mapping[str, float]
+    config: Mapping[str, Any]
+    """Resolved, secrets masked."""
+
+
+class StateError(Exception):
+    """The state folder cannot be used; the message says what to do.
+
+    StateError
+    └── StateLocked      another agent works on it
+    """
+
+
+class StateLocked(StateError): ...
+
+
+class _Damaged(Exception):
+    """Why a commit's folder cannot be trusted."""
+
+
+def seal(folder: Path) -> dict[str, tuple[int, str]]:
+    """Hash every file below `folder` and force files and folders to the disk.
+
+    Returns relative path -> (size, sha256), ready for an Outcome. Raises StateError for anything that is neither a
+    file nor a folder, and OSError when the disk refuses.
+    """
+    files: dict[str, tuple[int, str]] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            raise StateError(f"{path} is neither a file nor a folder; a commit holds nothing else")
+        if path.is_file():
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+                os.fsync(file.fileno())
+            files[path.relative_to(folder).as_posix()] = (path.stat().st_size, digest)
+    _sync_folders(folder)
+    return files
+
+
+@dataclass(frozen=True)
+class _Known:
+    commit: Commit
+    files: Files
+
+
+class CommitStore:
+    """Owns a state folder: its lock, its commits, and which of them is current. One thread."""
+
+    def __init__(self, path: Path, keep: int) -> None:
+        self.path = path.absolute()
+        self._commits = self.path / "commits"
+        self._pointer = self.path / "CURRENT"
+        self._keep = keep
+        self._lock: IO[str] | None = None
+        self._last: _Known | None = None
+
+    def lock(self) -> None:
+        """Become the only agent on this folder, creating it when needed, until `close` or the end of the process.
+
+        Raises StateLocked when another agent has it, StateError when it cannot be written.
+        """
+        with self._writing():
+            self._commits.mkdir(parents=True, exist_ok=True)
+            file = (self.path / "lock").open("a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            owner = file.read().strip() or "unknown"
+            file.close()
+            raise StateLocked(
+                f"{self.path} is in use by another agent (process {owner}); stop it first, or give this one a folder "
+                "of its own with state.path"
+            ) from error
+        with self._writing():
+            file.truncate(0)
+            file.write(f"{os.getpid()}\n")
+            file.flush()
+        self._lock = file
+
+    def close(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def current(self) -> Commit | None:
+        """The commit to continue from, every file verified; None in a new folder.
+
+        A damaged commit is set aside and the newest intact one before it becomes current, with its own offsets: what
+        was learned since is learned again. Without CURRENT (a copy that lost its symlinks) the newest intact commit is
+        taken. Raises StateError when there are commits and none is intact.
+        """
+        numbers = sorted(self._numbers(), reverse=True)
+        target = self._target()
+        damaged: list[str] = []
+        for number in numbers:
+            if target is not None and number > target:
+                continue
+            try:
+                known = self._read(number)
+            except _Damaged as reason:
+                log.error("commit %06d is damaged (%s); trying the one before it", number, reason)
+                damaged.append(f"{number:06d}: {reason}")
+                self._set_aside(number)
+                continue
+            if number != target:
+                log.warning("continuing from commit %06d; what was learned after it will be learned again", number)
+                with self._writing():
+                    self._point(number)
+            self._last = known
+            return known.commit
+        if damaged or target is not None:
+            raise StateError(
+                f"no commit in {self._commits} is intact ({'; '.join(damaged) or f'{target:06d} is missing'}); restore "
+                "the folder from a backup, or move it away to begin again from the start of the stream"
+            )
+        return None
+
+    def sweep(self) -> None:
+        """Delete what a killed agent left: unfinished folders, and commits that never became current."""
+        target = self._target()
+        with self._writing():
+            (self.path / "CURRENT.new").unlink(missing_ok=True)
+            for folder in [*self._commits.glob("*.staging"), *self._commits.glob("*.pruned")]:
+                shutil.rmtree(folder)
+            for number in self._numbers():
+                if target is not None and number > target:
+                    self._delete(number)
+
+    def stage(self) -> Path:
+        """An empty folder for the next commit; an earlier one that was not committed is emptied."""
+        staging = self._folder(self._next).with_suffix(".staging")
+        with self._writing():
+            if staging.exists():
+                shutil.rmtree(staging)
+            staging.mkdir()
+        return staging
+
+    def commit(self, outcome: Outcome, facts: Facts) -> Commit:
+        """Make `outcome` the current commit; from the return on, a crash continues from here.
+
+        `outcome.staging` is the folder `stage` gave, sealed. When it has no `release/`, the release of the commit
+        before serves on. Raises StateError when the folder is not what the outcome says or the disk refuses; nothing
+        changed then.
+        """
+        files = dict(outcome.files)
+        if self._last and not any(name.startswith(_RELEASE) for name in files):
+            files |= self._link(
+                outcome.staging, {name: file for name, file in self._last.files.items() if name.startswith(_RELEASE)}
+            )
+        return self._publish(outcome.staging, files, outcome.next_offsets, outcome.task, outcome.classes, facts)
+
+    def carry(self, offsets: Offsets, task: int, facts: Facts) -> Commit:
+        """Commit `offsets` with nothing newly learned: all else is the commit before, linked.
+
+        `task` is the number of the last task that is over, learned or not.
+        """
+        staging = self.stage()
+        files = self._link(staging, self._last.files) if self._last else {}
+        return self._publish(staging, files, offsets, task, self._last.commit.classes if self._last else (), facts)
+
+    def _publish(
+        self, staging: Path, files: Files, offsets: Offsets, tasks: int, classes: tuple[str, ...], facts: Facts
+    ) -> Commit:
+        number = self._next
+        seen = dict.fromkeys([*(self._last.commit.seen if self._last else ()), *facts.classes])
+        body = {
+            "format": FORMAT,
+            "number": number,
+            "parent": self._last.commit.number if self._last else None,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "offsets": sorted([partition.topic, partition.number, offset] for partition, offset in offsets.items()),
+            "fingerprint": facts.fingerprint,
+            "classes": list(classes),
+            "seen": list(seen),
+            "tasks": tasks,
+            "totals": dict(facts.totals),
+            "files": {name: list(entry) for name, entry in sorted(files.items())},
+            "config": dict(facts.config),
+            "versions": _versions(),
+        }
+        with self._writing():
+            _check_present(staging, files)
+            with (staging / MANIFEST).open("w", encoding="utf-8") as file:
+                json.dump(body | {"sha256": _digest(body)}, file, indent=1)
+                file.flush()
+                os.fsync(file.fileno())
+            _sync_folders(staging)
+            staging.rename(self._folder(number))
+            _sync(self._commits)
+            self._point(number)
+            self._last = _Known(self._describe(number, body), files)
+            for old in sorted(self._numbers())[: -self._keep]:
+                self._delete(old)
+        return self._last.commit
+
+    def _read(self, number: int) -> _Known:
+        folder = self._folder(number)
+        try:
+            body = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            expected = body.pop("sha256")
+        except (OSError, ValueError, AttributeError, KeyError) as error:
+            raise _Damaged(f"{MANIFEST}: {error!r}") from error
+        if _digest(body) != expected:
+            raise _Damaged(f"{MANIFEST} does not have the checksum it carries")
+        if body["format"] != FORMAT:
+            raise StateError(
+                f"{folder / MANIFEST} has format {body['format']}, this version of gapstream reads {FORMAT}; "
+                "use the version that wrote it, or another state.path"
+            )
+        files = {name: (size, digest) for name, (size, digest) in body["files"].items()}
+        for name, (size, digest) in files.items():
+            try:
+                with (folder / name).open("rb") as file:
+                    found = hashlib.file_digest(file, "sha256").hexdigest()
+            except OSError as error:
+                raise _Damaged(f"{name}: {error.strerror}") from error
+            if found != digest:
+                raise _Damaged(f"{name} has sha256 {found[:12]}..., expected {digest[:12]}... and {size} bytes")
+        return _Known(self._describe(number, body), files)
+
+    def _describe(self, number: int, body: Mapping[str, Any]) -> Commit:
+        folder = self._folder(number)
+        report = folder / "report.json"
+        return Commit(
+            number=number,
+            path=folder,
+            offsets={Partition(topic, partition): offset for topic, partition, offset in body["offsets"]},
+            fingerprint=body["fingerprint"],
+            classes=tuple(body["classes"]),
+            tasks=body["tasks"],
+            totals=body["totals"],
+            report=json.loads(report.read_text(encoding="utf-8")) if "report.json" in body["files"] else {},
+            release=folder / "release" if any(name.startswith(_RELEASE) for name in body["files"]) else None,
+            seen=tuple(body["seen"]),
+        )
+
+    def _link(self, staging: Path, files: Files) -> Files:
+        """The last commit's `files` in `staging` too: hard links, or copies where the file system has none."""
+        assert self._last is not None
+        with self._writing():
+            for name in files:
+                source, target = self._last.commit.path / name, staging / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    target.hardlink_to(source)
+                except OSError:
+                    shutil.copyfile(source, target)
+                    _sync(target)
+        return files
+
+    def _point(self, number: int) -> None:
+        new = self.path / "CURRENT.new"
+        new.unlink(missing_ok=True)
+        new.symlink_to(Path("commits") / f"{number:06d}")
+        new.replace(self._pointer)
+        _sync(self.path)
+
+    def _target(self) -> int | None:
+        """Number CURRENT names, whether or not that commit is there."""
+        try:
+            name = self._pointer.readlink().name
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise StateError(
+                f"{self._pointer} is not a symlink; delete it, and the newest intact commit will be taken"
+            ) from error
+        if not _NUMBER.fullmatch(name):
+            raise StateError(f"{self._pointer} names {name!r}, not a commit; delete it to take the newest intact one")
+        return int(name)
+
+    def _set_aside(self, number: int) -> None:
+        aside = self._folder(number).with_suffix(".damaged")
+        with self._writing():
+            if aside.exists():
+                shutil.rmtree(aside)
+            self._folder(number).rename(aside)
+
+    def _delete(self, number: int) -> None:
+        """In two steps, so that a folder with a commit's name is never half deleted."""
+        doomed = self._folder(number).with_suffix(".pruned")
+        self._folder(number).rename(doomed)
+        shutil.rmtree(doomed)
+
+    def _numbers(self) -> list[int]:
+        return [int(path.name) for path in self._commits.glob("*") if _NUMBER.fullmatch(path.name)]
+
+    def _folder(self, number: int) -> Path:
+        return self._commits / f"{number:06d}"
+
+    @property
+    def _next(self) -> int:
+        return self._last.commit.number + 1 if self._last else 1
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise StateError(
+                f"cannot write the state folder {self.path}: {error.strerror or error} ({error.filename}); nothing new "
+                "is committed; make it writable or free some space, then start again"
+            ) from error
+
+
+def _check_present(folder: Path, files: Files) -> None:
+    present = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    expected = {name: size for name, (size, _) in files.items()}
+    if present != expected:
+        differing = sorted(name for name, _ in set(present.items()) ^ set(expected.items()))
+        raise StateError(f"{folder} is not what was sealed (differing: {', '.join(differing)}); nothing was committed")
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    """Read from the installed packages' metadata: importing torch for its number would cost seconds."""
+    found = {}
+    for name in _PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def _sync_folders(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        if path.is_dir():
+            _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
