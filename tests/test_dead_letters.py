@@ -1,0 +1,107 @@
+"""Rejected records end up in bounded files that say what came, from where and why."""
+
+import base64
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from streams.dead_letters import FileDeadLetters
+from streams.record import Partition, Raw, Reason, Rejected
+from streams.source import DeadLetterError
+
+
+def rejected(offset: int = 0, raw: Raw | None = None) -> Rejected:
+    return Rejected(Partition("images", 0), offset, Reason.TRUNCATED, "cat/1.jpg: ends early", raw)
+
+
+def letters(folder: Path) -> list[dict]:
+    return [json.loads(line) for file in sorted(folder.glob("*.jsonl")) for line in file.read_text().splitlines()]
+
+
+def test_a_letter_repeats_the_message_and_says_why(tmp_path):
+    dead = FileDeadLetters(tmp_path / "dead", max_bytes=2**20)
+    dead.put(rejected(7, Raw(b"key", b"\xff\xd8half", (("label", b"cat"), ("gone", None)))))
+    dead.put(rejected(8))
+    dead.flush(timeout_s=1)
+
+    first, second = letters(tmp_path / "dead")
+    assert first.pop("time").endswith("+00:00")
+    assert first == {
+        "topic": "images",
+        "partition": 0,
+        "offset": 7,
+        "reason": "truncated",
+        "detail": "cat/1.jpg: ends early",
+        "key": base64.b64encode(b"key").decode(),
+        "value": base64.b64encode(b"\xff\xd8half").decode(),
+        "headers": [["label", base64.b64encode(b"cat").decode()], ["gone", None]],
+    }
+    assert second["offset"] == 8 and "value" not in second
+
+
+def test_a_value_beyond_the_bound_is_described(tmp_path):
+    value = os.urandom(100_000)
+    dead = FileDeadLetters(tmp_path, max_bytes=100_000)
+    dead.put(rejected(raw=Raw(None, value)))
+    dead.flush(timeout_s=1)
+    (letter,) = letters(tmp_path)
+    assert "value" not in letter
+    assert (letter["value_bytes"], letter["value_sha256"]) == (100_000, hashlib.sha256(value).hexdigest())
+
+
+def test_the_newest_letters_stay_within_the_bound(tmp_path):
+    dead = FileDeadLetters(tmp_path, max_bytes=80_000)
+    for offset in range(1000):
+        dead.put(rejected(offset, Raw(None, bytes(300))))
+    dead.flush(timeout_s=1)
+    kept = [letter["offset"] for letter in letters(tmp_path)]
+    assert sum(file.stat().st_size for file in tmp_path.iterdir()) <= 80_000
+    assert kept == list(range(kept[0], 1000)) and len(kept) > 80
+
+
+def test_a_line_cut_by_a_crash_spoils_no_other(tmp_path):
+    # given letters of a run that died within a line
+    before = FileDeadLetters(tmp_path, max_bytes=2**20)
+    before.put(rejected(1))
+    before.flush(timeout_s=1)
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:-20])
+
+    # when the next run sets the record aside again
+    after = FileDeadLetters(tmp_path, max_bytes=2**20)
+    after.put(rejected(1))
+    after.flush(timeout_s=1)
+    after.close()
+
+    # then its letter is whole
+    assert json.loads(max(tmp_path.iterdir()).read_text())["offset"] == 1
+
+
+def test_nothing_rejected_makes_no_folder(tmp_path):
+    dead = FileDeadLetters(tmp_path / "dead", max_bytes=2**20)
+    dead.flush(timeout_s=1)
+    dead.close()
+    assert not (tmp_path / "dead").exists()
+
+
+def test_a_disk_that_takes_no_more_fails_every_flush_from_then_on(tmp_path):
+    dead = FileDeadLetters(tmp_path, max_bytes=2**20)
+    dead.put(rejected(1))
+    full = os.open("/dev/full", os.O_WRONLY)
+    os.dup2(full, dead._file.fileno())
+    os.close(full)
+    for _ in range(2):
+        with pytest.raises(DeadLetterError, match=r"No space left on device; make room .* Nothing is lost"):
+            dead.flush(timeout_s=1)
+    dead.close()
+
+
+def test_a_folder_that_cannot_be_made_fails_the_flush(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    dead = FileDeadLetters(tmp_path / "file" / "dead", max_bytes=2**20)
+    dead.put(rejected())
+    with pytest.raises(DeadLetterError, match="Not a directory"):
+        dead.flush(timeout_s=1)
