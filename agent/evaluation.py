@@ -19,6 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import compress, zip_longest
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,7 +34,8 @@ from agent.holdout import HoldOut, ImageRef
 from agent.images import LoadedImages, load_tokens
 from agent.methods.base import InferenceModule, Report, TaskData, task_generator
 from agent.values import Progress, Update
-from exporter.preprocess import decode
+from exporter.preprocess import ImageError, decode
+from streams.record import Unusable
 
 log = logging.getLogger(__name__)
 
@@ -222,7 +224,7 @@ class Evaluator:
         are the text probabilities with the method's own, scaled to the same maximum, in place of the seen classes'.
         """
         started = time.perf_counter()
-        self._admit((*method.classes, *task.classes))
+        self._admit((*method.classes, *task.classes), lambda: report(Progress("evaluate", task.number)))
         answers: dict[int, Answer] = {}
         accuracy = None
         if len(task):
@@ -324,7 +326,7 @@ class Evaluator:
         report(Progress("evaluate", task.number, accuracy=accuracy))
         return _finite(result)
 
-    def _admit(self, classes: Sequence[str]) -> None:
+    def _admit(self, classes: Sequence[str], tick: Callable[[], None]) -> None:
         """Take in the test images of `classes` and the hold-out as it is now."""
         refs = [ref for ref in self._holdout.images() if ref.key not in self._held]
         self._held |= {ref.key for ref in refs}
@@ -332,7 +334,7 @@ class Evaluator:
             if self._test is not None and name not in self._opened:
                 self._opened.add(name)
                 refs += _refs(self._test, name, self._settings.test_per_class)
-        for number in self._images.add(refs):
+        for number in self._images.add(refs, tick):
             self._by_class.setdefault(self._images.refs[number].label, []).append(number)
 
     def _answering(self, method: Learner, classes: Sequence[str]) -> tuple[list[str], Callable[[Tensor], Tensor]]:
@@ -397,7 +399,7 @@ class Evaluator:
         names = self._probe.classes
         if self._probe_images is None:
             refs = [ref for name in names for ref in _refs(self._probe, name, self._settings.probe_per_class)]
-            self._probe_images = self._images.add(refs)
+            self._probe_images = self._images.add(refs, lambda: report(Progress("evaluate", task)))
         numbers = self._probe_images
         if not numbers:
             return None
@@ -477,13 +479,14 @@ class _Images:
         self._free_bytes = cache_bytes
         self._tokens: dict[int, Tensor] = {}
 
-    def add(self, refs: Sequence[ImageRef]) -> list[int]:
-        """Decode and embed new images; gives the numbers of those that could be decoded, in order."""
+    def add(self, refs: Sequence[ImageRef], tick: Callable[[], None]) -> list[int]:
+        """Decode and embed new images, a `tick` per batch; gives the numbers of those that can be decoded, in order."""
         first = len(self.refs)
         embeddings = [self.embeddings]
         for at in range(0, len(refs), self._batch_size):
             part = refs[at : at + self._batch_size]
             loaded = self._load(part)
+            tick()
             for index, error in loaded.failed:
                 log.warning("test image %s of %r is left out: %s", part[index].key, part[index].label, error)
             if not loaded.kept:
@@ -531,7 +534,16 @@ def add_phase(report: dict[str, Any], phase: str, seconds: float) -> None:
 def _refs(folder: ImageFolder, label: str, limit: int) -> list[ImageRef]:
     """Images of the folder's classes that differ from `label` at most in case: streams keep the first spelling seen."""
     same = [name for name in folder.classes if name.casefold() == label.casefold()]
-    return [ImageRef(label, f"{name}/{file.name}", file.read) for name in same for file in folder.images(name, limit)]
+    files = [(name, file) for name in same for file in folder.images(name, limit)]
+    return [ImageRef(label, f"{name}/{file.name}", partial(_read, file)) for name, file in files]
+
+
+def _read(file: ImageFile) -> bytes:
+    """What cannot be had is treated like what cannot be decoded."""
+    try:
+        return file.read()
+    except Unusable as error:
+        raise ImageError("undecodable", str(error)) from error
 
 
 def _accuracy(scores: Collection[Score]) -> float | None:

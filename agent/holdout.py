@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import shutil
+import threading
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -83,10 +84,11 @@ class TrainedFilter:
 
 
 class HoldOut:
-    """Decides what is held out and remembers it. Only hashes and class names are in memory; used from one thread.
+    """Decides what is held out and remembers it. Only hashes and class names are in memory.
 
-    Built by `load`; per task: `split`, then `images` (which has the new ones), then `write` into the staging folder. A
-    `split` that is not followed by `write` is forgotten by the next one.
+    Built by `load`; per task: `split`, then `images` (which has the new ones), then `write` into the staging folder and
+    `moved` when that was renamed. A `split` that is not followed by `write` is forgotten by the next one. Used from one
+    thread, but for the images' `read`, which may be called from several.
     """
 
     def __init__(self, fraction: float, per_class: int) -> None:
@@ -98,6 +100,7 @@ class HoldOut:
         self._trained_next = self._trained
         self._folder: Path | None = None
         self._open: zipfile.ZipFile | None = None
+        self._reading = threading.Lock()
 
     @classmethod
     def load(cls, commit: Path | None, fraction: float, per_class: int) -> HoldOut:
@@ -174,9 +177,10 @@ class HoldOut:
         return choices
 
     def images(self) -> list[ImageRef]:
-        """All held images in the order they were held, those of the last `split` included."""
-        old = [ImageRef(label, digest.hex(), partial(self._read, digest)) for digest, (label, _) in self._held.items()]
-        return old + [ImageRef(sample.label, digest.hex(), sample.read) for digest, sample in self._new.items()]
+        """All held images in the order they were held, those of the last `split` included; readable for good."""
+        labels = [(digest, label) for digest, (label, _) in self._held.items()]
+        labels += [(digest, sample.label) for digest, sample in self._new.items()]
+        return [ImageRef(label, digest.hex(), partial(self._read, digest)) for digest, label in labels]
 
     def write(self, staging: Path, parent: Path | None) -> None:
         """Write `staging`/holdout: the parent commit's packs linked (copied where links fail), one new pack.
@@ -225,10 +229,12 @@ class HoldOut:
         return sorted(self._folder.glob("[0-9]*.zip"))
 
     def _read(self, digest: bytes) -> bytes:
+        if digest in self._new:
+            return self._new[digest].read()
         assert self._folder is not None
         label, pack = self._held[digest]
         path = self._folder / pack
-        with _reading(path):
+        with self._reading, _reading(path):
             if self._open is None or self._open.filename != str(path):
                 self.close()
                 self._open = zipfile.ZipFile(path)

@@ -5,6 +5,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ from agent.holdout import HoldOut
 from agent.methods.base import InferenceModule, TaskData
 from agent.values import GapStatistics, Progress, Update
 from exporter.preprocess import Preprocess, decode
+from streams.record import Reason, Unusable
 
 FULL = [
     [0.9, 0.4, 0.2],
@@ -194,7 +196,29 @@ class FakeFile:
     data: bytes
 
     def read(self) -> bytes:
+        if not self.data:
+            raise Unusable(Reason.FETCH_FAILED, "the entry is damaged")
         return self.data
+
+
+@dataclass(frozen=True)
+class FakeSample:
+    label: str
+    data: bytes
+
+    def read(self) -> bytes:
+        return self.data
+
+
+@dataclass(frozen=True)
+class HeldSample:
+    """Waits in a file until its task is committed."""
+
+    label: str
+    file: Path
+
+    def read(self) -> bytes:
+        return self.file.read_bytes()
 
 
 class FakeFolder:
@@ -377,12 +401,12 @@ def test_retention_compares_zero_shot_on_the_probe_with_the_untouched_model() ->
 def test_hold_out_and_test_images_are_scored_together_and_what_cannot_be_decoded_is_left_out(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    # given a hold-out with one good image and a test folder with a broken one, its class in another spelling
+    # given a hold-out with one good image and a test folder with two broken ones, its class in another spelling
     clip, right = FakeClip(), right_names()
     holdout = HoldOut(0.999, 1)
-    samples = [HeldSample("red", image("red", i)) for i in range(2)]
+    samples = [FakeSample("red", image("red", i)) for i in range(2)]
     assert sorted(holdout.split(samples)) == ["hold", "train"]
-    folder = FakeFolder(Red=[image("red", 7), b"not an image", image("red", 8)])
+    folder = FakeFolder(Red=[image("red", 7), b"not an image", image("red", 8), b""])
     scorer = evaluator(clip, folder, holdout=holdout)
 
     report = learn(scorer, FakeMethod(clip), task(clip, 1, ["red"]), {"red": right["red"]}, None)
@@ -391,6 +415,35 @@ def test_hold_out_and_test_images_are_scored_together_and_what_cannot_be_decoded
     assert report["held_out"] == 1
     assert report["accuracy"] == 1.0
     assert "Red/1.png of 'red' is left out" in caplog.text
+    assert "Red/3.png of 'red' is left out" in caplog.text
+
+
+def test_hold_out_of_earlier_tasks_is_read_again_from_the_commit(tmp_path: Path) -> None:
+    # given an evaluator that keeps no tokens, and a first task whose samples are gone after its commit
+    clip, right = FakeClip(), right_names()
+    method = FakeMethod(clip)
+    holdout = HoldOut(0.999, 2)
+    scorer = evaluator(clip, cache_bytes=0, holdout=holdout)
+    samples = [HeldSample("red", tmp_path / f"{i}.png") for i in range(3)]
+    for i, sample in enumerate(samples):
+        sample.file.write_bytes(image("red", i))
+    holdout.split(samples)
+    first = learn(scorer, method, task(clip, 1, ["red"]), {"red": right["red"]}, None)
+    staging, commit = tmp_path / "000001.staging", tmp_path / "000001"
+    staging.mkdir()
+    holdout.write(staging, None)
+    staging.rename(commit)
+    holdout.moved(commit)
+    for sample in samples:
+        sample.file.unlink()
+
+    # when the next task is scored
+    holdout.split([])
+    second = learn(scorer, method, task(clip, 2, ["green"]), {"green": right["green"]}, first)
+
+    # then the first one's hold-out is scored and shown
+    assert second["matrix"] == [[1.0, None], [1.0, None]]
+    assert [example["label"] for example in second["examples"]] == ["red", "red"]
 
 
 def test_without_test_images_and_without_anything_learned_the_scores_are_null() -> None:
@@ -444,12 +497,3 @@ def test_a_restarted_evaluator_continues_the_report_as_the_undisturbed_one() -> 
 
     for key in ("matrix", "accuracy", "zero_shot", "predict_before_learn", "forgetting", "examples", "old_classes"):
         assert resumed[key] == second[key], key
-
-
-@dataclass(frozen=True)
-class HeldSample:
-    label: str
-    data: bytes
-
-    def read(self) -> bytes:
-        return self.data

@@ -4,6 +4,7 @@ import os
 import random
 import zipfile
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -212,16 +213,34 @@ def test_images_are_readable_before_the_write_after_it_and_after_the_staging_fol
     [image], plain = qualifying(1), others(1)
     holdout = HoldOut.load(None, 0.1, 50)
     holdout.split(samples("wren", [image, *plain]))
-    assert [held.read() for held in holdout.images()] == [image]
+    images = holdout.images()
+    assert [held.read() for held in images] == [image]
 
     staging, commit = tmp_path / "000001.staging", tmp_path / "000001"
     staging.mkdir()
     holdout.write(staging, None)
-    assert [held.read() for held in holdout.images()] == [image]
+    assert [held.read() for held in images] == [image]
 
     staging.rename(commit)
     holdout.moved(commit)
-    assert [held.read() for held in holdout.images()] == [image]
+    assert [held.read() for held in images] == [image]
+
+
+def test_images_of_several_packs_can_be_read_from_several_threads(tmp_path: Path) -> None:
+    images, plain = qualifying(40), others(4)
+    holdout, parent = HoldOut.load(None, 0.1, 50), None
+    for number in range(4):
+        commit = tmp_path / str(number)
+        commit.mkdir()
+        holdout.split(samples("wren", [*images[number::4], plain[number]]))
+        holdout.write(commit, parent)
+        parent = commit
+    held = sorted(holdout.images(), key=lambda image: image.key)
+
+    with ThreadPoolExecutor(8) as pool:
+        read = list(pool.map(lambda image: image.read(), held * 5))
+
+    assert [hashlib.sha256(data).hexdigest() for data in read] == [image.key for image in held * 5]
 
 
 def test_packs_are_copied_where_links_are_not_possible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
