@@ -137,6 +137,9 @@ def canonical_label(raw: str | bytes, max_chars: int) -> str:
 MAX_ASPECT = 100
 """Longest over shortest side. Beyond it the resize of the shortest side to the model's input is itself a bomb."""
 
+_JPEG_SEGMENTS = 2000
+"""Real files have a dozen; megabytes of empty ones would take seconds to walk."""
+
 
 def check_image(data: bytes, max_bytes: int, max_pixels: int) -> None:
     """Look at the first bytes of an encoded image and raise `Unusable` when it cannot or must not be decoded.
@@ -192,7 +195,7 @@ def _dimensions(data: bytes) -> tuple[int, int]:
 
 def _jpeg_dimensions(data: bytes) -> tuple[int, int]:
     at = 2
-    while True:
+    for _ in range(_JPEG_SEGMENTS):
         if data[at] != 0xFF:
             raise Unusable(Reason.UNDECODABLE, f"JPEG has no marker at byte {at}")
         marker = data[at + 1]
@@ -207,6 +210,7 @@ def _jpeg_dimensions(data: bytes) -> tuple[int, int]:
             raise Unusable(Reason.UNDECODABLE, "JPEG has no frame header before its pixels")
         else:
             at += 2 + struct.unpack_from(">H", data, at + 2)[0]
+    raise Unusable(Reason.UNDECODABLE, f"JPEG has no frame header in its first {_JPEG_SEGMENTS} segments")
 
 
 def _webp_dimensions(data: bytes) -> tuple[int, int]:

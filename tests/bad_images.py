@@ -138,6 +138,7 @@ def bad_images() -> list[OddImage]:
         OddImage("jpeg, nothing after the magic", jpeg[:4], Reason.TRUNCATED, "intake"),
         OddImage("jpeg, cut inside the header", jpeg[:100], Reason.TRUNCATED, "intake"),
         OddImage("jpeg, noise after the first segment", jpeg[:20] + noise, Reason.UNDECODABLE, "intake"),
+        OddImage("jpeg, fill bytes without end", jpeg[:2] + b"\xff" * 500_000, Reason.UNDECODABLE, "intake"),
         OddImage("jpeg, cut in half", jpeg[: len(jpeg) // 2 + 300], Reason.TRUNCATED, "decode"),
         OddImage("jpeg, bomb", jpeg_of(65_000, 65_000), Reason.BOMB, "intake"),
         OddImage("jpeg, no rows", jpeg_of(48, 0), Reason.BAD_DIMENSIONS, "intake"),

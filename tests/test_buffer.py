@@ -157,6 +157,12 @@ def test_the_samples_hold_their_images_until_the_task_is_committed(buffer):
     assert buffered.records == buffered.bytes == 0
 
 
+def test_it_knows_how_far_the_stream_was_read(buffer):
+    buffered = buffer(CutRule(samples=1), offsets={Q: 7})
+    taken(buffered, stream("a ! |"))
+    assert buffered.next_offsets == {P: 3, Q: 7}
+
+
 def random_stream(draw: random.Random) -> list[Item]:
     names = [*"abcdefgh", "A", "B"]
     lanes = [
