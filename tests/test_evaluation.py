@@ -267,7 +267,7 @@ def nothing(_: Progress) -> None: ...
 
 def evaluator(clip: FakeClip, test: FakeFolder | None = None, cache_bytes: int = 2**20, **options: Any) -> Evaluator:
     settings = Evaluation(batch_size=3, **{k: v for k, v in options.items() if k.endswith("per_class")})
-    holdout = options.get("holdout") or HoldOut(0, 0)
+    holdout = options.get("holdout", HoldOut(0, 0))
     return Evaluator(
         clip, settings, holdout, test=test, probe=options.get("probe"), max_pixels=100, cache_bytes=cache_bytes
     )  # type: ignore[arg-type]
