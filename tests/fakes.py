@@ -12,13 +12,23 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from agent.commits import seal
+from prometheus_client import CollectorRegistry
+
+from agent.commits import CommitStore, seal
 from agent.config import Config
-from agent.values import LateRejection, Outcome, Progress
+from agent.pipeline import Pipeline, Rules, resume
+from agent.values import Commit, LateRejection, Outcome, Progress
+from agent.worker import InlineWorker
 from exporter import release
+from exporter.metrics import Metrics
 from exporter.preprocess import Preprocess
-from streams.buffer import Task
-from streams.record import Reason
+from streams.buffer import CutRule, Task, TaskBuffer
+from streams.record import Item, Offsets, Partition, Reason, Record, Rejected
+from streams.source import DeadLetterError
+from streams.spool import Spool
+
+FAKE_LEARNER = "tests.fakes:FakeLearner"
+LIST = Partition("list", 0)
 
 
 class FakeLearner:
@@ -26,7 +36,7 @@ class FakeLearner:
     twice or learned in another order gives another `learner.safetensors`.
 
     Images that begin with a word misbehave: `late` is rejected while decoding, `raise` raises, `die` kills the process,
-    `hang` says nothing more, `busy` spins with the interpreter lock held for a second.
+    `die-once PATH` does so unless PATH is there, `hang` says nothing more, `busy SECONDS` spins in pure Python.
     """
 
     def __init__(self, config: Config, commit: Path | None) -> None:
@@ -42,11 +52,11 @@ class FakeLearner:
         for step, sample in enumerate(task.samples):
             report(Progress("train", task.number, epoch=1, epochs=1, step=step, steps=len(task.samples)))
             image = sample.read()
-            word = image.split(b" ")[0].decode(errors="replace")
+            word, _, argument = image.decode(errors="replace").partition(" ")
             if word == "late":
                 rejected.append(LateRejection(sample.partition, sample.offset, Reason.TRUNCATED, "cut short"))
                 continue
-            self._misbehave(word)
+            misbehave(word, argument)
             facts = f"{self.state['chain']}{sample.partition}{sample.offset}{sample.label}".encode()
             self.state["chain"] = hashlib.sha256(facts + image).hexdigest()
             self.state["learned"].append([*sample.partition, sample.offset])
@@ -67,17 +77,129 @@ class FakeLearner:
             rejected=tuple(rejected),
         )
 
-    def _misbehave(self, word: str) -> None:
-        if word == "raise":
-            raise RuntimeError("told to raise")
-        if word == "die":
-            os.kill(os.getpid(), signal.SIGKILL)
-        if word == "hang":
-            threading.Event().wait()
-        if word == "busy":
-            until = time.monotonic() + 1
-            while time.monotonic() < until:
-                pass
+
+def misbehave(word: str, argument: str) -> None:
+    if word == "raise":
+        raise RuntimeError("told to raise")
+    if word == "die-once" and not Path(argument).exists():
+        Path(argument).touch()
+        word = "die"
+    if word == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if word == "hang":
+        threading.Event().wait()
+    if word == "busy":
+        until = time.monotonic() + float(argument)
+        while time.monotonic() < until:
+            pass
+
+
+class UnbuildableLearner:
+    def __init__(self, config: Config, commit: Path | None) -> None:
+        raise ValueError("no weights for this model;\n  put them there")
+
+
+class ListSource:
+    """Brings the given items, `batch` in a poll; with `live` it never ends."""
+
+    def __init__(self, items: Sequence[Item], batch: int = 7, live: bool = False, fingerprint: str = "list") -> None:
+        self.items = list(items)
+        self.fingerprint = fingerprint
+        self.acknowledged: list[dict[Partition, int]] = []
+        self.closed = False
+        self.throttled = False
+        self._batch = batch
+        self._live = live
+        self._at = 0
+
+    @property
+    def exhausted(self) -> bool:
+        return not self._live and self._at >= len(self.items)
+
+    def seek(self, offsets: Offsets) -> None:
+        self._at = sum(item.offset < offsets.get(item.partition, 0) for item in self.items)
+
+    def poll(self, timeout_s: float) -> Sequence[Item]:
+        if self.throttled or self._at >= len(self.items):
+            time.sleep(min(timeout_s, 0.01))
+            return ()
+        items = self.items[self._at : self._at + self._batch]
+        self._at += len(items)
+        return items
+
+    def throttle(self, full: bool) -> None:
+        self.throttled = full
+
+    def acknowledge(self, offsets: Offsets) -> None:
+        self.acknowledged.append(dict(offsets))
+
+    def lag(self) -> dict[tuple[str, int], int]:
+        return {}
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class MemoryDeadLetters:
+    """Keeps what was put; `failures` are raised by the next flushes, one each."""
+
+    def __init__(self, failures: Sequence[DeadLetterError] = ()) -> None:
+        self.waiting: list[Rejected] = []
+        self.acknowledged: list[Rejected] = []
+        self._failures = list(failures)
+
+    def put(self, rejected: Rejected) -> None:
+        self.waiting.append(rejected)
+
+    def flush(self, timeout_s: float) -> None:
+        if self._failures:
+            raise self._failures.pop(0)
+        self.acknowledged += self.waiting
+        self.waiting = []
+
+    def close(self) -> None: ...
+
+
+def records(*images: str, label: str = "cat", start: int = 0) -> list[Item]:
+    """One record per text, at offsets from `start` on."""
+    return [Record(LIST, start + index, label, image.encode()) for index, image in enumerate(images)]
+
+
+def pipeline(
+    state: Path,
+    source: Any,
+    worker: Any = None,
+    dead_letters: Any = None,
+    stop: threading.Event | None = None,
+    rule: CutRule | None = None,
+    keep: int = 3,
+    config: Config | None = None,
+    **rules: Any,
+) -> Pipeline:
+    """An agent on `state`, wired like the real one; with a FakeLearner in this process when no worker is given."""
+    commits = CommitStore(state, keep)
+    commits.lock()
+    commit = resume(commits, source)
+    spool = Spool(state / "spool", 2**30)
+    known, done, offsets = (commit.seen, commit.tasks, commit.offsets) if commit else ((), 0, {})
+    return Pipeline(
+        source=source,
+        buffer=TaskBuffer(rule or CutRule(samples=3), spool, known, done + 1, offsets),
+        spool=spool,
+        worker=worker or InlineWorker(config or Config(), FAKE_LEARNER),
+        commits=commits,
+        dead_letters=dead_letters or MemoryDeadLetters(),
+        metrics=Metrics(CollectorRegistry()),
+        stop=stop or threading.Event(),
+        rules=Rules(**{"poll_timeout_s": 0.01, **rules}),
+        config={},
+        commit=commit,
+    )
+
+
+def learned(commit: Commit) -> list[int]:
+    """Offsets a FakeLearner has learned up to `commit`, in the order of learning."""
+    return [offset for _, _, offset in json.loads((commit.path / "learner.safetensors").read_text())["learned"]]
 
 
 def write_release(folder: Path, classes: Sequence[str], content: str) -> None:
