@@ -38,6 +38,9 @@ REASONS = (
 
 CUT_REASONS = ("new_classes", "samples", "bytes", "boundary", "idle", "end", "stop")
 
+FAILURES = ("start", "error", "died", "silent")
+"""How an update fails; the kinds of agent.worker.WorkerDied."""
+
 SCOPES = ("all", "new", "old", "zero_shot", "predict_before_learn")
 
 LAST_REJECTED = 20
@@ -108,7 +111,7 @@ class Metrics:
 
         self._cuts = counter("task_cuts", "Tasks cut from the stream", "reason", CUT_REASONS)
         self._task_samples = histogram("task_samples", "Samples in a task", [float(n) for n in _SAMPLES])
-        self._task_failures = counter("task_failures", "Updates that failed and were tried again or given up", "kind")
+        self._task_failures = counter("task_failures", "Updates that failed; each is tried again once", "kind", FAILURES)
         self._tasks = counter("tasks", "Tasks learned and committed, restarts included")
         self._samples = counter("training_samples", "Training samples times epochs, restarts included")
         self._steps = counter("training_steps", "Optimiser steps of committed updates, restarts included")
@@ -247,7 +250,7 @@ class Metrics:
         self._dead_letters.labels("ok" if ok else "error").inc()
 
     def task_failed(self, kind: str) -> None:
-        """An update failed; `kind` is one of few words."""
+        """An update failed; `kind` is one of FAILURES."""
         self._task_failures.labels(kind).inc()
 
     def heartbeat(self, loop: str, now: float) -> None:

@@ -1,0 +1,149 @@
+"""What is shipped beside the code says what the code does: alert rules, dashboard, service unit."""
+
+import json
+import re
+import shutil
+import socket
+import subprocess
+import time
+import urllib.parse
+import urllib.request
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from exporter.http import StatusServer
+from exporter.metrics import Metrics
+from streams.record import Partition, Record
+
+DEPLOY = Path(__file__).parent.parent / "deploy"
+DASHBOARD = DEPLOY / "grafana/dashboards/gapstream.json"
+
+
+def program(name: str, package: str) -> str:
+    path = shutil.which(name)
+    if path is None:
+        pytest.skip(f"{name} is not installed; to run this test: apt-get install {package}")
+    return path
+
+
+def exposed() -> set[str]:
+    """Every metric and series name of an agent."""
+    registry = CollectorRegistry()
+    Metrics(registry)
+    names = set()
+    for family in registry.collect():
+        suffixes = {
+            "counter": ["_total"],
+            "histogram": ["", "_bucket", "_sum", "_count"],
+            "info": ["_info"],
+        }.get(family.type, [""])
+        names |= {family.name + suffix for suffix in suffixes}
+    return names
+
+
+def panels() -> list[dict]:
+    return [panel for panel in json.loads(DASHBOARD.read_text(encoding="utf-8"))["panels"] if panel["type"] != "row"]
+
+
+def test_alert_rules_and_prometheus_config_are_valid():
+    promtool = program("promtool", "prometheus")
+    subprocess.run([promtool, "check", "config", DEPLOY / "prometheus/prometheus.yml"], check=True, timeout=60)
+
+
+def test_every_alert_fires_on_its_symptom_and_is_silent_beside_it():
+    promtool = program("promtool", "prometheus")
+    tests = DEPLOY / "prometheus/alerts_test.yaml"
+    done = subprocess.run([promtool, "test", "rules", tests], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_alert_is_tested_and_says_what_to_do():
+    rules = (DEPLOY / "prometheus/alerts.yaml").read_text(encoding="utf-8")
+    tests = (DEPLOY / "prometheus/alerts_test.yaml").read_text(encoding="utf-8")
+    names = re.findall(r"alert: (\w+)", rules)
+    assert names
+    assert rules.count("runbook:") == rules.count("severity:") == len(names)
+    for name in names:
+        assert f"alertname: {name}}}" in tests, f"{name} has no test that it stays silent"
+        assert f'alertname="{name}"' in tests, f"{name} has no test that it fires"
+
+
+def test_alerts_and_panels_use_only_series_that_exist():
+    queries = [target["expr"] for panel in panels() for target in panel["targets"]]
+    used = set(re.findall(r"gapstream_\w+", (DEPLOY / "prometheus/alerts.yaml").read_text(encoding="utf-8")))
+    for query in queries:
+        used |= set(re.findall(r"gapstream_\w+", re.sub(r"by \([^)]*\)", "", query)))
+    assert used - exposed() == set()
+
+
+def test_every_metric_is_on_the_dashboard():
+    shown = " ".join(target["expr"] for panel in panels() for target in panel["targets"])
+    ours = {name for name in exposed() if name.startswith("gapstream_") and not name.endswith(("_sum", "_count"))}
+    missing = {name for name in ours if name not in shown and name.replace("_bucket", "_sum") not in shown}
+    assert missing == set()
+
+
+def test_every_panel_has_data_from_a_running_agent(tmp_path):
+    prometheus = program("prometheus", "prometheus")
+    registry = CollectorRegistry()
+    metrics = Metrics(registry)
+    agent = StatusServer("127.0.0.1", 0, registry, list, list, metrics.status)
+    agent.start()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    (tmp_path / "prometheus.yml").write_text(
+        "global: {scrape_interval: 250ms}\n"
+        "scrape_configs:\n"
+        f"  - {{job_name: gapstream, static_configs: [{{targets: ['127.0.0.1:{agent.port}']}}]}}\n"
+    )
+    server = subprocess.Popen(
+        [
+            prometheus,
+            f"--config.file={tmp_path / 'prometheus.yml'}",
+            f"--storage.tsdb.path={tmp_path / 'data'}",
+            f"--web.listen-address=127.0.0.1:{port}",
+            "--log.level=error",
+        ]
+    )
+    try:
+        partition = Partition("birds", 0)
+        metrics.lag({partition: 5})
+        metrics.heartbeat("pipeline", time.time())
+        metrics.polled(time.time())
+
+        def ask(query: str) -> list:
+            url = f"http://127.0.0.1:{port}/api/v1/query?" + urllib.parse.urlencode({"query": query})
+            with urllib.request.urlopen(url, timeout=10) as answer:
+                return json.load(answer)["data"]["result"]
+
+        deadline = time.monotonic() + 60
+        scrapes = 0
+        while scrapes < 8:
+            assert time.monotonic() < deadline, "Prometheus did not scrape the agent within 60 s"
+            metrics.consumed(Record(partition, scrapes, "wren", b"x" * 300, time.time()), time.time())
+            metrics.restored(_commit(tmp_path, partition, scrapes))
+            time.sleep(0.25)
+            try:
+                scrapes = int(ask("count_over_time(gapstream_classes[1m])")[0]["value"][1])
+            except (OSError, IndexError):
+                continue
+        empty = []
+        for panel in panels():
+            for target in panel["targets"]:
+                query = target["expr"].replace("$job", ".*").replace("$instance", ".*").replace("$__rate_interval", "1m")
+                if not ask(query):
+                    empty.append((panel["title"], query))
+        assert empty == []
+    finally:
+        server.terminate()
+        server.wait(30)
+        agent.stop()
+
+
+def _commit(path: Path, partition: Partition, number: int):
+    from agent.values import Commit
+
+    return Commit(number, path, {partition: number}, "f", ("wren",), number, {}, {"matrix": [[0.5]], "last": 0.5}, None)
