@@ -1,0 +1,24 @@
+"""The methods by name; each is imported when it is chosen."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from agent.clip import Clip
+    from agent.config import Method as Settings
+    from agent.methods.base import Method
+
+METHODS = {
+    "mgclip": "agent.methods.mgclip:MgClip",
+}
+"""Name -> "module:Class"."""
+
+
+def build(clip: Clip, settings: Settings) -> Method:
+    """The configured method, having learned nothing yet. Raises KeyError naming the known ones."""
+    if settings.name not in METHODS:
+        raise KeyError(f"method.name is {settings.name!r}; known methods: {', '.join(METHODS)}")
+    module, _, name = METHODS[settings.name].partition(":")
+    return getattr(importlib.import_module(module), name)(clip, settings)

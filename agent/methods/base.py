@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -72,11 +73,21 @@ class Method(Protocol):
     name: str
 
     @property
+    def fusion(self) -> str:
+        """Which form of prediction `inference_module` has; every number is recorded with it."""
+
+    @property
     def classes(self) -> tuple[str, ...]:
         """Learned class names in order of first appearance."""
 
     def update(self, task: TaskData, report: Report) -> Update:
         """Learn `task`. Deterministic given the state, the task and the seed (bitwise on a CPU with the same threads)."""
+
+    def encode_names(self, names: Sequence[str]) -> Tensor:
+        """Class names, put into the prompt, by the current text tower: float32 [n, D], L2-normalised, no gradient."""
+
+    def encode_tokens(self, tokens: Tensor) -> Tensor:
+        """Tokens [B, tokens, width] by the current image tower: float32 [B, D], L2-normalised, no gradient."""
 
     def inference_module(self) -> InferenceModule:
         """The model as it would be released now. Raises LookupError before the first class is learned."""
@@ -89,7 +100,5 @@ class Method(Protocol):
 
 def task_generator(seed: int, task: int, purpose: str) -> torch.Generator:
     """CPU generator for one purpose within one task: adding a draw in one place moves no other."""
-    import hashlib
-
     digest = hashlib.sha256(f"{seed}/{task}/{purpose}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

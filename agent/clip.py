@@ -1,0 +1,333 @@
+"""The only import of open_clip: weights, towers split where training begins, prompts, tokenizer; the bundled tinyclip.
+
+A tower's *frozen part* (`prefix`) ends where the first trainable layer begins: an image's patch embedding, or tinyclip's
+convolutional trunk. Its output (tokens) is the same for every state of the adapters, so it is computed once per image.
+Towers are never modified: adapted weights are passed in (`torch.func.functional_call`), so the untouched model, the
+student and any teacher live side by side over one set of frozen weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import timm
+import torch
+from open_clip.transformer import TextTransformer, VisionTransformer, text_global_pool
+from safetensors.torch import load_file
+from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from agent.config import Model
+from exporter.preprocess import Preprocess
+
+
+class ModelError(Exception):
+    """The CLIP model cannot be had or cannot be adapted; the message says what to do."""
+
+
+class ImageTower(nn.Module):
+    """open_clip's native vision transformer. `prefix`: images -> tokens (frozen); `forward`: tokens -> features."""
+
+    def __init__(self, visual: VisionTransformer) -> None:
+        super().__init__()
+        self.visual = visual
+
+    def prefix(self, images: Tensor) -> Tensor:
+        """float [B, 3, H, W], preprocessed -> [B, tokens, width]: everything before the first attention block."""
+        return self.visual._embeds(images)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[B, tokens, width] -> [B, D], not normalised."""
+        pooled, _ = self.visual._pool(self.visual.transformer(tokens))
+        return pooled if self.visual.proj is None else pooled @ self.visual.proj
+
+
+class TimmImageTower(nn.Module):
+    """A timm vision transformer inside open_clip (SigLIP and others), with the same two halves."""
+
+    def __init__(self, visual: nn.Module) -> None:
+        super().__init__()
+        self.visual = visual
+
+    def prefix(self, images: Tensor) -> Tensor:
+        trunk = self.visual.trunk
+        return trunk.norm_pre(trunk.patch_drop(trunk._pos_embed(trunk.patch_embed(images))))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        trunk = self.visual.trunk
+        for block in trunk.blocks:
+            tokens = block(tokens)
+        return self.visual.head(trunk.forward_head(trunk.norm(tokens)))
+
+
+class TextTower(nn.Module):
+    """A CLIP text transformer: token ids int64 [n, L] -> features [n, D], not normalised.
+
+    Under a causal mask what follows the end-of-text token cannot reach it, so the ids are cut at the longest sentence:
+    the same features for a fraction of the work (class prompts use about 10 of 77 positions).
+    """
+
+    def __init__(self, text: nn.Module, pool_type: str, eos_id: int | None) -> None:
+        super().__init__()
+        self.transformer = text.transformer
+        self.token_embedding = text.token_embedding
+        self.positional_embedding = text.positional_embedding
+        self.ln_final = text.ln_final
+        self.text_projection = text.text_projection
+        self.pool_type = pool_type
+        self.eos_id = eos_id
+        mask = text.attn_mask
+        self.causal = mask is not None and pool_type in ("argmax", "eos")
+        self.register_buffer("attn_mask", mask, persistent=False)
+
+    def ends(self, ids: Tensor) -> Tensor:
+        """Position of the end-of-text token, int64 [n]."""
+        return ids.argmax(-1) if self.pool_type == "argmax" else (ids == self.eos_id).int().argmax(-1)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if self.causal:
+            ids = ids[:, : int(self.ends(ids).max()) + 1]
+        length = ids.shape[1]
+        x = self.token_embedding(ids) + self.positional_embedding[:length]
+        mask = None if self.attn_mask is None else self.attn_mask[:length, :length]
+        x = self.ln_final(self.transformer(x, attn_mask=mask))
+        x = text_global_pool(x, ids, self.pool_type, eos_token_id=self.eos_id)
+        if self.text_projection is None:
+            return x
+        return self.text_projection(x) if isinstance(self.text_projection, nn.Linear) else x @ self.text_projection
+
+
+class Clip:
+    """The untouched model: both towers (frozen, eval mode), tokenizer, prompt, preprocessing and identity."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        preprocess: Preprocess,
+        settings: Model,
+        device: torch.device,
+    ) -> None:
+        model.eval().requires_grad_(False)
+        digest = _weights_hash(model)
+        if settings.name == "tinyclip":
+            _fold_batch_norms(model.visual.conv1)
+            model.visual.conv1.to(memory_format=torch.channels_last)
+        self.logit_scale = float(model.logit_scale.exp())
+        """Multiplier of cosines, already exponentiated."""
+        self.image = _image_tower(model).to(device)
+        self.text = _text_tower(model).to(device)
+        self.preprocess = preprocess
+        self.prompt = settings.prompt
+        self.device = device
+        self._tokenizer = tokenizer
+        self._autocast = _autocast_dtype(settings.precision, device)
+        self.identity: dict[str, str] = {
+            "name": settings.name,
+            "pretrained": settings.pretrained if settings.name != "tinyclip" else "bundled",
+            "sha256": digest,
+            "prompt": settings.prompt,
+        }
+        """Which weights these are; a checkpoint fits only the same."""
+        self.embed_dim = int(self.encode_names(["thing"]).shape[1])
+
+    def tokenize(self, names: Sequence[str]) -> Tensor:
+        """Class names, put into the prompt -> int64 [n, L] on the device."""
+        return self._tokenizer([self.prompt.format(name) for name in names]).to(self.device)
+
+    @property
+    def vocabulary(self) -> tuple[int, int, int]:
+        """(size of the plain vocabulary, start id, end id) of the tokenizer: ids below the first are ordinary tokens."""
+        start, end = self._tokenizer.sot_token_id, self._tokenizer.eot_token_id
+        return min(start, end), start, end
+
+    @torch.no_grad()
+    def encode_names(self, names: Sequence[str]) -> Tensor:
+        """The untouched text tower's features of class names: float32 [n, D], L2-normalised."""
+        with self.autocast():
+            return F.normalize(self.text(self.tokenize(names)).float(), dim=-1)
+
+    @torch.no_grad()
+    def encode_tokens(self, tokens: Tensor) -> Tensor:
+        """The untouched image tower's features of [B, tokens, width]: float32 [B, D], L2-normalised."""
+        with self.autocast():
+            return F.normalize(self.image(tokens.to(self.device)).float(), dim=-1)
+
+    @torch.no_grad()
+    def prefix(self, images: Tensor) -> Tensor:
+        """float32 [B, 3, H, W] -> tokens [B, tokens, width] on the device, in the precision training reads them."""
+        with self.autocast():
+            return self.image.prefix(images.to(self.device, non_blocking=True))
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Mixed precision where the device has it; nothing in fp32."""
+        if self._autocast is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self._autocast)
+
+
+def load_clip(settings: Model) -> Clip:
+    """Build the model named in the configuration. Raises ModelError when it cannot be had or has no transformer towers."""
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if settings.device == "auto" else settings.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ModelError(f"model.device is {settings.device!r} but torch sees no CUDA device; use `auto` or `cpu`")
+    if settings.name == "tinyclip":
+        model, preprocess = _tinyclip()
+        tokenizer: Any = open_clip.SimpleTokenizer(context_length=model.context_length)
+    else:
+        model, preprocess = _open_clip(settings)
+        tokenizer = open_clip.get_tokenizer(settings.name)
+    return Clip(model, tokenizer, preprocess, settings, device)
+
+
+def _tinyclip() -> tuple[nn.Module, Preprocess]:
+    assets = resources.files("agent") / "assets"
+    config = json.loads((assets / "tinyclip.json").read_text())
+    model = open_clip.model.CLIP(**config["model_cfg"])
+    stem = timm.create_model(config["stem"]["timm_model"], pretrained=False)
+    trunk = nn.Sequential(*(getattr(stem, name) for name in config["stem"]["modules"]))
+    projection = nn.Conv2d(config["stem"]["channels"], config["model_cfg"]["vision_cfg"]["width"], 1, bias=False)
+    model.visual.conv1 = nn.Sequential()
+    model.visual.conv1.add_module("trunk", trunk)
+    model.visual.conv1.add_module("proj", projection)
+    with resources.as_file(assets / "tinyclip.safetensors") as path:
+        state = {k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()}
+    model.load_state_dict(state)
+    return model, _preprocess(config["preprocess_cfg"])
+
+
+def _fold_batch_norms(module: nn.Module) -> None:
+    """Fold every frozen batch norm into the convolution before it, keeping timm's activation: a third less time per image."""
+    previous = None
+    for name, child in list(module.named_children()):
+        _fold_batch_norms(child)
+        if isinstance(child, nn.BatchNorm2d) and isinstance(previous, tuple):
+            setattr(module, previous[0], fuse_conv_bn_eval(previous[1], child))
+            setattr(module, name, getattr(child, "act", nn.Identity()))
+        previous = (name, child) if isinstance(child, nn.Conv2d) else None
+
+
+def _open_clip(settings: Model) -> tuple[nn.Module, Preprocess]:
+    name, pretrained = settings.name, settings.pretrained
+    known = open_clip.list_models()
+    if name not in known:
+        close = difflib.get_close_matches(name, known, 5) or known[:5]
+        raise ModelError(f"model.name is {name!r}, which open_clip does not know; did you mean {', '.join(close)}?")
+    if not pretrained:
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none is published"
+        raise ModelError(
+            f"model.pretrained is empty, but {name} needs weights: a tag ({tags}), the path of a checkpoint, or `random`"
+        )
+    local = Path(pretrained).expanduser()
+    options: dict[str, Any] = {"precision": "fp32", "device": "cpu"}
+    if pretrained == "random":
+        torch.manual_seed(0)  # random weights are for benchmarks, which must repeat
+        model = open_clip.create_model(name, pretrained=None, **options)
+    elif local.suffix or local.exists():
+        if not local.is_file():
+            raise ModelError(f"model.pretrained is {pretrained!r}: no such file; give the path of a .safetensors, .pt or .bin checkpoint")
+        model = _from_file(name, local, options)
+    else:
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        if pretrained not in tags:
+            raise ModelError(
+                f"model.pretrained is {pretrained!r}; {name} has the tags {', '.join(tags) or '(none)'}, or give the path of a local checkpoint"
+            )
+        try:
+            model = open_clip.create_model(name, pretrained=pretrained, **options)
+        except Exception as error:  # hub, network, disk and checkpoint errors share no base class
+            raise ModelError(
+                f"the weights {pretrained!r} of {name} could not be had ({type(error).__name__}: {error}). Fetch them on a machine with "
+                "network access, copy the file here and set model.pretrained to its path"
+            ) from error
+    return model, _preprocess(open_clip.get_model_preprocess_cfg(model))
+
+
+def _from_file(name: str, path: Path, options: Mapping[str, Any]) -> nn.Module:
+    """Weights from a local file: safetensors, a plain state dict (unpickled with weights_only), or OpenAI's TorchScript archive."""
+    try:
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            try:
+                state = torch.load(path, map_location="cpu", weights_only=True)
+                state = state.get("state_dict", state)
+            except RuntimeError:  # a TorchScript archive, the form OpenAI published: only its tensors are read
+                state = torch.jit.load(path, map_location="cpu").state_dict()
+                # OpenAI's weights were trained with the quick GELU; the plain architecture would silently score worse
+                options = {**options, "force_quick_gelu": True}
+        state = {k.removeprefix("module."): v.float() if v.is_floating_point() else v for k, v in state.items()}
+        for key in ("input_resolution", "context_length", "vocab_size"):
+            state.pop(key, None)
+        model = open_clip.create_model(name, pretrained=None, **options)
+        if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
+            state = open_clip.model.convert_to_custom_text_state_dict(state)
+        model.load_state_dict(state)
+    except ModelError:
+        raise
+    except Exception as error:  # unreadable file, other architecture: torch and safetensors share no base class
+        text = str(error)
+        raise ModelError(
+            f"{path} could not be loaded as {name}: {type(error).__name__}: {text[:600]}{' ...' if len(text) > 600 else ''}. "
+            "Check that model.name is the architecture of this checkpoint"
+        ) from error
+    return model
+
+
+def _image_tower(model: nn.Module) -> nn.Module:
+    visual = model.visual
+    if isinstance(visual, VisionTransformer):
+        return ImageTower(visual)
+    trunk = getattr(visual, "trunk", None)
+    if isinstance(trunk, TimmVisionTransformer):
+        return TimmImageTower(visual)
+    kind = type(trunk if trunk is not None else visual).__name__
+    raise ModelError(f"the image tower is a {kind}; gapstream adapts vision transformers (open_clip's own or timm's). Choose another model.name")
+
+
+def _text_tower(model: nn.Module) -> nn.Module:
+    text = getattr(model, "text", None)
+    if text is None:
+        return TextTower(model, model.text_pool_type, model.text_eos_id)
+    if isinstance(text, TextTransformer) and text.cls_emb is None and not text.use_pad_mask:
+        return TextTower(text, text.pool_type, text.eos_id)
+    raise ModelError(f"the text tower is a {type(text).__name__} with extra tokens or masks; gapstream adapts plain CLIP text transformers. Choose another model.name")
+
+
+def _preprocess(config: Mapping[str, Any]) -> Preprocess:
+    size = config["size"]
+    if isinstance(size, (list, tuple)):
+        if size[0] != size[1]:
+            raise ModelError(f"the model reads images of {size[0]} x {size[1]}; gapstream needs a square input. Choose another model.name")
+        size = size[0]
+    return Preprocess(
+        size=int(size),
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+        interpolation=config.get("interpolation", "bicubic"),
+        resize_mode=config.get("resize_mode", "shortest"),
+    )
+
+
+def _autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    if precision == "auto":
+        precision = "fp32" if device.type != "cuda" else ("bf16" if torch.cuda.is_bf16_supported() else "fp16")
+    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def _weights_hash(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

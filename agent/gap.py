@@ -1,0 +1,52 @@
+"""Modality-gap statistics and the drift rule: pure functions of features.
+
+Similarities are raw cosines. The published code uses logits scaled by exp(logit_scale); every ratio below is the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from agent.values import GapStatistics
+
+
+def statistics(images: Tensor, names: Tensor, labels: Tensor) -> GapStatistics:
+    """MG-CLIP equations 1-2 and the centroid gap of Liang et al. 2022, exact and sample-weighted.
+
+    images: float [N, D], names: float [C, D], both L2-normalised; labels: int64 [N] in 0..C-1. The negative mean is over
+    all other names of each image (None when C is 1). The centroid of the names is weighted by class frequency.
+    """
+    cosines = images @ names.T
+    positive = cosines.gather(1, labels[:, None]).squeeze(1)
+    others = names.shape[0] - 1
+    negative = ((cosines.sum(1) - positive) / others).mean().item() if others else None
+    frequency = torch.bincount(labels, minlength=len(names)).to(names.dtype) / len(labels)
+    centroid = torch.linalg.vector_norm(images.mean(0) - frequency @ names).item()
+    return GapStatistics(positive=positive.mean().item(), negative=negative, centroid=centroid)
+
+
+def drift(now: GapStatistics, untouched: GapStatistics, relative_to: str) -> float | None:
+    """|negative now - negative untouched|, relative to |negative untouched| (the paper) or to the untouched model's separation.
+
+    None when there is no other name. The separation (positive minus negative) stays well-conditioned where the negative mean
+    is near zero.
+    """
+    if now.negative is None or untouched.negative is None:
+        return None
+    change = abs(now.negative - untouched.negative)
+    scale = abs(untouched.negative) if relative_to == "negative" else abs(untouched.positive - untouched.negative)
+    return change / max(scale, 1e-12)
+
+
+def paper_epochs(drifts: Sequence[float | None], threshold: float) -> int | None:
+    """The published rule on the first task: epochs to use from now on, or None while undecided.
+
+    `drifts[i]` was measured after epoch i (0-based). The first violation at i fixes max(1, i): the epochs completed before it.
+    """
+    for i, value in enumerate(drifts):
+        if value is not None and value > threshold:
+            return max(1, i)
+    return None

@@ -1,0 +1,81 @@
+"""How features become predictions: the inference module of the methods here, with text rows, visual rows and their fusion."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from agent.methods.base import InferenceModule
+
+
+class Classifier(InferenceModule):
+    """An image tower under rows per class. Subclasses say how an embedding [B, D] becomes probabilities [B, C]."""
+
+    def __init__(self, tower: nn.Module, classes: tuple[str, ...]) -> None:
+        super().__init__()
+        self.tower = tower
+        self.classes = classes
+        self.class_tensors = ()
+        self.eval().requires_grad_(False)
+
+    def _rows(self, name: str, rows: Tensor) -> None:
+        self.register_buffer(name, rows.detach().clone())
+        self.class_tensors = (*self.class_tensors, name)
+
+    def score(self, embedding: Tensor) -> Tensor:
+        """L2-normalised embedding float32 [B, D] -> probabilities [B, C]."""
+        raise NotImplementedError
+
+    def from_tokens(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        embedding = F.normalize(self.tower(tokens).float(), dim=-1)
+        probabilities = self.score(embedding)
+        return embedding, probabilities.clamp_min(1e-12).log(), probabilities
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.from_tokens(self.tower.prefix(images))
+
+
+class TextClassifier(Classifier):
+    """softmax(scale * cosine to the class names): CLIP's own prediction."""
+
+    def __init__(self, tower: nn.Module, classes: tuple[str, ...], names: Tensor, scale: float) -> None:
+        super().__init__(tower, classes)
+        self._rows("names", names)
+        self.scale = scale
+
+    def score(self, embedding: Tensor) -> Tensor:
+        return torch.softmax(self.scale * embedding @ self.names.T, dim=-1)
+
+
+class FaithfulFusion(Classifier):
+    """MG-CLIP's published prediction: (softmax(softmax(scale * text)) + 4 softmax(visual cosine)) / 5.
+
+    The text branch is softmaxed twice in the published code (its model already returns probabilities); kept to agree with it.
+    """
+
+    def __init__(self, tower: nn.Module, classes: tuple[str, ...], names: Tensor, rows: Tensor, scale: float) -> None:
+        super().__init__(tower, classes)
+        self._rows("names", names)
+        self._rows("rows", F.normalize(rows, dim=-1))
+        self.scale = scale
+
+    def score(self, embedding: Tensor) -> Tensor:
+        text = torch.softmax(torch.softmax(self.scale * embedding @ self.names.T, dim=-1), dim=-1)
+        visual = torch.softmax(embedding @ self.rows.T, dim=-1)
+        return (text + 4 * visual) / 5
+
+
+class CalibratedFusion(Classifier):
+    """Each branch softmaxed once, at a temperature, and their probabilities averaged with a weight on the visual branch."""
+
+    def __init__(self, tower: nn.Module, classes: tuple[str, ...], names: Tensor, rows: Tensor, scale: float) -> None:
+        super().__init__(tower, classes)
+        self._rows("names", names)
+        self._rows("rows", F.normalize(rows, dim=-1))
+        self.scale = scale
+
+    def score(self, embedding: Tensor) -> Tensor:
+        text = torch.softmax(self.scale * embedding @ self.names.T, dim=-1)
+        visual = torch.softmax(self.scale * embedding @ self.rows.T, dim=-1)
+        return (text + 4 * visual) / 5

@@ -1,0 +1,72 @@
+"""A CLIP with K/V adapters on both towers: what the adapter-training methods share. No loop lives here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from agent.clip import Clip
+from agent.config import Lora
+from agent.lora import Adapters, merged
+from agent.methods.base import Tokens, task_generator
+
+Weights = Mapping[str, Tensor]
+
+
+class Student:
+    """Encodes with adapted weights over the frozen towers of `clip`."""
+
+    def __init__(self, clip: Clip, lora: Lora, seed: int) -> None:
+        self.clip = clip
+        generator = task_generator(seed, 0, "adapters")
+        self.image = Adapters(clip.image, lora.rank, lora.alpha, generator)
+        self.text = Adapters(clip.text, lora.rank, lora.alpha, generator)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        yield from self.image.parameters()
+        yield from self.text.parameters()
+
+    def encode_tokens(self, tokens: Tensor, weights: Weights | None = None) -> Tensor:
+        """[B, tokens, width] -> float32 [B, D], L2-normalised; differentiable. `weights`: reuse `image.weights()`."""
+        with self.clip.autocast():
+            out = functional_call(self.clip.image, dict(weights or self.image.weights()), (tokens,))
+        return F.normalize(out.float(), dim=-1)
+
+    def encode_ids(self, ids: Tensor) -> Tensor:
+        """Token ids int64 [n, L] -> float32 [n, D], L2-normalised; differentiable."""
+        with self.clip.autocast():
+            out = functional_call(self.clip.text, self.text.weights(), (ids,))
+        return F.normalize(out.float(), dim=-1)
+
+    @torch.no_grad()
+    def encode_names(self, names: Sequence[str], batch: int = 256) -> Tensor:
+        """Class names in the prompt -> float32 [n, D], L2-normalised."""
+        parts = [self.encode_ids(self.clip.tokenize(names[i : i + batch])) for i in range(0, len(names), batch)]
+        return torch.cat(parts) if parts else torch.zeros(0, self.clip.embed_dim, device=self.clip.device)
+
+    @torch.no_grad()
+    def features(self, tokens: Tokens, index: Tensor | None = None, batch: int = 256) -> Tensor:
+        """Normalised image features float32 [N, D] of a task's images (or of those at `index`), in order."""
+        index = torch.arange(len(tokens)) if index is None else index
+        weights = self.image.weights()
+        return torch.cat([self.encode_tokens(tokens.batch(part), weights) for part in index.split(batch)])
+
+    @torch.no_grad()
+    def merged_image_tower(self) -> nn.Module:
+        """The adapted image tower as plain weights, sharing nothing that training writes."""
+        return merged(self.clip.image, self.image.weights())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Copies of all trainable tensors by name."""
+        named = [("image." + k, v) for k, v in self.image.named_parameters()]
+        named += [("text." + k, v) for k, v in self.text.named_parameters()]
+        return {name: tensor.detach().clone() for name, tensor in named}
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Inverse of `tensors`; raises KeyError or RuntimeError when names or shapes differ."""
+        for prefix, adapters in (("image.", self.image), ("text.", self.text)):
+            adapters.load_state_dict({k: tensors[prefix + k] for k, _ in adapters.named_parameters()})

@@ -1,0 +1,225 @@
+"""The trainer process: everything that needs torch. Builds model, method, evaluator and exporter once, learns task after task."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from agent import methods
+from agent.clip import load_clip
+from agent.commits import seal
+from agent.config import Config
+from agent.evaluation import Evaluator, add_phase
+from agent.holdout import HoldOut
+from agent.images import LoadedImages, TokensAt, load_tokens
+from agent.methods.base import LearnerState, TaskData
+from agent.values import LateRejection, Outcome, Progress, Update
+from exporter.onnx import OnnxExporter, ParityError
+from exporter.preprocess import decode
+from streams.archive import ArchiveFolder
+from streams.buffer import Task
+from streams.record import Reason
+from streams.spool import Sample
+
+log = logging.getLogger(__name__)
+
+TENSORS, FACTS, REPORT, RELEASE = "learner.safetensors", "learner.json", "report.json", "release"
+CHECK_IMAGES = 8
+"""Images of the task a release is checked on; the exporter repeats them up to its largest batch."""
+_PACKAGES = ("gapstream", "torch", "open_clip_torch", "timm", "numpy", "pillow")
+
+Report = Callable[[Progress], None]
+
+
+class LearnerError(Exception):
+    """A checkpoint cannot be continued; the message says what differs and what to do."""
+
+
+class Learner:
+    """Continues from the commit at `commit` (None: nothing learned yet). Runs in one thread of its own process."""
+
+    def __init__(self, config: Config, commit: Path | None) -> None:
+        if config.model.threads:
+            torch.set_num_threads(config.model.threads)
+        self._config = config
+        self._clip = load_clip(config.model)
+        self._method = methods.build(self._clip, config.method)
+        if commit is not None:
+            self._load(commit)
+        settings = config.evaluation
+        self._holdout = HoldOut.load(commit, settings.holdout_fraction, settings.holdout_per_class)
+        self._evaluator = Evaluator(
+            self._clip,
+            settings,
+            self._holdout,
+            test=self._archive(settings.test_archive, settings.test_split),
+            probe=self._archive(settings.probe_archive, settings.probe_split),
+            max_pixels=config.source.max_image_pixels,
+            cache_bytes=config.method.cache_bytes,
+        )
+        release = config.release
+        self._exporter = OnnxExporter(release.opset, release.max_batch, release.parity_atol, config.model.threads)
+
+    def learn(self, task: Task, staging: Path, report: Report) -> Outcome:
+        """Decode, predict, update, score, release, save: everything of the next commit but its manifest, in `staging`."""
+        parent = _parent(staging)
+        started = time.perf_counter()
+        loaded = self._decode(task, report)
+        decoded = time.perf_counter()
+        good = [task.samples[i] for i in loaded.kept]
+        choices = self._holdout.split(good)
+        data = _task_data(task, good, [i for i, choice in enumerate(choices) if choice == "train"], loaded)
+        before = self._evaluator.before(self._method, data, report)
+        update = self._update(data, report)
+        scores = self._evaluator.after(self._method, data, update, before, _last_report(parent), report)
+        add_phase(scores, "decode", decoded - started)
+        scores |= self._facts()
+
+        exporting = time.perf_counter()
+        report(Progress("export", task.number))
+        refused = self._release(task, good, scores, staging)
+        add_phase(scores, "export", time.perf_counter() - exporting)
+
+        report(Progress("commit", task.number))
+        self._save(staging)
+        self._holdout.write(staging, parent)
+        (staging / REPORT).write_text(json.dumps(scores, indent=1, allow_nan=False), encoding="utf-8")
+        files = seal(staging)
+        self._holdout.moved(staging.with_suffix(""))  # where the agent renames it to
+        return Outcome(
+            task=task.number,
+            next_offsets=task.next_offsets,
+            staging=staging,
+            files=files,
+            report=scores,
+            classes=self._method.classes,
+            update=update,
+            release_refused=refused,
+            rejected=tuple(_late(task.samples[i], error.reason, error.detail) for i, error in loaded.failed),
+        )
+
+    def _decode(self, task: Task, report: Report) -> LoadedImages:
+        count = len(task.samples)
+        report(Progress("decode", task.number, steps=count))
+        return load_tokens(
+            [sample.read for sample in task.samples],
+            self._clip,
+            max_pixels=self._config.source.max_image_pixels,
+            cache_bytes=self._config.method.cache_bytes,
+            scratch=self._config.state.path / "scratch",
+            advance=lambda done: report(Progress("decode", task.number, step=done, steps=count)),
+        )
+
+    def _update(self, data: TaskData, report: Report) -> Update | None:
+        if not len(data):
+            log.warning("task %d has no image to learn: none could be decoded, or all are held out", data.number)
+            return None
+        return self._method.update(data, report)
+
+    def _release(self, task: Task, good: Sequence[Sample], scores: dict[str, Any], staging: Path) -> str | None:
+        """Publish into `staging`; gives why not, or None. Notes in `scores["release"]` what was measured."""
+        old, limit = scores["old_classes"], self._config.release.max_old_class_drop
+        refused = None
+        if not good or not self._method.classes:
+            refused = "nothing was learned"
+        elif limit and old["before"] is not None and old["after"] is not None and old["before"] - old["after"] > limit:
+            refused = (
+                f"accuracy on the classes before this task fell from {old['before']:.1%} to {old['after']:.1%}, more than "
+                f"release.max_old_class_drop = {limit:.1%}"
+            )
+        scores["release"] = {"refused": refused}
+        if refused is None:
+            images = [self._clip.preprocess(decode(s.read(), self._config.source.max_image_pixels)) for s in good[:CHECK_IMAGES]]
+            facts = {
+                "task": task.number,
+                "method": self._config.method.name,
+                "fusion": scores["fusion"],
+                "model": self._clip.identity,
+                "accuracy": scores["last"],
+            }
+            try:
+                release = self._exporter.release(
+                    self._method.inference_module(), self._clip.preprocess, facts, staging / RELEASE, np.stack(images)
+                )
+                scores["release"] |= {"id": release.id, "parity": asdict(release.parity), "seconds": dict(release.seconds)}
+            except ParityError as error:
+                scores["release"]["refused"] = refused = str(error)
+        if refused is not None:
+            log.warning("no new release after task %d: %s; the one before serves on", task.number, refused)
+        return refused
+
+    def _facts(self) -> dict[str, Any]:
+        """What every reported number is stored with (backbone, prompt, seed, versions)."""
+        method = self._config.method
+        return {
+            "model": self._clip.identity,
+            "method": method.name,
+            "fusion": self._method.fusion,
+            "seed": method.seed,
+            "device": str(self._clip.device),
+            "versions": {name: metadata.version(name) for name in _PACKAGES},
+        }
+
+    def _save(self, staging: Path) -> None:
+        state = self._method.state()
+        save_file({k: v.detach().cpu().contiguous() for k, v in state.tensors.items()}, staging / TENSORS)
+        facts = {"method": self._config.method.name, "model": self._clip.identity, "facts": dict(state.facts)}
+        (staging / FACTS).write_text(json.dumps(facts, indent=1, ensure_ascii=False), encoding="utf-8")
+
+    def _load(self, commit: Path) -> None:
+        if not (commit / FACTS).exists():  # only rejected records so far
+            return
+        saved = json.loads((commit / FACTS).read_text(encoding="utf-8"))
+        wanted = {"method": self._config.method.name, "model": self._clip.identity}
+        different = [key for key in ("sha256", "prompt") if saved["model"][key] != wanted["model"][key]]
+        if different or saved["method"] != wanted["method"]:
+            raise LearnerError(
+                f"{commit} was learned by {saved['method']} on {_model(saved['model'])}, but the configuration says "
+                f"{wanted['method']} on {_model(wanted['model'])}. Nothing was changed: restore the configuration, or set "
+                "state.path to a new folder to start over"
+            )
+        self._method.load_state(LearnerState(load_file(commit / TENSORS), saved["facts"]))
+
+    def _archive(self, path: Any, split: str) -> ArchiveFolder | None:
+        if path is None:
+            return None
+        limits = self._config.source
+        return ArchiveFolder(path, split, ("test", "val"), limits.max_image_bytes, limits.max_label_chars)
+
+
+def _parent(staging: Path) -> Path | None:
+    """The current commit's folder: what was learned last, perhaps carried on by a commit that learned nothing."""
+    current = staging.parent.parent / "CURRENT"
+    return current.resolve() if current.exists() else None
+
+
+def _last_report(parent: Path | None) -> dict[str, Any] | None:
+    if parent is None or not (parent / REPORT).exists():
+        return None
+    return json.loads((parent / REPORT).read_text(encoding="utf-8"))
+
+
+def _task_data(task: Task, good: Sequence[Sample], rows: Sequence[int], loaded: LoadedImages) -> TaskData:
+    """The samples to train on, and the class names among them in order of first appearance."""
+    classes = tuple(dict.fromkeys(good[i].label for i in rows))
+    number = {name: i for i, name in enumerate(classes)}
+    labels = torch.tensor([number[good[i].label] for i in rows], dtype=torch.int64)
+    return TaskData(task.number, classes, labels, TokensAt(loaded.tokens, torch.tensor(rows, dtype=torch.int64)))
+
+
+def _late(sample: Sample, reason: str, detail: str) -> LateRejection:
+    return LateRejection(sample.partition, sample.offset, Reason(reason), detail)
+
+
+def _model(identity: dict[str, str]) -> str:
+    return f"{identity['name']} ({identity['pretrained']}, sha256 {identity['sha256'][:12]}, prompt {identity['prompt']!r})"
