@@ -1,0 +1,114 @@
+"""How to reach and be let into a Kafka cluster. Secrets come as text or as the file that holds them; none is shown."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kafka.errors import KafkaError
+from kafka.net.sasl.oauth import AbstractTokenProvider
+
+from streams.source import StreamError
+
+Secret = str | Path | None
+"""A secret, or the file that holds it, read whenever a client is made."""
+
+CONNECT_S = 30
+
+
+@dataclass(frozen=True)
+class Connection:
+    """How to reach and be let into a cluster. `settings` has it as the client library wants it."""
+
+    bootstrap_servers: Sequence[str]
+    protocol: str = "PLAINTEXT"
+    """PLAINTEXT, SSL, SASL_PLAINTEXT or SASL_SSL."""
+    cafile: Path | None = None
+    certfile: Path | None = None
+    keyfile: Path | None = None
+    key_password: Secret = field(default=None, repr=False)
+    check_hostname: bool = True
+    mechanism: str = ""
+    """PLAIN, SCRAM-SHA-256, SCRAM-SHA-512 or OAUTHBEARER."""
+    username: str = ""
+    password: Secret = field(default=None, repr=False)
+    token_file: Path | None = None
+    """OAUTHBEARER: file with the current token; else one is asked for at `token_url` with client credentials."""
+    token_url: str = ""
+    client_id: str = ""
+    client_secret: Secret = field(default=None, repr=False)
+    scope: str = ""
+
+    def settings(self) -> dict[str, Any]:
+        """Raises StreamError when a secret's file cannot be read."""
+        settings: dict[str, Any] = {
+            "bootstrap_servers": list(self.bootstrap_servers),
+            "security_protocol": self.protocol,
+            "bootstrap_timeout_ms": CONNECT_S * 1000,
+            "client_id": "gapstream",
+        }
+        if self.protocol.endswith("SSL"):
+            settings["ssl_check_hostname"] = self.check_hostname
+            settings["ssl_password"] = _revealed(self.key_password)
+            for name in ("cafile", "certfile", "keyfile"):
+                path = getattr(self, name)
+                settings[f"ssl_{name}"] = str(path) if path else None
+        if self.protocol.startswith("SASL"):
+            settings["sasl_mechanism"] = self.mechanism
+            if self.mechanism == "OAUTHBEARER":
+                settings["sasl_oauth_token_provider"] = _TokenFile(self) if self.token_file else _TokenService(self)
+            else:
+                settings["sasl_plain_username"] = self.username
+                settings["sasl_plain_password"] = _revealed(self.password)
+        return settings
+
+    def __str__(self) -> str:
+        return ",".join(self.bootstrap_servers)
+
+
+def _revealed(secret: Secret) -> str | None:
+    if not isinstance(secret, Path):
+        return secret
+    try:
+        return secret.read_text(encoding="utf-8").rstrip("\r\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise StreamError(f"the secret in {secret} cannot be read: {error}; nothing was connected") from None
+
+
+class _TokenFile(AbstractTokenProvider):
+    def __init__(self, connection: Connection) -> None:
+        self._path = connection.token_file
+
+    def token(self) -> str:
+        return _revealed(self._path) or ""
+
+
+class _TokenService(AbstractTokenProvider):
+    """OAuth 2.0 client credentials; a token is kept until a minute before it expires."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._token = ""
+        self._until = 0.0
+
+    def token(self) -> str:
+        if time.monotonic() >= self._until:
+            asked = self._connection
+            form = {"grant_type": "client_credentials", "client_id": asked.client_id, "scope": asked.scope}
+            form["client_secret"] = _revealed(asked.client_secret) or ""
+            body = urllib.parse.urlencode({name: value for name, value in form.items() if value}).encode()
+            try:
+                with urllib.request.urlopen(asked.token_url, body, timeout=10) as response:
+                    answer = json.load(response)
+                self._token = answer["access_token"]
+            except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
+                raise KafkaError(f"no token from {asked.token_url}: {type(error).__name__}: {error}") from None
+            self._until = time.monotonic() + max(10, float(answer.get("expires_in", 300)) - 60)
+        return self._token
