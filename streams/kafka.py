@@ -532,6 +532,7 @@ class KafkaSource:
 
     def _moved_into_log(self) -> bool:
         """Go on where the log begins, after the broker did not have our position; False when it has it after all."""
+        self._discover()  # a topic that was created again is a clearer reason
         placed = self._within_log(self._positions)
         back = [where for where, offset in placed.items() if offset < self._positions[where]]
         if back:
