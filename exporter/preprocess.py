@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 """What is decoded; anything else is `unsupported_format`, however well Pillow would do."""
@@ -52,7 +52,6 @@ def decode(data: bytes, max_pixels: int) -> Image.Image:
             raise ImageError("bomb", f"{width} x {height} pixels, at most {max_pixels} are decoded")
         if max(width, height) > MAX_ASPECT * min(width, height):
             raise ImageError("bad_dimensions", f"{width} x {height} pixels, sides may differ {MAX_ASPECT}-fold at most")
-        image.load()
         return upright_rgb(image)
     except (ImageError, MemoryError):
         raise
@@ -72,13 +71,15 @@ def decode(data: bytes, max_pixels: int) -> Image.Image:
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow image, turned as its EXIF orientation says, in 8-bit RGB; the argument may be changed.
+    """Any Pillow image, turned as its EXIF orientation says, in 8-bit RGB; the argument is left as it is.
 
     Raises ImageError for floating-point pixels: nothing says what range they have.
     """
+    image.load()
     # A broken EXIF block says nothing about the pixels.
     with contextlib.suppress(OSError, SyntaxError, ValueError, TypeError, KeyError, struct.error):
-        ImageOps.exif_transpose(image, in_place=True)
+        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+            image = ImageOps.exif_transpose(image)
     if image.mode == "RGB":
         return image
     if image.mode == "F":

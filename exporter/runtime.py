@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import io
 import logging
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +19,11 @@ from PIL import Image
 
 from exporter import release as releases
 from exporter.preprocess import decode, upright_rgb
+from exporter.release import Release, ReleaseError
 
 log = logging.getLogger(__name__)
 
 OUTPUTS = ("embedding", "logits", "probabilities")
-MAX_PIXELS = 50_000_000
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -79,29 +80,135 @@ class Prediction:
     """Id of the release that answered."""
 
 
-class Classifier:
-    """Answers from the release in `path`, or the current one when `path` is a state folder."""
+@dataclass(frozen=True)
+class _Served:
+    """A release and its session, swapped together so that no answer mixes two releases."""
 
-    def __init__(self, path: Path, threads: int = 0, *, device: Device = "auto", max_batch: int = 64) -> None:
-        """Raises ReleaseError when there is no release, it is damaged, or it does not pass its own test."""
-        self.release = releases.read(releases.current(path))
-        self.release.verify()
+    release: Release
+    session: Session
+
+
+class Classifier:
+    """Answers from a release folder, or from the current release of a state folder, which `refresh` or `follow` take up
+    while older calls finish on what they began with. Every method may be called from any thread."""
+
+    def __init__(
+        self,
+        path: Path,
+        threads: int = 0,
+        *,
+        device: Device = "auto",
+        max_batch: int = 64,
+        max_pixels: int = 50_000_000,
+    ) -> None:
+        """`threads`: of onnxruntime for one batch, 0 for all cores. Raises ReleaseError when there is no release, it is
+        damaged, or it does not pass its own test."""
+        self._path = path
+        self._threads = threads
+        self._device: Device = device
         self._max_batch = max_batch
-        self._session = Session(self.release.model, device=device, threads=threads)
-        self.provider = self._session.provider
+        self._max_pixels = max_pixels
+        self._refreshing = threading.Lock()
+        self._stop = threading.Event()
+        self._follower: threading.Thread | None = None
+        self._seen = releases.current(path)
+        self._served = self._load(releases.read(self._seen))
+
+    @property
+    def release(self) -> Release:
+        """The release that answers calls made from now on."""
+        return self._served.release
+
+    @property
+    def provider(self) -> str:
+        """The onnxruntime execution provider that answers, such as `CPUExecutionProvider`."""
+        return self._served.session.provider
 
     def classify(self, images: Sequence[bytes | Image.Image], top: int = 5) -> list[Prediction]:
-        """Encoded or Pillow images -> the `top` classes of each (0: all). Raises ImageError for an unusable image."""
-        release = self.release
-        rgb = [decode(image, MAX_PIXELS) if isinstance(image, bytes) else upright_rgb(image) for image in images]
+        """Encoded or Pillow images -> the `top` classes of each (0: all), all by one release.
+
+        Raises ImageError for the first unusable image.
+        """
+        served = self._served
+        classes, preprocess = served.release.classes, served.release.preprocess
         predictions: list[Prediction] = []
-        for start in range(0, len(rgb), self._max_batch):
-            batch = release.preprocess.batch(rgb[start : start + self._max_batch])
-            for scores in self._session.run(batch).probabilities:
+        for start in range(0, len(images), self._max_batch):
+            part = images[start : start + self._max_batch]
+            batch = preprocess.batch([self._rgb(image) for image in part])
+            for scores in served.session.run(batch).probabilities:
                 order = np.argsort(-scores, kind="stable")[: top or None]
-                labels = tuple(release.classes[index] for index in order)
-                predictions.append(Prediction(labels, tuple(float(score) for score in scores[order]), release.id))
+                labels = tuple(classes[index] for index in order)
+                predictions.append(Prediction(labels, tuple(scores[order].tolist()), served.release.id))
         return predictions
+
+    def refresh(self) -> bool:
+        """Take up the current release if it is another one: open and test it beside the old one, then swap.
+
+        Returns whether it did. Raises ReleaseError when the new one cannot be used: the old one goes on answering, and
+        the bad one is not tried again.
+        """
+        with self._refreshing:
+            folder = releases.current(self._path)
+            if folder == self._seen:
+                return False
+            self._seen = folder
+            release = releases.read(folder)
+            if release.id == self.release.id:  # a commit that kept its predecessor's release
+                return False
+            self._served = self._load(release)
+        log.info("release %s answers now: %d classes, %s", release.id, len(release.classes), folder)
+        return True
+
+    def follow(self, interval_s: float = 1.0) -> None:
+        """Call `refresh` every so often on a thread of its own, until `close`; what goes wrong is logged."""
+
+        def loop() -> None:
+            while not self._stop.wait(interval_s):
+                try:
+                    self.refresh()
+                except ReleaseError as error:
+                    log.error("release %s goes on answering: %s", self.release.id, error)
+
+        self._follower = threading.Thread(target=loop, name="release-follower", daemon=True)
+        self._follower.start()
+
+    def close(self) -> None:
+        """End `follow`."""
+        self._stop.set()
+        if self._follower is not None:
+            self._follower.join()
+
+    def _rgb(self, image: bytes | Image.Image) -> Image.Image:
+        return decode(image, self._max_pixels) if isinstance(image, bytes) else upright_rgb(image)
+
+    def _load(self, release: Release) -> _Served:
+        release.verify()
+        try:
+            session = Session(release.model, device=self._device, threads=self._threads)
+            _self_test(release, session)
+        except ReleaseError:
+            raise
+        except Exception as error:  # onnxruntime's errors share no public base class
+            raise ReleaseError(f"release {release.path} cannot be run: {type(error).__name__}: {error}") from error
+        return _Served(release, session)
+
+
+def _self_test(release: Release, session: Session) -> None:
+    """Compare with the trained model's answers shipped in the release, at batch 1 and all at once (which also warms the
+    session up). Raises ReleaseError with numbers."""
+    with np.load(release.golden, allow_pickle=False) as golden:
+        images, want = golden["images"], Answers(*(golden[name] for name in OUTPUTS))
+    for size in {1, len(images)}:
+        got = session.run(images[:size])
+        difference = max(
+            float(np.abs(got.embedding - want.embedding[:size]).max()),
+            float(np.abs(got.probabilities - want.probabilities[:size]).max()),
+        )
+        if not difference <= release.atol:
+            raise ReleaseError(
+                f"release {release.path} fails its own test on {session.provider}: golden answers differ by "
+                f"{difference:.3g} at batch {size}, at most {release.atol:g} is allowed; it is not used"
+            )
 
 
 def _cuda_usable() -> bool:

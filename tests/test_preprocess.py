@@ -111,7 +111,7 @@ def test_every_exif_orientation_is_undone(orientation, format):
     assert difference.max() <= (4 if format == "JPEG" else 0)
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.filterwarnings("ignore::Warning")
 def test_a_broken_exif_block_does_not_lose_the_image():
     data = encoded(picture(20, 10), "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\x05\0garbage")
 
@@ -167,7 +167,7 @@ def test_every_reason_is_one_the_stream_knows():
         assert Reason(reason)
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.filterwarnings("ignore::Warning")
 def test_flipped_bytes_never_raise_anything_else():
     rng = np.random.default_rng(0)
     for format in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"):
