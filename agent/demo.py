@@ -43,7 +43,8 @@ PHASES = {
 
 
 def demo_command(arguments: argparse.Namespace) -> int:
-    return demo(FOLDER, Console())
+    console = Console()
+    return demo(FOLDER, console if console.is_terminal else Console(width=120))
 
 
 def demo(folder: Path, console: Console, learner: str | None = None) -> int:
@@ -73,7 +74,8 @@ def demo(folder: Path, console: Console, learner: str | None = None) -> int:
         return 0
     write_report(state, folder / "report.html")
     console.print(tasks_table(commit.report))
-    console.print(summary(commit.report, folder, state, sample_image(folder)))
+    sample_images(folder / "images")
+    console.print(summary(commit.report, folder), soft_wrap=True)
     return 0
 
 
@@ -91,7 +93,7 @@ def demo_config(state: Path) -> Config:
     )
 
 
-def summary(report: Mapping[str, Any], folder: Path, state: Path, image: Path) -> str:
+def summary(report: Mapping[str, Any], folder: Path) -> str:
     """What came out, where it is, and what to try next."""
     gain = 100 * (report["last"] - report["zero_shot"])
     kept = "" if report["retention"] is None else f", zero-shot retention {_percent(report['retention'])}"
@@ -102,19 +104,18 @@ def summary(report: Mapping[str, Any], folder: Path, state: Path, image: Path) -
             f"against the untouched model; forgetting {_percent(report['forgetting'])}{kept}.",
             "",
             f"Report   {folder / 'report.html'}",
-            f"Model    {state / 'CURRENT/release/model.onnx'}",
-            f"Try      {sys.argv[0]} predict --model {state} {image}",
+            f"Model    {folder / 'state/CURRENT/release/model.onnx'}",
+            f"Try      {sys.argv[0]} predict --top 1 --model {folder / 'state'} {folder / 'images'}/*.jpg",
         ]
     )
 
 
-def sample_image(folder: Path) -> Path:
-    """One held-back image of the bundled stream as a file in `folder`, to try the released model on."""
+def sample_images(folder: Path) -> None:
+    """One held-back image of each class of the bundled stream as a file in `folder`, to try the released model on."""
+    folder.mkdir(exist_ok=True)
     test = ArchiveFolder("bundled", "test")
-    name = test.classes[0]
-    path = folder / f"{name}.jpg"
-    path.write_bytes(test.images(name, 1)[0].read())
-    return path
+    for name in test.classes:
+        (folder / f"{name}.jpg").write_bytes(test.images(name, 1)[0].read())
 
 
 @contextmanager

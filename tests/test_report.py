@@ -96,10 +96,10 @@ def made_up_state(state: Path, tasks=5, classes=None, refused=None, released=Tru
 
 def _gap(task: int) -> dict:
     return {
-        "positive": {"before": 0.12, "after": 0.31 + 0.01 * task},
-        "negative": {"before": -0.03, "after": -0.035 + 0.004 * task},
+        "positive": {"before": 0.12, "after": 0.31 + 0.01 * task, "untouched": 0.12},
+        "negative": {"before": -0.03, "after": -0.035 + 0.004 * task, "untouched": -0.03},
         "drift": {"before": 0.0, "after": [0.04, 0.09, 0.13, 0.21, 0.19][task % 5], "budget": 0.25},
-        "centroid": {"before": 0.69, "after": 0.62 - 0.01 * task},
+        "centroid": {"before": 0.69, "after": 0.62 - 0.01 * task, "untouched": 0.7},
     }
 
 

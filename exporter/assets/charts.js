@@ -69,7 +69,8 @@ const gapstream = (() => {
     }));
   }
 
-  // spec: {x: [names], series: [{name, color, values, dash}], format, low, high, limit: {name, value}}
+  // spec: {x: [names], series: [{name, color, values, dash, quiet}], format, low, high, limit: {name, value}}; a quiet
+  // series has no label beside its end.
   function lines(box, spec) {
     const format = spec.format || percent, axis = spec.axis || share;
     const values = spec.series.flatMap(one => one.values).filter(known).concat(spec.limit ? [spec.limit.value] : []);
@@ -81,8 +82,8 @@ const gapstream = (() => {
     responsive(box, width => {
       const height = Math.max(200, Math.min(270, width * .52));
       const names = width > 380;
-      legend(box, names ? [] : spec.series.map(one => [one.name, one.color]));
-      const edge = { left: 44, right: names ? 14 + 7.2 * Math.max(...spec.series.map(one => one.name.length)) : 14, top: 10, bottom: 26 };
+      legend(box, names ? [] : spec.series.filter(one => !one.quiet).map(one => [one.name, one.color]));
+      const edge = { left: 44, right: names ? 14 + 7.2 * Math.max(...spec.series.filter(one => !one.quiet).map(one => one.name.length)) : 14, top: 10, bottom: 26 };
       const count = spec.x.length;
       const x = index => edge.left + (width - edge.left - edge.right) * (count > 1 ? index / (count - 1) : .5);
       const y = value => edge.top + (height - edge.top - edge.bottom) * (1 - (value - low) / (high - low));
@@ -113,7 +114,7 @@ const gapstream = (() => {
         one.values.forEach((value, index) => {
           if (known(value) && (count < 25 || index === last)) svg.append(node("circle", { cx: x(index), cy: y(value), r: 3.5, fill: one.color, stroke: "var(--surface)", "stroke-width": 1.5 }));
         });
-        if (last >= 0) labels.push({ at: y(one.values[last]), name: one.name, color: one.color });
+        if (last >= 0 && !one.quiet) labels.push({ at: y(one.values[last]), name: one.name, color: one.color });
       }
       if (names) {
         labels.sort((one, other) => one.at - other.at);
@@ -160,7 +161,7 @@ const gapstream = (() => {
         group.append(node("rect", { x: edge.left + cell * other + gap / 2, y: edge.top + tall * task + gap / 2, width: Math.max(1, cell - gap), height: Math.max(1, tall - gap), rx: Math.min(6, cell / 6),
           style: `fill: color-mix(in oklab, var(--learned) ${Math.round(5 + 95 * value ** 1.6)}%, var(--surface))` }));
         if (cell > 30) group.append(node("text", { x: edge.left + cell * (other + .5), y: edge.top + tall * (task + .5) + 4, "text-anchor": "middle",
-          style: `fill: ${value > .6 ? "var(--on-learned)" : "var(--ink)"}` }, Math.round(100 * value)));
+          style: `fill: ${value > .72 ? "var(--on-learned)" : "var(--ink)"}` }, Math.round(100 * value)));
         group.addEventListener("pointerenter", () => tip(box, edge.left + cell * (other + .5), edge.top + tall * task,
           [`After task ${tasks[task]}, on task ${tasks[other]}: ${percent(value)}`, shortList(names[other])]));
         group.addEventListener("pointerleave", () => tip(box));
@@ -210,12 +211,15 @@ const gapstream = (() => {
     if (boxes.matrix) heatMap(boxes.matrix, data.matrix || [], x, history.map(entry => entry.classes));
     if (boxes.drift) lines(boxes.drift, { title: "gap drift over tasks", x, low: 0, axis: share, limit: known(data.gap?.drift?.budget) ? { name: "budget", value: data.gap.drift.budget } : undefined,
       series: [{ name: "drift", color: "var(--learned)", values: history.map(entry => gap(entry, "drift")) }] });
-    if (boxes.similarity) lines(boxes.similarity, { title: "similarities over tasks", x, format: number, axis: value => value.toFixed(2), series: [
-      { name: "right name", color: "var(--learned)", values: history.map(entry => gap(entry, "positive")) },
-      { name: "other names", color: "var(--before)", values: history.map(entry => gap(entry, "negative")) },
-      { name: "centroid gap", color: "var(--untouched)", values: history.map(entry => gap(entry, "centroid")), dash: "5 5" } ] });
+    const untouched = (entry, name) => entry.gap?.[name]?.untouched ?? null;
+    if (boxes.similarity) lines(boxes.similarity, { title: "similarities over tasks", x, format: number, axis: value => value.toFixed(2),
+      series: [["positive", "right name", "var(--learned)"], ["negative", "other names", "var(--before)"]].flatMap(([pair, name, color]) => [
+        { name: name + ", untouched", color, values: history.map(entry => untouched(entry, pair)), dash: "1 6", quiet: true },
+        { name, color, values: history.map(entry => gap(entry, pair)) } ]) });
     if (boxes.seconds) {
-      const phases = [...new Set(history.flatMap(entry => Object.keys(entry.seconds || {})))];
+      const order = ["decode", "train", "compensate", "evaluate", "export"];
+      const phases = [...new Set([...order, ...history.flatMap(entry => Object.keys(entry.seconds || {}))])]
+        .filter(phase => history.some(entry => entry.seconds?.[phase]));
       if (phases.length) bars(boxes.seconds, history.map(entry => ({ name: entry.task, parts: entry.seconds || {} })), phases);
     }
   }
