@@ -1,0 +1,86 @@
+"""The README says what is true: its metrics, commands, keys and links are those of the code."""
+
+import argparse
+import re
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry
+from pydantic import BaseModel
+
+from agent import cli
+from agent.config import Config
+from exporter.metrics import Metrics
+
+TOP = Path(__file__).parent.parent
+README = (TOP / "README.md").read_text(encoding="utf-8")
+
+
+def metrics_table() -> str:
+    """The README's table, as it follows from the metrics an agent exposes."""
+    registry = CollectorRegistry()
+    metrics = Metrics(registry)
+    rows = ["| metric | type | labels | meaning |", "|---|---|---|---|"]
+    for family in registry.collect():
+        if not family.name.startswith("gapstream_"):
+            continue
+        kind = {"counter": "counter", "info": "info", "stateset": "state set"}.get(family.type, family.type)
+        name = family.name + {"counter": "_total", "info": "_info"}.get(family.type, "")
+        labels = ", ".join(label_names(metrics, family.name))
+        rows.append(f"| `{name}` | {kind} | {labels} | {family.documentation} |")
+    return "\n".join(rows)
+
+
+def label_names(metrics: Metrics, family: str) -> tuple[str, ...]:
+    for instrument in vars(metrics).values():
+        if getattr(instrument, "_name", None) == family:
+            return instrument._labelnames
+    return ()
+
+
+def keys(model: type[BaseModel], prefix: str = "") -> set[str]:
+    found = set()
+    for name, field in model.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            found |= keys(inner, f"{prefix}{name}.")
+        found.add(prefix + name)
+    return found
+
+
+def test_the_table_of_metrics_is_that_of_a_running_agent():
+    assert metrics_table() in README, "expected in README.md:\n" + metrics_table()
+
+
+def test_every_command_shown_can_be_parsed():
+    shown = re.findall(r"^\.venv/bin/gapstream (.+)$", README, re.MULTILINE)
+    assert shown
+    for line in shown:
+        name, *arguments = line.partition("#")[0].split()
+        parser = argparse.ArgumentParser(exit_on_error=False)
+        cli.COMMANDS[name][1](parser)
+        parser.parse_args(arguments)
+
+
+def test_every_command_named_exists():
+    for name in re.findall(r"`gapstream (\w+)", README):
+        assert name in cli.COMMANDS
+
+
+def test_every_make_target_named_exists():
+    targets = re.findall(r"^([\w-]+):", (TOP / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    for name in re.findall(r"^make (\S+)|`make ([\w-]+)`", README, re.MULTILINE):
+        assert "".join(name) in targets
+
+
+def test_every_key_named_is_a_setting():
+    sections = "|".join(Config.model_fields)
+    named = set(re.findall(rf"`((?:{sections})\.[a-z_.]+)`", README)) | set(re.findall(r"--set ([a-z_.]+)=", README))
+    files = {name for name in named if name.endswith((".json", ".onnx"))}
+    assert named - files
+    assert named - files - keys(Config) == set()
+
+
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\((?!https?:)([^)#]+)\)", README))))
+def test_every_file_linked_is_there(path):
+    assert (TOP / path).exists()
