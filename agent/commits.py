@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import logging
@@ -371,6 +372,7 @@ def _digest(body: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
+@functools.cache
 def _versions() -> dict[str, str]:
     """Read from the installed packages' metadata: importing torch for its number would cost seconds."""
     found = {}

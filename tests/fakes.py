@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import signal
 import threading
@@ -35,8 +36,9 @@ class FakeLearner:
     """Learns by folding every sample's position, label and bytes into a chain of hashes: a sample that is lost, learned
     twice or learned in another order gives another `learner.safetensors`.
 
-    Images that begin with a word misbehave: `late` is rejected while decoding, `raise` raises, `die` kills the process,
-    `die-once PATH` does so unless PATH is there, `hang` says nothing more, `busy SECONDS` spins in pure Python.
+    Images (or class names) that begin with a word misbehave: `late` is rejected while decoding, `raise` raises, `die`
+    kills the process, `die-once PATH` does so unless PATH is there, `hang` says nothing more, `busy SECONDS` spins in
+    pure Python.
     """
 
     def __init__(self, config: Config, commit: Path | None) -> None:
@@ -57,6 +59,7 @@ class FakeLearner:
                 rejected.append(LateRejection(sample.partition, sample.offset, Reason.TRUNCATED, "cut short"))
                 continue
             misbehave(word, argument)
+            misbehave(*sample.label.partition(" ")[::2])
             facts = f"{self.state['chain']}{sample.partition}{sample.offset}{sample.label}".encode()
             self.state["chain"] = hashlib.sha256(facts + image).hexdigest()
             self.state["learned"].append([*sample.partition, sample.offset])
@@ -89,6 +92,7 @@ def misbehave(word: str, argument: str) -> None:
     if word == "hang":
         threading.Event().wait()
     if word == "busy":
+        logging.getLogger(__name__).info("busy now")
         until = time.monotonic() + float(argument)
         while time.monotonic() < until:
             pass
@@ -116,12 +120,16 @@ class ListSource:
     def exhausted(self) -> bool:
         return not self._live and self._at >= len(self.items)
 
+    def continues(self, fingerprint: str) -> bool:
+        return fingerprint == self.fingerprint
+
     def seek(self, offsets: Offsets) -> None:
+        self.positions = dict(offsets)
         self._at = sum(item.offset < offsets.get(item.partition, 0) for item in self.items)
 
     def poll(self, timeout_s: float) -> Sequence[Item]:
         if self.throttled or self._at >= len(self.items):
-            time.sleep(min(timeout_s, 0.01))
+            time.sleep(min(timeout_s, 0.002))
             return ()
         items = self.items[self._at : self._at + self._batch]
         self._at += len(items)
