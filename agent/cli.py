@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from agent.commands_kafka import add_dlq, add_produce
 from agent.config import Config, ConfigError, load, resolved, to_toml
 
 if TYPE_CHECKING:
@@ -66,11 +67,23 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE", help="(%(default)s)")
 
 
+def _add_produce(parser: argparse.ArgumentParser) -> None:
+    _add_config(parser)
+    add_produce(parser)
+
+
+def _add_dlq(parser: argparse.ArgumentParser) -> None:
+    _add_config(parser)
+    add_dlq(parser)
+
+
 COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], str]] = {
     "run": ("learn a stream until it ends or SIGTERM comes", _add_config, "agent.cli:run_command"),
     "demo": ("learn the bundled stream and look at the result", _no_arguments, "agent.demo:demo_command"),
     "predict": ("classify images with the current release", _add_predict, "agent.cli:predict_command"),
     "report": ("write report.html from a state folder", _add_report, "agent.cli:report_command"),
+    "produce": ("play an archive into a Kafka topic", _add_produce, "agent.commands_kafka:produce_command"),
+    "dlq": ("list or replay the records that were set aside", _add_dlq, "agent.commands_kafka:dlq_command"),
     "config": ("print the configuration in force", _add_config_command, "agent.cli:config_command"),
 }
 """Name -> (help, adds the arguments, "module:function"). The function takes the parsed arguments and returns the exit
@@ -190,11 +203,11 @@ def run_agent(
             metrics.restored(commit)
         spool = Spool(config.state.path / "spool", config.spool.max_bytes)
         rule = CutRule(**config.task.model_dump(exclude={"on_stop"}))
-        known, done, offsets = (commit.seen, commit.tasks, commit.offsets) if commit else ((), 0, {})
+        known, done = (commit.seen, commit.tasks) if commit else ((), 0)
         worker = ProcessWorker(config, learner or TRAINER)
         pipeline = Pipeline(
             source=source,
-            buffer=TaskBuffer(rule, spool, known, done + 1, offsets),
+            buffer=TaskBuffer(rule, spool, known, done + 1, source.positions),
             spool=spool,
             worker=worker,
             commits=commits,
@@ -228,6 +241,10 @@ def run_agent(
 
 def open_stream(config: Config) -> tuple[Source, DeadLetters]:
     """The configured source, and where its rejected records go. Raises StreamError."""
+    if config.source.kind == "kafka":
+        from agent.commands_kafka import open_kafka
+
+        return open_kafka(config)
     from streams.archive import ArchiveSource
     from streams.dead_letters import FileDeadLetters
 

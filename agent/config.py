@@ -10,10 +10,20 @@ import difflib
 import json
 import tomllib
 from collections.abc import Iterator, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 
 ENV_PREFIX = "GAPSTREAM_"
@@ -88,17 +98,136 @@ class Archive(_Section):
     """At the end of the archive: learn the unfinished task, or leave its records for a later run."""
 
 
+def _a_start(start: str) -> str:
+    if start not in ("earliest", "latest", "group"):
+        try:
+            datetime.fromisoformat(start)
+        except ValueError:
+            text = f"got {start!r}, expected earliest, latest, group or a time like 2026-11-21T10:00:00Z"
+            raise ValueError(text) from None
+    return start
+
+
+def _places(prefixes: tuple[str, ...]) -> tuple[str, ...]:
+    for prefix in prefixes:
+        scheme, separator, rest = prefix.partition("://")
+        if scheme not in ("https", "http", "s3", "file") or not separator or len(rest) < 2 or not rest.endswith("/"):
+            raise ValueError(f"got {prefix!r}, expected https://host/, http://host/, s3://bucket/ or file:///folder/")
+    return prefixes
+
+
+class KafkaSecurity(_Section):
+    """Who may read, and who we are. A secret comes from the environment, say from
+    GAPSTREAM_SOURCE__KAFKA__SECURITY__PASSWORD, from the file named instead, or from here; it is never printed."""
+
+    protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
+    cafile: Annotated[Path | None, Unset] = None
+    """PEM certificates the brokers' are checked against; empty: the system's."""
+    certfile: Annotated[Path | None, Unset] = None
+    """Our own certificate (PEM), where brokers ask for one."""
+    keyfile: Annotated[Path | None, Unset] = None
+    key_password: Annotated[SecretStr | None, Unset] = None
+    key_password_file: Annotated[Path | None, Unset] = None
+    check_hostname: bool = True
+    mechanism: Literal["", "PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "OAUTHBEARER"] = ""
+    """With SASL_PLAINTEXT and SASL_SSL."""
+    username: str = ""
+    password: Annotated[SecretStr | None, Unset] = None
+    password_file: Annotated[Path | None, Unset] = None
+    token_file: Annotated[Path | None, Unset] = None
+    """OAUTHBEARER: file with the current token, read at every login. Or, instead:"""
+    token_url: str = ""
+    """OAUTHBEARER: where tokens are given for client credentials."""
+    client_id: str = ""
+    client_secret: Annotated[SecretStr | None, Unset] = None
+    client_secret_file: Annotated[Path | None, Unset] = None
+    scope: str = ""
+
+    @model_validator(mode="after")
+    def _complete(self) -> KafkaSecurity:
+        missing: list[str] = []
+        for name in ("key_password", "password", "client_secret"):
+            if getattr(self, name) is not None and getattr(self, f"{name}_file") is not None:
+                missing.append(f"only one of {name} and {name}_file")
+        if self.protocol.startswith("SASL") != bool(self.mechanism):
+            missing.append("mechanism exactly with the protocols SASL_PLAINTEXT and SASL_SSL")
+        if self.mechanism == "OAUTHBEARER":
+            if bool(self.token_file) == bool(self.token_url):
+                missing.append("with OAUTHBEARER one of token_file and token_url")
+        elif self.mechanism and not (self.username and (self.password or self.password_file)):
+            missing.append(f"with {self.mechanism} username and password (or password_file)")
+        if missing:
+            raise ValueError(f"expected {'; '.join(missing)}")
+        return self
+
+
+class KafkaImages(_Section):
+    """Images that records only point at."""
+
+    allowed: Annotated[tuple[str, ...], AfterValidator(_places)] = ()
+    """Where they may be: `https://images.example.com/`, `s3://bucket/path/`, `file:///data/`; empty: nowhere."""
+    timeout_s: float = Field(10, gt=0, le=30)
+    """Of one attempt; there are three."""
+    cafile: Annotated[Path | None, Unset] = None
+    """PEM certificates for https; empty: the system's."""
+    s3_endpoint: str = "https://s3.amazonaws.com"
+    s3_region: str = "us-east-1"
+    s3_access_key: str = ""
+    """Empty: anonymous requests."""
+    s3_secret_key: Annotated[SecretStr | None, Unset] = None
+    s3_secret_key_file: Annotated[Path | None, Unset] = None
+
+
+class Kafka(_Section):
+    """Topics of a Kafka cluster, all their partitions. One agent reads them; its position is in its commits."""
+
+    bootstrap_servers: tuple[str, ...] = ("localhost:9092",)
+    topics: tuple[str, ...] = ()
+    group: str = "gapstream"
+    """Consumer group the offsets of commits are copied to, for lag tools; empty: none. Never read back."""
+    start: Annotated[str, AfterValidator(_a_start)] = "earliest"
+    """Where reading begins without a commit: `earliest`, `latest`, `group` (the group's offsets, else earliest) or a
+    time (ISO 8601). It counts until the first commit."""
+    on_lost: Literal["stop", "skip"] = "stop"
+    """When retention deleted what follows the last commit, or the log was truncated or created again: stop, or go on
+    with what there is and count the rest as skipped."""
+    merge_wait_s: float = Field(2, ge=0)
+    """With several partitions, a record waits until no earlier one can come; this long for a producer that is late."""
+    discover_s: float = Field(10, gt=0)
+    """How often new partitions are looked for."""
+    fetch_bytes: int = Field(16 * 2**20, ge=2**16)
+    """Memory for what was fetched and is not on the spool yet, about."""
+    stall_s: float = Field(120, ge=60)
+    """The agent stops when the Kafka client does not come back for so long."""
+    dead_letter_topic: str = "{topic}.dlq"
+    """Where rejected records go; `{topic}` is the topic they came from."""
+    dead_letter_create: bool = True
+    """Create it where it does not exist (one partition, the cluster's defaults)."""
+    breaker_share: float = Field(0.9, gt=0, le=1)
+    """When more than this share of the last 1000 records was rejected, reading pauses and says so; 1: never."""
+    breaker_pause_s: float = Field(60, gt=0)
+    security: KafkaSecurity = KafkaSecurity()
+    images: KafkaImages = KafkaImages()
+
+
 class Source(_Section):
     """Where records come from."""
 
     kind: Literal["archive", "kafka"] = "archive"
     archive: Archive = Archive()
+    kafka: Kafka = Kafka()
     max_image_bytes: int = Field(16 * 2**20, ge=1)
     """A larger encoded image is rejected."""
     max_image_pixels: int = Field(50_000_000, ge=1)
     """An image with more pixels (read from its header) is rejected before it is decoded."""
     max_label_chars: int = Field(200, ge=1)
     """A longer class name is rejected."""
+
+    @model_validator(mode="after")
+    def _topics(self) -> Source:
+        if self.kind == "kafka" and not self.kafka.topics:
+            raise ValueError('kafka.topics is empty; expected the topics to read, like ["images"]')
+        return self
 
 
 class Task(_Section):
@@ -368,6 +497,10 @@ def _names_a_file(field: FieldInfo, value: str) -> bool:
     return bool(value) and Path in (field.annotation, *get_args(field.annotation))
 
 
+def _is_secret(field: FieldInfo) -> bool:
+    return SecretStr in get_args(field.annotation)
+
+
 def _literals(annotation: Any) -> tuple[Any, ...]:
     if get_origin(annotation) is Literal:
         return get_args(annotation)
@@ -389,11 +522,11 @@ def _set(
         values = inner
     origins[key] = origin
     values[name] = text
-    if text.startswith("["):
+    if text.startswith("[") and not _is_secret(dict(_leaves())[key]):
         try:
             values[name] = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:
-            mistakes.append(f"{origin}: {text} is not a list as TOML has it, like [\"cat\", \"dog\"]")
+            mistakes.append(f'{origin}: {text} is not a list as TOML has it, like ["cat", "dog"]')
 
 
 def _explain(error: ValidationError, origins: Mapping[str, str]) -> list[str]:
@@ -407,7 +540,9 @@ def _explain(error: ValidationError, origins: Mapping[str, str]) -> list[str]:
         elif detail["type"] == "value_error":
             text = str(detail["ctx"]["error"])
         else:
-            text = f"got {detail['input']!r}, expected: {detail['msg'].removeprefix('Input should be ')}"
+            field = dict(_leaves()).get(key)
+            got = "a secret" if field and _is_secret(field) else repr(detail["input"])
+            text = f"got {got}, expected: {detail['msg'].removeprefix('Input should be ')}"
         found.setdefault(where, []).append(text)
     lines = []
     for where, texts in found.items():

@@ -256,6 +256,7 @@ class ArchiveSource:
         self._sleep = sleep
         self._partition = Partition(self._archive.path.resolve().stem, 0)
         self._at = 0
+        self.positions: Offsets = {self._partition: 0}
         self._throttled = False
         self._due: float | None = None
         names = [*self._archive.classes, *sorted(self._archive.unusable)]
@@ -282,6 +283,9 @@ class ArchiveSource:
         """Hex digest of the topic and of every item's class, name, size and checksum, in order."""
         return self._fingerprint
 
+    def continues(self, fingerprint: str) -> bool:
+        return fingerprint == self._fingerprint
+
     def seek(self, offsets: Offsets) -> None:
         at = offsets.get(self._partition, 0)
         if (offsets and self._partition not in offsets) or not 0 <= at <= len(self._stream):
@@ -290,6 +294,7 @@ class ArchiveSource:
                 f" {len(self._stream)} items; start with the archive of that commit or with another state folder"
             )
         self._at = at
+        self.positions = {self._partition: at}
 
     def poll(self, timeout_s: float) -> Sequence[Item]:
         """At most 256 items or about 8 MiB. Waits out `timeout_s` when throttled, at the end, or ahead of the rate."""

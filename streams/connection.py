@@ -56,7 +56,7 @@ class Connection:
         }
         if self.protocol.endswith("SSL"):
             settings["ssl_check_hostname"] = self.check_hostname
-            settings["ssl_password"] = _revealed(self.key_password)
+            settings["ssl_password"] = revealed(self.key_password)
             for name in ("cafile", "certfile", "keyfile"):
                 path = getattr(self, name)
                 settings[f"ssl_{name}"] = str(path) if path else None
@@ -66,14 +66,15 @@ class Connection:
                 settings["sasl_oauth_token_provider"] = _TokenFile(self) if self.token_file else _TokenService(self)
             else:
                 settings["sasl_plain_username"] = self.username
-                settings["sasl_plain_password"] = _revealed(self.password)
+                settings["sasl_plain_password"] = revealed(self.password)
         return settings
 
     def __str__(self) -> str:
         return ",".join(self.bootstrap_servers)
 
 
-def _revealed(secret: Secret) -> str | None:
+def revealed(secret: Secret) -> str | None:
+    """The text of a secret, from its file where it has one. Raises StreamError."""
     if not isinstance(secret, Path):
         return secret
     try:
@@ -87,7 +88,7 @@ class _TokenFile(AbstractTokenProvider):
         self._path = connection.token_file
 
     def token(self) -> str:
-        return _revealed(self._path) or ""
+        return revealed(self._path) or ""
 
 
 class _TokenService(AbstractTokenProvider):
@@ -102,7 +103,7 @@ class _TokenService(AbstractTokenProvider):
         if time.monotonic() >= self._until:
             asked = self._connection
             form = {"grant_type": "client_credentials", "client_id": asked.client_id, "scope": asked.scope}
-            form["client_secret"] = _revealed(asked.client_secret) or ""
+            form["client_secret"] = revealed(asked.client_secret) or ""
             body = urllib.parse.urlencode({name: value for name, value in form.items() if value}).encode()
             try:
                 with urllib.request.urlopen(asked.token_url, body, timeout=10) as response:

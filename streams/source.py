@@ -19,8 +19,15 @@ class Source(Protocol):
     def fingerprint(self) -> str:
         """Identity of the order of items; a commit's offsets mean something only under the same fingerprint."""
 
+    def continues(self, fingerprint: str) -> bool:
+        """Whether the offsets of a commit made under `fingerprint` mean something here. Asked before `seek`."""
+
     def seek(self, offsets: Offsets) -> None:
         """Continue at `offsets` (from a commit). Partitions it lacks start where the configuration says."""
+
+    @property
+    def positions(self) -> Offsets:
+        """Where `seek` began, for every partition there was."""
 
     def poll(self, timeout_s: float) -> Sequence[Item]:
         """Items that arrived, perhaps none; returns within about `timeout_s`. Must be called also while throttled."""

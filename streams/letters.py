@@ -1,0 +1,153 @@
+"""Dead letters read back: listed, and sent again to the topics they came from."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kafka import KafkaConsumer, KafkaProducer, OffsetAndMetadata, TopicPartition
+from kafka.errors import KafkaError
+
+from streams.batches import Unreadable, guard
+from streams.connection import Connection
+from streams.formats import Origin, origin, original
+from streams.record import Raw
+from streams.source import StreamError
+
+_POLL_MS = 1000
+_SILENT_POLLS = 30
+
+
+@dataclass(frozen=True)
+class Letter:
+    """One dead letter. After a crash several may have the same origin."""
+
+    origin: Origin
+    timestamp_s: float
+    """When it was set aside, seconds since the epoch."""
+    raw: Raw
+
+
+def letters(connection: Connection, topics: Sequence[str]) -> Iterator[Letter]:
+    """Every dead letter in the dead-letter `topics` up to now. Raises StreamError."""
+    with _Reader(connection, topics, None) as reader:
+        yield from reader.letters({})
+
+
+def replay(
+    connection: Connection, topics: Sequence[str], reasons: Collection[str], group: str, again: bool = False
+) -> Counter[str]:
+    """Send the messages behind the dead letters to where they came from; returns counts by outcome.
+
+    Only letters with one of `reasons` (empty: all), one for each origin, and only those after the last replay with the
+    same reasons, which `group` remembers, unless `again`. Outcomes: `sent`, `incomplete` (parts were too large to be
+    kept), `twice` (same origin). Raises StreamError; then nothing is remembered.
+    """
+    counts: Counter[str] = Counter()
+    seen: set[tuple[object, int]] = set()
+    memory = f"{group}.replay.{'-'.join(sorted(reasons)) or 'all'}"
+    producer = KafkaProducer(
+        **connection.settings(),
+        acks="all",
+        enable_idempotence=True,
+        max_request_size=2**30,
+        allow_auto_create_topics=False,
+    )
+    try:
+        with _Reader(connection, topics, memory) as reader:
+            futures = []
+            for letter in reader.letters({} if again else reader.remembered()):
+                place = (letter.origin.partition, letter.origin.offset)
+                if reasons and letter.origin.reason not in reasons:
+                    continue
+                if place in seen:
+                    counts["twice"] += 1
+                    continue
+                seen.add(place)
+                try:
+                    message = original(letter.raw)
+                except ValueError:
+                    counts["incomplete"] += 1
+                    continue
+                topic = letter.origin.partition.topic
+                futures.append(producer.send(topic, message.value, message.key, list(message.headers)))
+                counts["sent"] += 1
+            producer.flush()
+            for future in futures:
+                future.get(0)
+            reader.remember()
+    except KafkaError as error:
+        raise StreamError(f"dead letters could not all be sent again on {connection}: {error}; try again") from error
+    finally:
+        producer.close()
+    return counts
+
+
+class _Reader:
+    """A look at whole topics as they are now."""
+
+    def __init__(self, connection: Connection, topics: Sequence[str], group: str | None) -> None:
+        self._connection = connection
+        self._topics = topics
+        self._group = group
+        self._ends: dict[Any, int] = {}
+
+    def __enter__(self) -> _Reader:
+        try:
+            self._consumer = KafkaConsumer(
+                **self._connection.settings(),
+                group_id=self._group,
+                enable_auto_commit=False,
+                auto_offset_reset="earliest",
+                allow_auto_create_topics=False,
+            )
+            guard(self._consumer)
+            places = []
+            for topic in self._topics:
+                numbers = self._consumer.partitions_for_topic(topic)
+                if not numbers:
+                    raise StreamError(
+                        f"{self._connection} has no dead-letter topic {topic}; nothing was set aside yet?"
+                    )
+                places += [TopicPartition(topic, number) for number in sorted(numbers)]
+            self._consumer.assign(places)
+            self._ends = self._consumer.end_offsets(places)
+        except KafkaError as error:
+            raise StreamError(f"cannot read {', '.join(self._topics)} on {self._connection}: {error}") from error
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._consumer.close(autocommit=False)
+
+    def remembered(self) -> dict[Any, int]:
+        found = {place: self._consumer.committed(place) for place in self._ends}
+        return {place: offset for place, offset in found.items() if offset is not None}
+
+    def remember(self) -> None:
+        self._consumer.commit({place: OffsetAndMetadata(end, "", -1) for place, end in self._ends.items()})
+
+    def letters(self, starts: dict[Any, int]) -> Iterator[Letter]:
+        for place in self._ends:
+            if place in starts:
+                self._consumer.seek(place, starts[place])
+            else:
+                self._consumer.seek_to_beginning(place)
+        silent = 0
+        while any(self._consumer.position(place) < end for place, end in self._ends.items()):
+            polled = self._consumer.poll(timeout_ms=_POLL_MS)
+            silent = 0 if polled else silent + 1
+            if silent > _SILENT_POLLS:
+                raise StreamError(
+                    f"{self._connection} gave nothing for {_SILENT_POLLS} s; not all dead letters were read"
+                )
+            for place, messages in polled.items():
+                for message in messages:
+                    if type(message) is Unreadable or message.offset >= self._ends[place]:
+                        continue
+                    raw = Raw(message.key, message.value, tuple(message.headers))
+                    try:
+                        yield Letter(origin(raw), message.timestamp / 1000, raw)
+                    except ValueError:
+                        continue  # somebody else's message
