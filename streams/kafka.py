@@ -688,27 +688,27 @@ class KafkaDeadLetters:
     def flush(self, timeout_s: float) -> None:
         """Returns when every letter is acknowledged. Raises DeadLetterDelayed while some are not."""
         deadline = time.monotonic() + timeout_s
-        for _ in range(len(self._unsent)):
-            rejected = self._unsent.popleft()
-            self._send(rejected, self._limits[rejected.partition.topic])
-        while self._pending and not self._unsent:
-            future, rejected, _ = self._pending[0]
-            try:
-                future.get(max(0.0, deadline - time.monotonic()))
-            except KafkaTimeoutError:
-                if not future.is_done:
-                    self._failure = self._failure or "no answer"
-                    break
-            except KafkaError:
-                pass  # `_settle` looks at it
+        self._settle()
+        while self._pending or self._unsent:
+            for _ in range(len(self._unsent)):
+                rejected = self._unsent.popleft()
+                self._send(rejected, self._limits[rejected.partition.topic])
+            if self._pending:
+                with contextlib.suppress(KafkaError):  # `_settle` looks at the outcome
+                    self._pending[0][0].get(max(0.0, deadline - time.monotonic()))
             self._settle()
+            if time.monotonic() >= deadline:
+                break
         if self._pending or self._unsent:
             waiting = len(self._pending) + len(self._unsent)
-            raise DeadLetterDelayed(f"{waiting} dead letters wait for {self._connection} ({self._failure})")
+            failure = self._failure or "no answer"
+            raise DeadLetterDelayed(f"{waiting} dead letters wait for {self._connection} ({failure})")
         self._failure = ""
 
     def close(self) -> None:
-        self._producer.close(timeout=2)
+        """Without a `flush` before it, letters may be lost."""
+        with contextlib.suppress(KafkaError):
+            self._producer.close(timeout=2)
 
     def _send(self, rejected: Rejected, max_bytes: int) -> None:
         letter = dead_letter(rejected, max_bytes)
@@ -724,18 +724,17 @@ class KafkaDeadLetters:
         self._pending_bytes += size
 
     def _settle(self) -> None:
-        """Forget the letters that are acknowledged; what failed is sent again, without what made it too large."""
+        """Forget the letters that are acknowledged; what failed waits to be sent again, shorter if it was too long."""
         while self._pending and self._pending[0][0].is_done:
             future, rejected, size = self._pending.popleft()
             self._pending_bytes -= size
-            error = future.exception
-            if isinstance(error, MessageSizeTooLargeError):
+            if future.exception is None:
+                continue
+            self._failure = _short(future.exception)
+            if isinstance(future.exception, MessageSizeTooLargeError):
                 topic = rejected.partition.topic
                 self._limits[topic] = max(8192, self._limits[topic] // 2)
-                self._send(rejected, self._limits[topic])
-            elif error is not None:
-                self._failure = _short(error)
-                self._renew(rejected)
+            self._renew(rejected)
 
     def _renew(self, rejected: Rejected) -> None:
         """A producer that gave a letter up may refuse all that follow: start again with a new one."""
@@ -743,7 +742,8 @@ class KafkaDeadLetters:
         self._unsent.extend(other for future, other, _ in self._pending if not (future.is_done and future.succeeded()))
         self._pending.clear()
         self._pending_bytes = 0
-        self._producer.close(timeout=0)
+        with contextlib.suppress(KafkaError):
+            self._producer.close(timeout=0)
         self._producer = self._new_producer()
 
     def _new_producer(self) -> KafkaProducer:

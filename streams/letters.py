@@ -42,8 +42,9 @@ def replay(
     """Send the messages behind the dead letters to where they came from; returns counts by outcome.
 
     Only letters with one of `reasons` (empty: all), one for each origin, and only those after the last replay with the
-    same reasons, which `group` remembers, unless `again`. Outcomes: `sent`, `incomplete` (parts were too large to be
-    kept), `twice` (same origin). Raises StreamError; then nothing is remembered.
+    same reasons, which `group` remembers, unless `again`. A header that had no value is sent with an empty one.
+    Outcomes: `sent`, `twice` (same origin), `incomplete` (parts were too large to be kept, or the message had neither
+    key nor value). Raises StreamError; then nothing is remembered.
     """
     counts: Counter[str] = Counter()
     seen: set[tuple[object, int]] = set()
@@ -68,11 +69,12 @@ def replay(
                 seen.add(place)
                 try:
                     message = original(letter.raw)
-                except ValueError:
+                    headers = [(name, value or b"") for name, value in message.headers]
+                    topic = letter.origin.partition.topic
+                    futures.append(producer.send(topic, message.value, message.key, headers))
+                except ValueError:  # of `original`, and of the client for a message with neither key nor value
                     counts["incomplete"] += 1
                     continue
-                topic = letter.origin.partition.topic
-                futures.append(producer.send(topic, message.value, message.key, list(message.headers)))
                 counts["sent"] += 1
             producer.flush()
             for future in futures:
