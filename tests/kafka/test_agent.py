@@ -1,0 +1,219 @@
+"""The agent on Kafka: nothing lost, nothing learned twice, nothing blocked."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import random
+import threading
+import time
+import urllib.request
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kafka import KafkaProducer
+from kafka.admin import KafkaAdminClient
+
+from agent.config import Config
+from agent.worker import InlineWorker
+from streams.buffer import CutRule
+from streams.connection import Connection
+from streams.formats import Codec, original
+from streams.kafka import KafkaDeadLetters, KafkaSource
+from streams.letters import letters
+from streams.record import Partition, Reason
+from tests.bad_images import OddImage, all_images, encoded, picture
+from tests.fakes import pipeline
+from tests.kafka.agents import Agent, current, model, wait_until
+from tests.kafka.conftest import start_broker
+
+MAX_PIXELS = MAX_BYTES = 10**6
+
+
+def jpeg(number: int) -> bytes:
+    """A valid image like no other."""
+    return JPEG + b"%d" % number
+
+
+JPEG = encoded(picture(), "JPEG")
+Sent = dict[tuple[Partition, int], Reason | None]
+"""Where each message ended up, and why it has to be rejected; None: it has to be learned."""
+
+
+def poison(rng: random.Random, odd: list[OddImage]) -> tuple[bytes | None, list[tuple[str, bytes]], Reason]:
+    """A broken message of some kind."""
+    kind = rng.randrange(10)
+    label = [("label", b"cat")]
+    if kind < 4:
+        bad = rng.choice(odd)
+        assert bad.reason
+        return bad.data, label, bad.reason
+    image = base64.b64encode(JPEG).decode()
+    return [
+        (None, label, Reason.EMPTY),
+        (JPEG, [], Reason.MISSING_LABEL),
+        (JPEG, [("label", b"\xff\xfe")], Reason.LABEL_TYPE),
+        (json.dumps({"label": "a", "image": image})[: rng.randrange(1, 50)].encode(), [], Reason.BAD_ENVELOPE),
+        (json.dumps({"label": "a", "image_url": "s3://x/y"}).encode(), [], Reason.BAD_SCHEMA),
+        (b"\x01" + rng.randbytes(rng.randrange(60)), label, Reason.UNSUPPORTED_FORMAT),
+    ][kind - 4]
+
+
+@pytest.mark.parametrize("count", [1500, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_of_a_poisoned_stream_the_good_is_learned_and_the_bad_set_aside_with_its_reason(
+    count: int, bootstrap: str, new_topic: Any, producer: KafkaProducer, tmp_path: Path
+) -> None:
+    # given a stream of which 5 % are broken in every way there is
+    topic = new_topic(3)
+    rng = random.Random(3)
+    odd = [image for image in all_images() if image.reason and image.stage == "intake"]
+    odd += [image for image in all_images() if image.reason and image.stage == "decode"]
+    futures = []
+    for number in range(count):
+        value, headers, reason = jpeg(number), [("label", b"class %d" % (number % 7))], None
+        if rng.random() < 0.05:
+            value, headers, reason = poison(rng, odd)
+        futures.append((producer.send(topic, value, b"%d" % number, headers), reason, value))
+    producer.send(topic, None, b"mark", [("gapstream.control", b"flush")], timestamp_ms=int(time.time() * 1000) + 1)
+    producer.flush()
+    sent = {(Partition(topic, made.partition), made.offset): (reason, value) for made, reason, value in
+            ((future.get(), reason, value) for future, reason, value in futures)}  # fmt: skip
+
+    # when an agent reads it
+    connection = Connection([bootstrap])
+    codec = Codec(max_image_bytes=MAX_BYTES, max_image_pixels=MAX_PIXELS, max_label_chars=200)
+    source = KafkaSource(connection, [topic], codec, group="", merge_wait_s=0.2)
+    box = KafkaDeadLetters(connection, [topic])
+    stop = threading.Event()
+    agent = pipeline(
+        tmp_path, source, InlineWorker(Config(), "tests.kafka.agents:DecodingLearner"), box, stop, CutRule(samples=400)
+    )
+    running = threading.Thread(target=agent.run)
+    running.start()
+    wait_until(lambda: agent.commit and sum(agent.commit.offsets.values()) == count + 1, 240)
+    stop.set()
+    running.join()
+    source.close()
+    box.close()
+
+    # then every good one is learned once, every bad one set aside once with its reason and as it was
+    learned = Counter((Partition(*place[:2]), place[2]) for place in json.loads(model(tmp_path))["learned"])
+    aside = {(one.origin.partition, one.origin.offset): one for one in letters(connection, [f"{topic}.dlq"])}
+    assert learned == Counter(place for place, (reason, _) in sent.items() if reason is None)
+    assert aside.keys() == {place for place, (reason, _) in sent.items() if reason}
+    assert len(aside) == sum(1 for _ in letters(connection, [f"{topic}.dlq"]))
+    for place, letter in aside.items():
+        reason, value = sent[place]
+        assert original(letter.raw).value == value
+        if reason not in (Reason.TRUNCATED, Reason.UNDECODABLE):  # where the decoder may use either word
+            assert letter.origin.reason == reason, letter.origin.detail
+        else:
+            assert letter.origin.reason in (Reason.TRUNCATED, Reason.UNDECODABLE)
+
+
+def play(producer: KafkaProducer, topic: str, partitions: int, count: int, pause_s: float, start: int = 0) -> None:
+    rng = random.Random(start)
+    for number in range(start, start + count):
+        image = b"no image" if number % 23 == 11 else jpeg(number)
+        label = b"class %d" % (number // 60)
+        producer.send(topic, image, b"%d" % number, [("label", label)], partition=rng.randrange(partitions))
+        time.sleep(pause_s)
+    producer.flush()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("partitions", "stamp"), [(1, "CreateTime"), (3, "LogAppendTime")])
+def test_killed_agents_trainers_and_brokers_leave_the_model_of_an_undisturbed_run(
+    partitions: int, stamp: str, tmp_path: Path
+) -> None:
+    # given a broker, a producer at work, and an agent
+    broker = start_broker(tmp_path / "broker")
+    rng = random.Random(partitions)
+    rules = {"task__samples": 40, "task__new_classes": 3}
+    try:
+        admin = KafkaAdminClient(bootstrap_servers=broker.bootstrap)
+        options = {"num_partitions": partitions, "replication_factor": 1, "configs": {"message.timestamp.type": stamp}}
+        admin.create_topics({"t": options}, wait_for_metadata=True)
+        admin.close()
+        producer = KafkaProducer(bootstrap_servers=broker.bootstrap, enable_idempotence=True, linger_ms=5)
+        playing = threading.Thread(target=play, args=(producer, "t", partitions, 900, 0.05))
+        playing.start()
+        state = tmp_path / "disturbed"
+        agent = Agent(state, broker.bootstrap, ["t"], **rules)
+
+        # when all of them are killed again and again
+        while playing.is_alive():
+            time.sleep(rng.uniform(0.5, 4))
+            victim = rng.choice(["agent", "agent", "trainer", "broker"])
+            if victim == "broker":
+                broker.kill()
+                time.sleep(rng.uniform(0, 2))
+                broker.start()
+            elif victim == "trainer":
+                agent.kill_trainer()
+            if victim == "agent" or agent.process.poll() is not None:
+                agent.kill()
+                agent = Agent(state, broker.bootstrap, ["t"], **rules)
+        play(producer, "t", partitions, 100, 0, 900)
+        for number in range(partitions):
+            producer.send("t", None, b"end", [("gapstream.control", b"flush")], partition=number)
+        producer.close()
+        total = 1000 + partitions
+
+        def covered(folder: Path, running: Agent) -> bool:
+            assert running.process.poll() is None, running.log.read_text()[-3000:]
+            commit = current(folder)
+            return bool(commit) and sum(commit.offsets.values()) >= total - (partitions - 1)
+
+        wait_until(lambda: covered(state, agent), 120)
+        assert agent.stop() == 0
+
+        # then the model is that of an agent that nobody disturbed, and every record was learned or set aside
+        calm = Agent(tmp_path / "calm", broker.bootstrap, ["t"], **rules)
+        wait_until(lambda: covered(tmp_path / "calm", calm), 120)
+        assert calm.stop() == 0
+        assert model(state) == model(tmp_path / "calm")
+        learned = Counter(tuple(place) for place in json.loads(model(state))["learned"])
+        aside = {
+            (*one.origin.partition, one.origin.offset) for one in letters(Connection([broker.bootstrap]), ["t.dlq"])
+        }
+        assert max(learned.values()) == 1 and not learned.keys() & aside
+        assert len(learned) + len(aside) == 1000
+    finally:
+        broker.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_an_update_of_minutes_holds_up_neither_the_stream_nor_the_metrics(
+    bootstrap: str, new_topic: Any, producer: KafkaProducer, tmp_path: Path
+) -> None:
+    topic = new_topic(2)
+    seconds = 150
+    producer.send(topic, jpeg(0), b"0", [("label", b"busy %d" % seconds)], partition=0)
+    producer.flush()
+    agent = Agent(tmp_path, bootstrap, [topic], task__samples=1, spool__max_bytes=2**20)
+    url = agent.url()
+    wait_until(lambda: "busy now" in agent.log.read_text(), 60)
+    playing = threading.Thread(target=play, args=(producer, topic, 2, 1200, 0.1, 1))
+    playing.start()
+    slowest = 0.0
+    until = time.monotonic() + seconds - 10
+    while time.monotonic() < until:
+        began = time.monotonic()
+        with urllib.request.urlopen(f"{url}/metrics", timeout=5) as answer:
+            answer.read()
+        slowest = max(slowest, time.monotonic() - began)
+        with urllib.request.urlopen(f"{url}/livez", timeout=5) as answer:
+            assert answer.status == 200
+        time.sleep(0.5)
+    playing.join()
+    assert current(tmp_path) is None and agent.process.poll() is None
+    wait_until(lambda: (commit := current(tmp_path)) and sum(commit.offsets.values()) >= 1100, 120)
+    assert agent.stop() == 0
+    assert slowest < 0.5
+    digest = hashlib.sha256(model(tmp_path).encode()).hexdigest()
+    assert digest and "Traceback" not in agent.log.read_text()
