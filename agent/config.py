@@ -121,27 +121,39 @@ class KafkaSecurity(_Section):
     GAPSTREAM_SOURCE__KAFKA__SECURITY__PASSWORD, from the file named instead, or from here; it is never printed."""
 
     protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
+    """With or without TLS, with or without a login."""
     cafile: Annotated[Path | None, Unset] = None
     """PEM certificates the brokers' are checked against; empty: the system's."""
     certfile: Annotated[Path | None, Unset] = None
     """Our own certificate (PEM), where brokers ask for one."""
     keyfile: Annotated[Path | None, Unset] = None
+    """Its private key (PEM)."""
     key_password: Annotated[SecretStr | None, Unset] = None
+    """Of an encrypted private key."""
     key_password_file: Annotated[Path | None, Unset] = None
+    """File that holds it."""
     check_hostname: bool = True
+    """The brokers' certificates must name the host connected to."""
     mechanism: Literal["", "PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "OAUTHBEARER"] = ""
     """With SASL_PLAINTEXT and SASL_SSL."""
     username: str = ""
+    """With PLAIN and SCRAM."""
     password: Annotated[SecretStr | None, Unset] = None
+    """With PLAIN and SCRAM."""
     password_file: Annotated[Path | None, Unset] = None
+    """File that holds it."""
     token_file: Annotated[Path | None, Unset] = None
     """OAUTHBEARER: file with the current token, read at every login. Or, instead:"""
     token_url: str = ""
     """OAUTHBEARER: where tokens are given for client credentials."""
     client_id: str = ""
+    """Sent to `token_url`."""
     client_secret: Annotated[SecretStr | None, Unset] = None
+    """Sent to `token_url`."""
     client_secret_file: Annotated[Path | None, Unset] = None
+    """File that holds it."""
     scope: str = ""
+    """Asked for at `token_url`; empty: its default."""
 
     @model_validator(mode="after")
     def _complete(self) -> KafkaSecurity:
@@ -171,18 +183,24 @@ class KafkaImages(_Section):
     cafile: Annotated[Path | None, Unset] = None
     """PEM certificates for https; empty: the system's."""
     s3_endpoint: str = "https://s3.amazonaws.com"
+    """Where s3:// is; any service that speaks S3."""
     s3_region: str = "us-east-1"
+    """Requests are signed for it."""
     s3_access_key: str = ""
     """Empty: anonymous requests."""
     s3_secret_key: Annotated[SecretStr | None, Unset] = None
+    """Belongs to `s3_access_key`."""
     s3_secret_key_file: Annotated[Path | None, Unset] = None
+    """File that holds it."""
 
 
 class Kafka(_Section):
     """Topics of a Kafka cluster, all their partitions. One agent reads them; its position is in its commits."""
 
     bootstrap_servers: tuple[str, ...] = ("localhost:9092",)
+    """Some of the brokers, `host:port`."""
     topics: tuple[str, ...] = ()
+    """The topics to read, all their partitions."""
     group: str = "gapstream"
     """Consumer group the offsets of commits are copied to, for lag tools; empty: none. Never read back."""
     start: Annotated[str, AfterValidator(_a_start)] = "earliest"
@@ -206,6 +224,7 @@ class Kafka(_Section):
     breaker_share: float = Field(0.9, gt=0, le=1)
     """When more than this share of the last 1000 records was rejected, reading pauses and says so; 1: never."""
     breaker_pause_s: float = Field(60, gt=0)
+    """So long."""
     security: KafkaSecurity = KafkaSecurity()
     images: KafkaImages = KafkaImages()
 
@@ -214,6 +233,7 @@ class Source(_Section):
     """Where records come from."""
 
     kind: Literal["archive", "kafka"] = "archive"
+    """`archive` reads [source.archive] and ends with it; `kafka` follows [source.kafka] until it is stopped."""
     archive: Archive = Archive()
     kafka: Kafka = Kafka()
     max_image_bytes: int = Field(16 * 2**20, ge=1)
@@ -265,6 +285,7 @@ class Lora(_Section):
     """Low-rank adapters on the K and V projections of both towers (MG-CLIP section 1.1)."""
 
     rank: int = Field(8, ge=1)
+    """Of the adapters; they have 4 * rank * width parameters per block."""
     alpha: float = Field(1.0, gt=0)
     """Scale of the adapters is alpha / rank."""
 
@@ -286,25 +307,134 @@ class MgClip(_Section):
     lr: float = Field(1e-3, gt=0)
     """Adam, of the adapters."""
     batch_size: int = Field(128, ge=1)
+    """Samples in a step of adapter training."""
     visual_lr: float = Field(5e-4, gt=0)
     """Adam, of the visual classifier rows."""
     visual_epochs: int = Field(3, ge=0)
+    """Epochs of training the visual classifier rows; 0 leaves the class means."""
     visual_batch_size: int = Field(64, ge=1)
+    """Samples in a step of it."""
     fusion: Literal["calibrated", "faithful"] = "calibrated"
     """How text and visual predictions are joined: `faithful` is the published code (text softmaxed twice, 1:4);
     `calibrated` sums temperature-scaled probabilities once."""
+
+
+class Finetune(_Section):
+    """Sequential fine-tuning: the local loss over the task's classes and nothing that preserves. Text prediction."""
+
+    trainable: Literal["lora", "all"] = "lora"
+    """`lora`: adapters (`method.lora`); `all`: every weight behind the frozen part of both towers, for which `lr` must
+    be some hundred times smaller."""
+    epochs: int = Field(3, ge=1)
+    """Epochs per task."""
+    lr: float = Field(1e-3, gt=0)
+    """Adam, decaying to a hundredth along a cosine over the task."""
+    batch_size: int = Field(128, ge=1)
+    """Samples in a step."""
+    label_smoothing: float = Field(0, ge=0, lt=1)
+    """Share of the target spread over the other names."""
+
+
+_ZSCL = {
+    "sentences": 1000,
+    "words": 10,
+    "redraw": "task",
+    "temperature": 2.0,
+    "weight": 1.0,
+    "both_towers": False,
+    "both_directions": True,
+    "seen_names": 0,
+    "label_smoothing": 0.2,
+}
+
+
+class VrLwf(Finetune):
+    """VR-LwF (arXiv 2207.09248): fine-tuning, held in place by distillation over sentences of random words."""
+
+    preset: Literal["paper", "zscl"] = "paper"
+    """`paper`: the defaults below. `zscl`: the form of ZSCL's baseline (1000 sentences of 10 words drawn once per task,
+    temperature 2, weight 1, image tower only, both directions, no seen names, label smoothing 0.2). A key written
+    beside it wins over it."""
+    weight: float = Field(0.5, ge=0)
+    """Of the distillation; at 0 this is `finetune` exactly."""
+    sentences: int = Field(100, ge=1)
+    """Random sentences in a step (or a task, see `redraw`)."""
+    words: int = Field(8, ge=1)
+    """Random tokens in a sentence."""
+    redraw: Literal["step", "task"] = "step"
+    """New sentences in every step, or once per task."""
+    temperature: float = Field(1.0, gt=0)
+    """Of the distillation's probabilities."""
+    both_towers: bool = True
+    """The student reads the sentences with its own text tower; otherwise with the teacher's, and only its image tower
+    is held in place."""
+    both_directions: bool = False
+    """Also distil which of a batch's images belongs to a sentence."""
+    seen_names: int = Field(100, ge=0)
+    """LwF beside it, over the task's names and so many earlier ones (drawn in every step when there are more); 0: no
+    LwF."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_preset(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("preset") == "zscl":
+            return {**_ZSCL, **values}
+        return values
+
+
+class Seca(_Section):
+    """SECA (arXiv 2508.01579): semantic-guided distillation from earlier adapters, prototypes refined by text."""
+
+    form: Literal["code", "paper"] = "code"
+    """Where they differ: `code` averages the relevance after the softmax, drops the least used adapter of a full pool
+    and regularises by cosine; `paper` averages before it, drops the most used and regularises by squared distance."""
+    sg_akt: bool = True
+    """Distil from the pool of earlier adapters."""
+    se_vpr: bool = True
+    """Learn visual prototypes and predict with them; otherwise the prediction is by text alone."""
+    epochs: int = Field(3, ge=1)
+    """Epochs per task."""
+    milestones: tuple[int, ...] = (2,)
+    """Epochs after which the learning rates fall to a tenth."""
+    lr: float = Field(1e-3, gt=0)
+    """Adam, of the adapter, the aggregation and the prototypes' refinement."""
+    prompt_lr: float = Field(5e-4, gt=0)
+    """Adam, of the task's prompt."""
+    weight_decay: float = Field(5e-4, ge=0)
+    """Adam, of everything."""
+    batch_size: int = Field(100, ge=1)
+    """Samples in a step."""
+    bottleneck: int = Field(16, ge=1)
+    """Width of the adapter beside every MLP of the image tower."""
+    adapter_scale: float = Field(0.1, gt=0)
+    """What the adapter's output is multiplied with."""
+    dropout: float = Field(0.1, ge=0, lt=1)
+    """In the adapter, while it trains."""
+    context: int = Field(8, ge=1)
+    """Learned vectors before the class name."""
+    prompts: int = Field(10, ge=1)
+    """Prompts kept, one of each task; beyond it the oldest goes."""
+    pool: int = Field(5, ge=1)
+    """Adapters kept."""
+    softness: float = Field(0.2, gt=0)
+    """Share of CLIP's scale that multiplies cosines in the distillation and the prediction (published: 20 of 100)."""
 
 
 class Method(_Section):
     """How the model learns."""
 
     name: str = "mgclip"
+    """The algorithm; an unknown name is answered with the known ones."""
+    """One of: finetune, mgclip, ncm, seca, vrlwf, zeroshot."""
     seed: int = 0
     """All randomness of training comes from this, the task's number and nothing else."""
     cache_bytes: int = Field(2**30, ge=0)
     """Memory for the frozen part's output of a task's images; what does not fit waits in a file on disk."""
     lora: Lora = Lora()
     mgclip: MgClip = MgClip()
+    finetune: Finetune = Finetune()
+    vrlwf: VrLwf = VrLwf()
+    seca: Seca = Seca()
 
 
 class Evaluation(_Section):
@@ -323,15 +453,18 @@ class Evaluation(_Section):
     probe_archive: Annotated[Path | None, Unset] = None
     """Folder or zip of classes that are never learned: zero-shot retention is measured on it."""
     probe_split: str = ""
+    """Split folder inside `probe_archive`; empty: none (or `test`, then `val`, when there is one)."""
     probe_per_class: int = Field(20, ge=0)
     """Only the first so many probe images of a class; 0 is all."""
     batch_size: int = Field(256, ge=1)
+    """Images scored at once."""
 
 
 class Release(_Section):
     """The ONNX model that comes out."""
 
     opset: int = Field(20, ge=18, le=23)
+    """ONNX operator set of the graph."""
     max_batch: int = Field(64, ge=4)
     """Largest batch the release is checked with."""
     parity_atol: float = Field(1e-3, gt=0)
@@ -346,6 +479,7 @@ class State(_Section):
     """Where the agent keeps what it knows."""
 
     path: Path = Path("state")
+    """A folder of its own, on a disk of its own where many images pass. One agent at a time works on it."""
     keep_commits: int = Field(3, ge=2)
     """Newest commits kept; older ones are deleted."""
     dead_letter_bytes: int = Field(256 * 2**20, ge=2**20)
@@ -356,6 +490,7 @@ class Agent(_Section):
     """The long-running process."""
 
     poll_timeout_s: float = Field(0.5, gt=0, le=5)
+    """How long one look at the stream waits for records; signals are noticed in between."""
     stop_timeout_s: float = Field(8, gt=0)
     """After SIGTERM or SIGINT the trainer has so long before it is killed (nothing is lost: the task is read again)."""
     on_task_failure: Literal["stop", "quarantine"] = "stop"
@@ -363,15 +498,18 @@ class Agent(_Section):
     trainer_silent_s: float = Field(600, gt=0)
     """A trainer that says nothing for so long is killed and the task tried again."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    """Of the log on standard error."""
 
 
 class Http(_Section):
     """/metrics, /livez, /readyz and the status page."""
 
     host: str = "127.0.0.1"
+    """Address to listen on; `0.0.0.0` is open to the network, without a login."""
     port: int = Field(9187, ge=0, le=65535)
     """0 picks a free one (logged)."""
     enabled: bool = True
+    """Whether it listens at all."""
 
 
 class Config(_Section):
@@ -391,7 +529,7 @@ def load(path: Path | None, env: Mapping[str, str], overrides: Mapping[str, str]
     """The configuration from a TOML file, over it GAPSTREAM_* variables, over them `overrides` (full key -> text).
 
     Without a file every key has its default. Text from `env` and `overrides` is read as the key's type; a list is
-    written as in TOML. Raises ConfigError that lists every mistake.
+    written as in TOML or with commas. Raises ConfigError that lists every mistake.
     """
     mistakes: list[str] = []
     values: dict[str, Any] = {}
@@ -404,7 +542,7 @@ def load(path: Path | None, env: Mapping[str, str], overrides: Mapping[str, str]
             key = variable.removeprefix(ENV_PREFIX).lower().replace("__", ".")
             _set(values, origins, key, text, variable, mistakes)
     for key, text in (overrides or {}).items():
-        _set(values, origins, key, text, f"{key}={text}", mistakes)
+        _set(values, origins, key, text, "--set", mistakes)
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
@@ -511,8 +649,9 @@ def _set(
     values: dict[str, Any], origins: dict[str, str], key: str, text: str, origin: str, mistakes: list[str]
 ) -> None:
     """Put the text of one variable or override where its key is."""
-    if key not in dict(_leaves()):
-        mistakes.append(f"{origin}: there is no key {key}{_did_you_mean(key)}")
+    field = dict(_leaves()).get(key)
+    if field is None:
+        mistakes.append(f"{key} ({origin}): there is no such key{_did_you_mean(key)}")
         return
     *sections, name = key.split(".")
     for section in sections:
@@ -522,11 +661,16 @@ def _set(
         values = inner
     origins[key] = origin
     values[name] = text
-    if text.startswith("[") and not _is_secret(dict(_leaves())[key]):
+    if get_origin(field.annotation) is tuple:
         try:
-            values[name] = tomllib.loads(f"value = {text}")["value"]
+            values[name] = tomllib.loads(f"list = {text}")["list"] if text.startswith("[") else _comma_separated(text)
         except tomllib.TOMLDecodeError:
-            mistakes.append(f'{origin}: {text} is not a list as TOML has it, like ["cat", "dog"]')
+            mistakes.append(f"{key} ({origin}): got {text}, expected a list as in TOML, like [\"cat\", \"dog\"]")
+            values[name] = ()
+
+
+def _comma_separated(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def _explain(error: ValidationError, origins: Mapping[str, str]) -> list[str]:

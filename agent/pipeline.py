@@ -143,9 +143,9 @@ class Pipeline:
             self.worker.start(self._learned)
             self.metrics.state("consuming")
             while not (self.stop.is_set() and self._must_leave()):
-                self._read()
                 if self._task is None and not self._begin_task():
                     break
+                self._read()
                 if self._settlement is None:
                     self._listen()
                 if self._settlement is not None and self._letters_out(self._settlement):

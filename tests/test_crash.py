@@ -203,3 +203,38 @@ def test_a_trainer_that_dies_in_an_update_changes_nothing(tmp_path):
         agent.communicate(timeout=60)
         assert agent.returncode == 0
     assert model(tmp_path / "killed") == model(tmp_path / "undisturbed")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_real_run_killed_in_an_update_and_after_a_commit_ends_with_bitwise_the_same_model(tmp_path):
+    # given two tasks of five classes, learned by the real trainer
+    def real_agent(state: Path) -> subprocess.Popen:
+        settings = {
+            "state.path": state,
+            "source.archive.per_class": 12,
+            "source.archive.classes_per_task": 5,
+            "evaluation.holdout_fraction": 0.2,
+            "model.threads": 1,
+            "http.enabled": "false",
+        }
+        pairs = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+        return subprocess.Popen([sys.executable, "-m", "agent", "run", *pairs], stderr=subprocess.PIPE, text=True)
+
+    undisturbed = real_agent(tmp_path / "undisturbed")
+    _, said = undisturbed.communicate()
+    assert undisturbed.returncode == 0, said
+
+    # when another is killed in its first update while the trainer writes, and again after its first commit
+    state = tmp_path / "state"
+    for moment in ("released", "commit 000001"):
+        agent = real_agent(state)
+        wait_for(moment, agent)
+        agent.kill()
+        agent.communicate()
+    last = real_agent(state)
+    last.communicate()
+
+    # then
+    assert last.returncode == 0
+    assert model(state) == model(tmp_path / "undisturbed")
