@@ -37,13 +37,13 @@ lock: .venv/pip.stamp
 
 .venv/run.stamp: .venv/pip.stamp pyproject.toml constraints.txt
 	@echo "Installing gapstream and what it needs into .venv (torch is large; minutes, once)"
-	if [ -x $(BIN)/uv ]; then $(UV) install -q --python $(BIN)/python -c constraints.txt -e .; \
-	else $(BIN)/pip install -q -c constraints.txt -e .; fi
+	if [ -x $(BIN)/uv ]; then $(UV) install --python $(BIN)/python -c constraints.txt -e .; \
+	else $(BIN)/pip install -c constraints.txt -e .; fi
 	touch $@
 
 .venv/test.stamp: .venv/run.stamp
-	if [ -x $(BIN)/uv ]; then $(UV) install -q --python $(BIN)/python -c constraints.txt --group test; \
-	else $(BIN)/pip install -q -c constraints.txt --group test; fi
+	if [ -x $(BIN)/uv ]; then $(UV) install --python $(BIN)/python -c constraints.txt --group test; \
+	else $(BIN)/pip install -c constraints.txt --group test; fi
 	touch $@
 
 # Tests of the status page, the alert rules and Kafka want these programs and skip without them, saying so. Where CI is
