@@ -11,7 +11,12 @@ if TYPE_CHECKING:
     from agent.methods.base import Method
 
 METHODS = {
+    "finetune": "agent.methods.finetune:Finetune",
     "mgclip": "agent.methods.mgclip:MgClip",
+    "ncm": "agent.methods.ncm:Ncm",
+    "seca": "agent.methods.seca:Seca",
+    "vrlwf": "agent.methods.vrlwf:VrLwf",
+    "zeroshot": "agent.methods.zeroshot:ZeroShot",
 }
 """Name -> "module:Class"."""
 

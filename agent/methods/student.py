@@ -1,8 +1,9 @@
-"""A CLIP with K/V adapters on both towers: what the adapter-training methods share. No loop lives here."""
+"""A CLIP whose towers are trained, by K/V adapters or whole, and a teacher that stays as it was. No loop lives here."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,15 +17,42 @@ from agent.methods.base import Tokens, task_generator
 
 Weights = Mapping[str, Tensor]
 
+_FROZEN_PART = tuple(
+    f"visual.{name}"
+    for name in (
+        *("conv1.", "class_embedding", "positional_embedding", "ln_pre."),
+        *("trunk.patch_embed.", "trunk.cls_token", "trunk.reg_token", "trunk.pos_embed", "trunk.norm_pre."),
+    )
+)
+"""Weights of an image tower's `prefix`: they made the tokens and cannot be trained."""
+
+
+class AllWeights(nn.Module):
+    """A trainable copy of every weight that a tower's `forward` uses: full fine-tuning in the place of adapters."""
+
+    def __init__(self, tower: nn.Module) -> None:
+        super().__init__()
+        trained = {name: p for name, p in tower.named_parameters() if not name.startswith(_FROZEN_PART)}
+        self._names = tuple(trained)
+        self.values = nn.ParameterList(nn.Parameter(p.detach().clone()) for p in trained.values())
+
+    def weights(self) -> dict[str, Tensor]:
+        return dict(zip(self._names, self.values, strict=True))
+
 
 class Student:
-    """Encodes with adapted weights over the frozen towers of `clip`."""
+    """Encodes with trained weights over the frozen towers of `clip`."""
 
-    def __init__(self, clip: Clip, lora: Lora, seed: int) -> None:
+    def __init__(self, clip: Clip, lora: Lora, seed: int, trainable: Literal["lora", "all"] = "lora") -> None:
         self.clip = clip
-        generator = task_generator(seed, 0, "adapters")
-        self.image = Adapters(clip.image, lora.rank, lora.alpha, generator)
-        self.text = Adapters(clip.text, lora.rank, lora.alpha, generator)
+        self.image: Adapters | AllWeights
+        self.text: Adapters | AllWeights
+        if trainable == "all":
+            self.image, self.text = AllWeights(clip.image), AllWeights(clip.text)
+        else:
+            generator = task_generator(seed, 0, "adapters")
+            self.image = Adapters(clip.image, lora.rank, lora.alpha, generator)
+            self.text = Adapters(clip.text, lora.rank, lora.alpha, generator)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         yield from self.image.parameters()
@@ -70,3 +98,31 @@ class Student:
         """Inverse of `tensors`; raises KeyError or RuntimeError when names or shapes differ."""
         for prefix, adapters in (("image.", self.image), ("text.", self.text)):
             adapters.load_state_dict({k: tensors[prefix + k] for k, _ in adapters.named_parameters()})
+
+
+class Teacher:
+    """A student as it is now: no gradient, and nothing shared with what training writes."""
+
+    @torch.no_grad()
+    def __init__(self, student: Student) -> None:
+        self._clip = student.clip
+        self._image = {name: weight.clone() for name, weight in student.image.weights().items()}
+        self._text = {name: weight.clone() for name, weight in student.text.weights().items()}
+
+    @torch.no_grad()
+    def encode_tokens(self, tokens: Tensor) -> Tensor:
+        """[B, tokens, width] -> float32 [B, D], L2-normalised."""
+        with self._clip.autocast():
+            return F.normalize(functional_call(self._clip.image, self._image, (tokens,)).float(), dim=-1)
+
+    @torch.no_grad()
+    def encode_ids(self, ids: Tensor, batch: int = 256) -> Tensor:
+        """Token ids int64 [n, L] -> float32 [n, D], L2-normalised."""
+        with self._clip.autocast():
+            parts = [functional_call(self._clip.text, self._text, (part,)).float() for part in ids.split(batch)]
+        return F.normalize(torch.cat(parts), dim=-1)
+
+    def features(self, tokens: Tokens, batch: int = 256) -> Tensor:
+        """Normalised image features float32 [N, D] of all images of a task, in order."""
+        index = torch.arange(len(tokens))
+        return torch.cat([self.encode_tokens(tokens.batch(part)) for part in index.split(batch)])

@@ -1,0 +1,71 @@
+"""Nearest class mean (SimpleCIL, arXiv 2303.07338): mean features of the untouched model, compared by cosine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from agent import config
+from agent.clip import Clip
+from agent.lora import merged
+from agent.methods.base import InferenceModule, LearnerState, Report, TaskData
+from agent.methods.heads import Classifier
+from agent.methods.training import ClassMeans, GapWatch, untrained
+from agent.values import Update
+
+
+class NearestMean(Classifier):
+    """softmax(scale * cosine to the class means)."""
+
+    means: Tensor
+
+    def __init__(self, tower: nn.Module, classes: tuple[str, ...], means: Tensor, scale: float) -> None:
+        super().__init__(tower, classes)
+        self._rows("means", F.normalize(means, dim=-1))
+        self.scale = scale
+
+    def score(self, embedding: Tensor) -> Tensor:
+        return torch.softmax(self.scale * embedding @ self.means.T, dim=-1)
+
+
+class Ncm:
+    name = "ncm"
+    fusion = "visual"
+
+    def __init__(self, clip: Clip, settings: config.Method) -> None:
+        self._clip = clip
+        self._seed = settings.seed
+        self._means = ClassMeans(clip)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return tuple(self._means.classes)
+
+    def encode_names(self, names: Sequence[str]) -> Tensor:
+        return self._clip.encode_names(names)
+
+    def encode_tokens(self, tokens: Tensor) -> Tensor:
+        return self._clip.encode_tokens(tokens)
+
+    def update(self, task: TaskData, report: Report) -> Update:
+        started = time.perf_counter()
+        watch = GapWatch(self, self._clip, task, self._seed)
+        self._means.add(task)
+        return untrained(task, watch, started, report)
+
+    def inference_module(self) -> InferenceModule:
+        if not self.classes:
+            raise LookupError("no class has been learned yet; there is nothing to infer with")
+        means = self._means.rows
+        return NearestMean(merged(self._clip.image, {}), self.classes, means, self._clip.logit_scale)
+
+    def state(self) -> LearnerState:
+        facts = {"classes": list(self._means.classes), "counts": list(self._means.counts)}
+        return LearnerState({"means": self._means.rows.clone()}, facts)
+
+    def load_state(self, state: LearnerState) -> None:
+        self._means.load(state.facts["classes"], state.facts["counts"], state.tensors["means"])

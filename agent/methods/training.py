@@ -1,0 +1,225 @@
+"""What the methods' loops have in common: the watch on the gap, batches and progress, losses, class means."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from agent import gap
+from agent.clip import Clip
+from agent.methods.base import Method, Report, TaskData, task_generator
+from agent.values import GapStatistics, Progress, Update
+
+GAP_SAMPLES = 512
+"""Images the gap is measured on in each task: the standard error of the negative mean is then below 0.1 % of the
+separation."""
+
+
+class GapWatch:
+    """The modality gap of `method` on the same images and names of a task, before, during and after an update."""
+
+    def __init__(self, method: Method, clip: Clip, task: TaskData, seed: int) -> None:
+        generator = task_generator(seed, task.number, "gap")
+        self._sample = torch.randperm(len(task), generator=generator)[:GAP_SAMPLES].sort().values
+        self._labels = task.labels[self._sample].to(clip.device)
+        self._task = task
+        self._method = method
+        self.untouched = self._statistics(clip)
+        self.before = self.measure()
+
+    def measure(self) -> GapStatistics:
+        return self._statistics(self._method)
+
+    def drift(self, now: GapStatistics) -> float | None:
+        """Change of the negative mean, relative to the untouched model's separation."""
+        return gap.drift(now, self.untouched, "separation")
+
+    def _statistics(self, model: Method | Clip) -> GapStatistics:
+        images = torch.cat([model.encode_tokens(self._task.tokens.batch(part)) for part in self._sample.split(128)])
+        return gap.statistics(images, model.encode_names(self._task.classes), self._labels)
+
+
+class Trained(Protocol):
+    """All that an optimizer changes."""
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Copies, by name."""
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None: ...
+
+
+class Training:
+    """Bookkeeping of one update; the loop and its loss are the method's.
+
+    A task of a single class has `epochs` 0: one name has nothing to be told apart from, its loss is zero whatever is
+    trained, and Adam would turn rounding errors into steps.
+    """
+
+    def __init__(
+        self,
+        task: TaskData,
+        trained: Trained,
+        optimizer: torch.optim.Optimizer,
+        *,
+        epochs: int,
+        batch_size: int,
+        decay: Callable[[int, float], float],
+        watch: GapWatch,
+        seed: int,
+        report: Report,
+    ) -> None:
+        """`decay(epoch, done)`: factor of the learning rates; epoch from 0, done (0 to 1): share of all steps over."""
+        self.epochs = epochs if len(task.classes) > 1 else 0
+        self.kept = 0
+        """Epochs whose effect is in the model."""
+        self._task = task
+        self._trained = trained
+        self._optimizer = optimizer
+        self._rates = [group["lr"] for group in optimizer.param_groups]
+        self._batch_size = batch_size
+        self._steps = math.ceil(len(task) / batch_size)
+        self._decay = decay
+        self._watch = watch
+        self._report = report
+        self._order = task_generator(seed, task.number, "order")
+        self._started = time.perf_counter()
+        self._finite = trained.tensors()
+        self._after = watch.before
+        self._loss: float | None = None
+        self._run = self._step = self._seen = 0
+        self._total = torch.zeros(())
+
+    def batches(self, epoch: int) -> Iterator[Tensor]:
+        """The task's images in an order drawn anew, int64 [B] on the CPU; every step has its learning rate."""
+        self._total = torch.zeros(())
+        self._run = epoch + 1
+        order = torch.randperm(len(self._task), generator=self._order)
+        for step, index in enumerate(order.split(self._batch_size)):
+            self._step = step + 1
+            done = (epoch * self._steps + step) / (self.epochs * self._steps)
+            for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+                group["lr"] = rate * self._decay(epoch, done)
+            yield index
+
+    def descend(self, loss: Tensor, images: int) -> None:
+        """One step down `loss`, the mean over `images` images."""
+        self._optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self._optimizer.step()
+        self._total = self._total.to(loss.device) + loss.detach() * images
+        self._seen += images
+        if self._step % 4 == 0 or self._step == self._steps:
+            place = (self._run, self.epochs, self._step, self._steps, self._seen)
+            self._report(Progress("train", self._task.number, *place, loss.item(), self._watch.drift(self._after)))
+
+    def keep(self) -> bool:
+        """At the end of an epoch: keep its effect. False when it is not finite: the last finite state is back; stop."""
+        statistics = self._watch.measure()
+        loss = (self._total / len(self._task)).item()
+        if not all(map(math.isfinite, (loss, statistics.positive, statistics.centroid))):
+            self._trained.load_tensors(self._finite)
+            return False
+        self._finite, self._after, self._loss = self._trained.tensors(), statistics, loss
+        self.kept += 1
+        return True
+
+    def update(self, details: Mapping[str, Any] | None = None) -> Update:
+        """What was done, with the gap as it is after the last epoch kept."""
+        return Update(
+            epochs=self.kept,
+            epochs_run=self._run,
+            steps=self._run * self._steps,
+            samples=len(self._task),
+            loss=self._loss,
+            rolled_back=self.kept < self._run,
+            gap_before=self._watch.before,
+            gap_after=self._after,
+            gap_untouched=self._watch.untouched,
+            drift_before=self._watch.drift(self._watch.before),
+            drift_after=self._watch.drift(self._after),
+            budget=None,
+            seconds={"train": time.perf_counter() - self._started},
+            details=dict(details or {}),
+        )
+
+
+def untrained(task: TaskData, watch: GapWatch, started: float, report: Report) -> Update:
+    """The update that left the towers as they were; `started` as of `time.perf_counter`."""
+    report(Progress("train", task.number, samples=len(task), drift=watch.drift(watch.before)))
+    return Update(
+        epochs=0,
+        epochs_run=0,
+        steps=0,
+        samples=len(task),
+        loss=None,
+        rolled_back=False,
+        gap_before=watch.before,
+        gap_after=watch.before,
+        gap_untouched=watch.untouched,
+        drift_before=watch.drift(watch.before),
+        drift_after=watch.drift(watch.before),
+        budget=None,
+        seconds={"train": time.perf_counter() - started},
+    )
+
+
+def cosine(epoch: int, done: float) -> float:
+    """Learning rate factor from 1 down to 0.01."""
+    return 0.01 + 0.99 * (1 + math.cos(math.pi * done)) / 2
+
+
+def local_loss(images: Tensor, names: Tensor, labels: Tensor, scale: float, smoothing: float = 0.0) -> Tensor:
+    """Cross entropy over the task's own rows: [B, D] and [K, D], L2-normalised, labels int64 [B] < K -> scalar."""
+    return F.cross_entropy(scale * images @ names.T, labels, label_smoothing=smoothing)
+
+
+def divergence(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
+    """T^2 KL(softmax(teacher / T) || softmax(student / T)), mean over rows: logits [B, n] -> scalar.
+
+    Its gradient in the student is that of T^2 cross entropy too: they differ by the teacher's entropy.
+    """
+    target = torch.log_softmax(teacher / temperature, dim=-1)
+    given = torch.log_softmax(student / temperature, dim=-1)
+    return F.kl_div(given, target, reduction="batchmean", log_target=True) * temperature**2
+
+
+def admit(classes: list[str], task: TaskData) -> None:
+    """Append the task's new names to the learned ones."""
+    classes += [name for name in task.classes if name not in classes]
+
+
+class ClassMeans:
+    """Mean feature of the untouched model per class, over all its images so far."""
+
+    def __init__(self, clip: Clip) -> None:
+        self._clip = clip
+        self.classes: list[str] = []
+        self.counts: list[int] = []
+        self.rows = torch.zeros(0, clip.embed_dim, device=clip.device)
+        """float32 [C, D], not normalised."""
+
+    def add(self, task: TaskData) -> None:
+        """Count the task's images in; a class that was there before moves as a running mean."""
+        labels = task.labels.to(self.rows.device)
+        sums = torch.zeros(len(task.classes), self.rows.shape[1], device=self.rows.device)
+        for index in torch.arange(len(task)).split(256):
+            sums.index_add_(0, labels[index], self._clip.encode_tokens(task.tokens.batch(index)))
+        before = len(self.classes)
+        admit(self.classes, task)
+        new = len(self.classes) - before
+        self.counts += [0] * new
+        rows = torch.cat([self.rows, self.rows.new_zeros(new, self.rows.shape[1])])
+        for label, name in enumerate(task.classes):
+            at, count = self.classes.index(name), int((task.labels == label).sum())
+            rows[at] = (rows[at] * self.counts[at] + sums[label]) / (self.counts[at] + count)
+            self.counts[at] += count
+        self.rows = rows
+
+    def load(self, classes: Sequence[str], counts: Sequence[int], rows: Tensor) -> None:
+        self.classes, self.counts, self.rows = list(classes), list(counts), rows.to(self._clip.device).clone()

@@ -1,0 +1,142 @@
+"""VR-LwF (Ding et al., arXiv 2207.09248): fine-tuning held in place by distillation over sentences of random words.
+
+Per step, beside the local cross entropy: student and teacher (the model as it was before the task) say how similar the
+batch's images are to random sentences, and the student's answers are held to the teacher's; from the second task on,
+the same over the names of the classes seen (LwF). Neither needs earlier images. The preset `zscl` is the form of the
+baseline in ZSCL (arXiv 2303.06628).
+
+Not as published: the learning rate decays along a cosine and gradients are not clipped, as in `finetune`; the teacher's
+image features are computed once per task, which changes nothing without augmentation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from agent import config
+from agent.clip import Clip, ModelError
+from agent.methods.base import InferenceModule, LearnerState, Report, TaskData, task_generator
+from agent.methods.heads import TextClassifier
+from agent.methods.student import Student, Teacher
+from agent.methods.training import GapWatch, Training, admit, cosine, divergence, local_loss
+from agent.values import Update
+
+
+class VrLwf:
+    name = "vrlwf"
+    fusion = "text"
+
+    def __init__(self, clip: Clip, settings: config.Method) -> None:
+        self._clip = clip
+        self._seed = settings.seed
+        self._settings = settings.vrlwf
+        self._vocabulary = clip.vocabulary
+        words, longest = self._settings.words, clip.tokenize(["thing"]).shape[1] - 2
+        if words > longest:
+            raise ModelError(f"method.vrlwf.words is {words}, but this model reads at most {longest}; lower it")
+        self._student = Student(clip, settings.lora, settings.seed, self._settings.trainable)
+        self._classes: list[str] = []
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return tuple(self._classes)
+
+    def encode_names(self, names: Sequence[str]) -> Tensor:
+        return self._student.encode_names(names)
+
+    def encode_tokens(self, tokens: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self._student.encode_tokens(tokens)
+
+    def update(self, task: TaskData, report: Report) -> Update:
+        settings, scale = self._settings, self._clip.logit_scale
+        labels = task.labels.to(self._clip.device)
+        ids = self._clip.tokenize(task.classes)
+        training = Training(
+            task,
+            self._student,
+            torch.optim.Adam(list(self._student.parameters()), lr=settings.lr),
+            epochs=settings.epochs,
+            batch_size=settings.batch_size,
+            decay=cosine,
+            watch=GapWatch(self, self._clip, task, self._seed),
+            seed=self._seed,
+            report=report,
+        )
+        held = self._held_to_teacher(task, ids) if settings.weight and training.epochs else None
+        for epoch in range(training.epochs):
+            for index in training.batches(epoch):
+                images = self._student.encode_tokens(task.tokens.batch(index))
+                names = self._student.encode_ids(ids)
+                loss = local_loss(images, names, labels[index.to(labels.device)], scale, settings.label_smoothing)
+                if held is not None:
+                    loss = loss + settings.weight * held(index, images, names)
+                training.descend(loss, len(index))
+            if not training.keep():
+                break
+        admit(self._classes, task)
+        return training.update({"preset": settings.preset})
+
+    def _held_to_teacher(self, task: TaskData, ids: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """The distillation of a task: (index int64 [B], the student's images [B, D], its names [K, D]) -> scalar."""
+        settings, scale, device = self._settings, self._clip.logit_scale, self._clip.device
+        teacher = Teacher(self._student)
+        taught_images = teacher.features(task.tokens)
+        generator = task_generator(self._seed, task.number, "sentences")
+
+        def draw() -> tuple[Tensor, Tensor]:
+            drawn = random_sentences(settings.sentences, settings.words, self._vocabulary, generator).to(device)
+            return drawn, teacher.encode_ids(drawn)
+
+        sentences, taught_sentences = draw()
+        earlier = [name for name in self._classes if name not in task.classes]
+        lwf = bool(settings.seen_names and self._classes)
+        if lwf:
+            earlier_ids = self._clip.tokenize([*earlier, *task.classes])[: len(earlier)]
+            taught_names = teacher.encode_ids(ids)
+            taught_earlier = teacher.encode_ids(earlier_ids) if earlier else taught_names[:0]
+
+        def held(index: Tensor, images: Tensor, names: Tensor) -> Tensor:
+            nonlocal sentences, taught_sentences
+            taught = scale * taught_images[index.to(device)]
+            given = scale * images
+            rows = self._student.encode_ids(sentences) if settings.both_towers else taught_sentences
+            old, new = taught @ taught_sentences.T, given @ rows.T
+            loss = divergence(old, new, settings.temperature)
+            if settings.both_directions:
+                loss = loss + divergence(old.T, new.T, settings.temperature)
+            if lwf:
+                some = torch.randperm(len(earlier), generator=generator)[: settings.seen_names].to(device)
+                known = torch.cat([names, self._student.encode_ids(earlier_ids[some])]) if earlier else names
+                old = taught @ torch.cat([taught_names, taught_earlier[some]]).T
+                loss = loss + divergence(old, given @ known.T, settings.temperature)
+            if settings.redraw == "step":
+                sentences, taught_sentences = draw()
+            return loss
+
+        return held
+
+    def inference_module(self) -> InferenceModule:
+        if not self._classes:
+            raise LookupError("no class has been learned yet; there is nothing to infer with")
+        names = self.encode_names(self._classes)
+        return TextClassifier(self._student.merged_image_tower(), self.classes, names, self._clip.logit_scale)
+
+    def state(self) -> LearnerState:
+        return LearnerState(self._student.tensors(), {"classes": list(self._classes)})
+
+    def load_state(self, state: LearnerState) -> None:
+        self._student.load_tensors(state.tensors)
+        self._classes = list(state.facts["classes"])
+
+
+def random_sentences(
+    sentences: int, words: int, vocabulary: tuple[int, int, int], generator: torch.Generator
+) -> Tensor:
+    """Start, `words` ordinary tokens drawn uniformly, end: int64 [sentences, words + 2]. `vocabulary`: see Clip."""
+    ordinary, start, end = vocabulary
+    drawn = torch.randint(ordinary, (sentences, words), generator=generator)
+    return torch.cat([torch.full((sentences, 1), start), drawn, torch.full((sentences, 1), end)], dim=1)

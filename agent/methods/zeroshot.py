@@ -1,0 +1,54 @@
+"""The untouched model, which only learns the names: what every update is measured against."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from agent import config
+from agent.clip import Clip
+from agent.lora import merged
+from agent.methods.base import InferenceModule, LearnerState, Report, TaskData
+from agent.methods.heads import TextClassifier
+from agent.methods.training import GapWatch, admit, untrained
+from agent.values import Update
+
+
+class ZeroShot:
+    name = "zeroshot"
+    fusion = "text"
+
+    def __init__(self, clip: Clip, settings: config.Method) -> None:
+        self._clip = clip
+        self._seed = settings.seed
+        self._classes: list[str] = []
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return tuple(self._classes)
+
+    def encode_names(self, names: Sequence[str]) -> Tensor:
+        return self._clip.encode_names(names)
+
+    def encode_tokens(self, tokens: Tensor) -> Tensor:
+        return self._clip.encode_tokens(tokens)
+
+    def update(self, task: TaskData, report: Report) -> Update:
+        started = time.perf_counter()
+        watch = GapWatch(self, self._clip, task, self._seed)
+        admit(self._classes, task)
+        return untrained(task, watch, started, report)
+
+    def inference_module(self) -> InferenceModule:
+        if not self._classes:
+            raise LookupError("no class has been learned yet; there is nothing to infer with")
+        names = self.encode_names(self._classes)
+        return TextClassifier(merged(self._clip.image, {}), self.classes, names, self._clip.logit_scale)
+
+    def state(self) -> LearnerState:
+        return LearnerState({}, {"classes": list(self._classes)})
+
+    def load_state(self, state: LearnerState) -> None:
+        self._classes = list(state.facts["classes"])
