@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
+import logging
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from streams.source import StreamError
 Secret = str | Path | None
 """A secret, or the file that holds it, read whenever a client is made."""
 
-CONNECT_S = 30
+CONNECT_S = 10
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,30 @@ class Connection:
 
     def __str__(self) -> str:
         return ",".join(self.bootstrap_servers)
+
+
+@contextlib.contextmanager
+def connecting(connection: Connection) -> Iterator[None]:
+    """Clients are made inside of it: a failure becomes a StreamError that says why, which the client only logs."""
+    reasons: list[str] = []
+
+    def listen(record: logging.LogRecord) -> bool:
+        arguments = record.args if isinstance(record.args, tuple) else ()
+        reasons.extend(str(argument) for argument in arguments if isinstance(argument, Exception))
+        return True
+
+    loggers = [logging.getLogger(f"kafka.net.{name}") for name in ("manager", "connection")]
+    for logger in loggers:
+        logger.addFilter(listen)
+    try:
+        yield
+    except KafkaError as error:
+        clear = [reason for reason in reasons if "Sasl" in reason or "SSL" in reason]
+        reason = (clear or reasons[-1:] or [str(error)])[0]
+        raise StreamError(f"cannot connect to {connection}: {reason[:500]}") from error
+    finally:
+        for logger in loggers:
+            logger.removeFilter(listen)
 
 
 def revealed(secret: Secret) -> str | None:

@@ -33,7 +33,7 @@ from kafka.errors import (
 
 from streams.batches import BatchTooLarge, Unreadable, guard
 from streams.claims import Fetcher
-from streams.connection import Connection
+from streams.connection import Connection, connecting
 from streams.formats import Claim, Codec, dead_letter
 from streams.merge import Merge
 from streams.record import Item, Offsets, Partition, Raw, Reason, Record, Rejected, Unusable
@@ -147,7 +147,8 @@ class KafkaSource:
         self.disordered = 0
         """Times the joint order could not be kept (see streams.merge)."""
         try:
-            self._client = _Client(connection, group, fetch_bytes)
+            with connecting(connection):
+                self._client = _Client(connection, group, fetch_bytes)
             self._ids, self._partitions = self._describe()
         except StreamError:
             raise

@@ -11,7 +11,7 @@ from kafka import KafkaConsumer, KafkaProducer, OffsetAndMetadata, TopicPartitio
 from kafka.errors import KafkaError
 
 from streams.batches import Unreadable, guard
-from streams.connection import Connection
+from streams.connection import Connection, connecting
 from streams.formats import Origin, origin, original
 from streams.record import Raw
 from streams.source import StreamError
@@ -49,13 +49,9 @@ def replay(
     counts: Counter[str] = Counter()
     seen: set[tuple[object, int]] = set()
     memory = f"{group}.replay.{'-'.join(sorted(reasons)) or 'all'}"
-    producer = KafkaProducer(
-        **connection.settings(),
-        acks="all",
-        enable_idempotence=True,
-        max_request_size=2**30,
-        allow_auto_create_topics=False,
-    )
+    settings = connection.settings() | {"acks": "all", "enable_idempotence": True, "max_request_size": 2**30}
+    with connecting(connection):
+        producer = KafkaProducer(**settings, allow_auto_create_topics=False)
     try:
         with _Reader(connection, topics, memory) as reader:
             futures = []
@@ -97,7 +93,7 @@ class _Reader:
         self._ends: dict[Any, int] = {}
 
     def __enter__(self) -> _Reader:
-        try:
+        with connecting(self._connection):
             self._consumer = KafkaConsumer(
                 **self._connection.settings(),
                 group_id=self._group,
@@ -105,7 +101,8 @@ class _Reader:
                 auto_offset_reset="earliest",
                 allow_auto_create_topics=False,
             )
-            guard(self._consumer)
+        guard(self._consumer)
+        try:
             places = []
             for topic in self._topics:
                 numbers = self._consumer.partitions_for_topic(topic)

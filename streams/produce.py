@@ -11,7 +11,7 @@ from kafka import KafkaProducer
 from kafka.admin import KafkaAdminClient
 from kafka.errors import KafkaError, TopicAlreadyExistsError, UnknownTopicOrPartitionError
 
-from streams.connection import Connection
+from streams.connection import Connection, connecting
 from streams.formats import encode_control, encode_image
 from streams.record import Control, Item, Record
 from streams.source import StreamError
@@ -35,18 +35,18 @@ def create_topic(connection: Connection, topic: str, partitions: int, replicatio
 
     Raises StreamError.
     """
-    try:
+    with connecting(connection):
         admin = KafkaAdminClient(**connection.settings())
-        try:
-            admin.create_topics(
-                {topic: {"num_partitions": partitions, "replication_factor": replication}}, wait_for_metadata=True
-            )
-        except TopicAlreadyExistsError:
-            return False
-        finally:
-            admin.close()
+    try:
+        admin.create_topics(
+            {topic: {"num_partitions": partitions, "replication_factor": replication}}, wait_for_metadata=True
+        )
+    except TopicAlreadyExistsError:
+        return False
     except KafkaError as error:
         raise StreamError(f"topic {topic} could not be created on {connection}: {error}") from error
+    finally:
+        admin.close()
     return True
 
 
@@ -129,7 +129,7 @@ def play(
 
 
 def _producer(connection: Connection, compression: str | None) -> KafkaProducer:
-    try:
+    with connecting(connection):
         return KafkaProducer(
             **connection.settings(),
             acks="all",
@@ -141,5 +141,3 @@ def _producer(connection: Connection, compression: str | None) -> KafkaProducer:
             allow_auto_create_topics=False,
             metrics_enabled=False,
         )
-    except KafkaError as error:
-        raise StreamError(f"cannot reach {connection}: {error}") from error
