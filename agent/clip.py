@@ -1,9 +1,9 @@
 """The only import of open_clip: weights, towers split where training begins, prompts, tokenizer; the bundled tinyclip.
 
-A tower's *frozen part* (`prefix`) ends where the first trainable layer begins: an image's patch embedding, or tinyclip's
-convolutional trunk. Its output (tokens) is the same for every state of the adapters, so it is computed once per image.
-Towers are never modified: adapted weights are passed in (`torch.func.functional_call`), so the untouched model, the
-student and any teacher live side by side over one set of frozen weights.
+A tower's *frozen part* (`prefix`) ends where the first trainable layer begins: an image's patch embedding, or
+tinyclip's convolutional trunk. Its output (tokens) is the same for every state of the adapters, so it is computed once
+per image. Towers are never modified: adapted weights are passed in (`torch.func.functional_call`), so the untouched
+model, the student and any teacher live side by side over one set of frozen weights.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import contextlib
 import difflib
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -55,7 +56,7 @@ class ImageTower(nn.Module):
 class TimmImageTower(nn.Module):
     """A timm vision transformer inside open_clip (SigLIP and others), with the same two halves."""
 
-    def __init__(self, visual: nn.Module) -> None:
+    def __init__(self, visual: Any) -> None:
         super().__init__()
         self.visual = visual
 
@@ -77,7 +78,7 @@ class TextTower(nn.Module):
     the same features for a fraction of the work (class prompts use about 10 of 77 positions).
     """
 
-    def __init__(self, text: nn.Module, pool_type: str, eos_id: int | None) -> None:
+    def __init__(self, text: Any, pool_type: str, eos_id: int | None) -> None:
         super().__init__()
         self.transformer = text.transformer
         self.token_embedding = text.token_embedding
@@ -88,11 +89,12 @@ class TextTower(nn.Module):
         self.eos_id = eos_id
         mask = text.attn_mask
         self.causal = mask is not None and pool_type in ("argmax", "eos")
+        self.attn_mask: Tensor | None
         self.register_buffer("attn_mask", mask, persistent=False)
 
     def ends(self, ids: Tensor) -> Tensor:
         """Position of the end-of-text token, int64 [n]."""
-        return ids.argmax(-1) if self.pool_type == "argmax" else (ids == self.eos_id).int().argmax(-1)
+        return ids.argmax(-1) if self.pool_type == "argmax" else ids.eq(self.eos_id or 0).int().argmax(-1)
 
     def forward(self, ids: Tensor) -> Tensor:
         if self.causal:
@@ -112,7 +114,7 @@ class Clip:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         tokenizer: Any,
         preprocess: Preprocess,
         settings: Model,
@@ -125,7 +127,7 @@ class Clip:
             model.visual.conv1.to(memory_format=torch.channels_last)
         self.logit_scale = float(model.logit_scale.exp())
         """Multiplier of cosines, already exponentiated."""
-        self.image = _image_tower(model).to(device)
+        self.image: Any = _image_tower(model).to(device)
         self.text = _text_tower(model).to(device)
         self.preprocess = preprocess
         self.prompt = settings.prompt
@@ -141,13 +143,21 @@ class Clip:
         """Which weights these are; a checkpoint fits only the same."""
         self.embed_dim = int(self.encode_names(["thing"]).shape[1])
 
-    def tokenize(self, names: Sequence[str]) -> Tensor:
-        """Class names, put into the prompt -> int64 [n, L] on the device."""
-        return self._tokenizer([self.prompt.format(name) for name in names]).to(self.device)
+    def tokenize(self, names: Sequence[str], prompt: str = "") -> Tensor:
+        """Class names, put into `prompt` (empty: the configured one) -> int64 [n, L] on the device."""
+        return self._tokenizer([(prompt or self.prompt).format(name) for name in names]).to(self.device)
 
     @property
     def vocabulary(self) -> tuple[int, int, int]:
-        """(size of the plain vocabulary, start id, end id) of the tokenizer: ids below the first are ordinary tokens."""
+        """(size of the plain vocabulary, start id, end id) of the tokenizer: ids below the first are ordinary tokens.
+
+        Raises ModelError when the tokenizer is not CLIP's own.
+        """
+        if not isinstance(self._tokenizer, open_clip.SimpleTokenizer):
+            raise ModelError(
+                f"this method writes sentences in CLIP's own vocabulary, but {self.identity['name']} has a "
+                f"{type(self._tokenizer).__name__}. Choose another method.name or model.name"
+            )
         start, end = self._tokenizer.sot_token_id, self._tokenizer.eot_token_id
         return min(start, end), start, end
 
@@ -177,8 +187,10 @@ class Clip:
 
 
 def load_clip(settings: Model) -> Clip:
-    """Build the model named in the configuration. Raises ModelError when it cannot be had or has no transformer towers."""
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if settings.device == "auto" else settings.device)
+    """Build the configured model. Raises ModelError when it cannot be had or has no transformer towers."""
+    device = torch.device(
+        ("cuda" if torch.cuda.is_available() else "cpu") if settings.device == "auto" else settings.device
+    )
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ModelError(f"model.device is {settings.device!r} but torch sees no CUDA device; use `auto` or `cpu`")
     if settings.name == "tinyclip":
@@ -207,7 +219,7 @@ def _tinyclip() -> tuple[nn.Module, Preprocess]:
 
 
 def _fold_batch_norms(module: nn.Module) -> None:
-    """Fold every frozen batch norm into the convolution before it, keeping timm's activation: a third less time per image."""
+    """Fold every frozen batch norm into the convolution before it, keeping timm's activation: a third less time."""
     previous = None
     for name, child in list(module.named_children()):
         _fold_batch_norms(child)
@@ -226,35 +238,46 @@ def _open_clip(settings: Model) -> tuple[nn.Module, Preprocess]:
     if not pretrained:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none is published"
         raise ModelError(
-            f"model.pretrained is empty, but {name} needs weights: a tag ({tags}), the path of a checkpoint, or `random`"
+            f"model.pretrained is empty, but {name} needs weights: a tag ({tags}), a checkpoint's path, or `random`"
         )
     local = Path(pretrained).expanduser()
     options: dict[str, Any] = {"precision": "fp32", "device": "cpu"}
     if pretrained == "random":
         torch.manual_seed(0)  # random weights are for benchmarks, which must repeat
-        model = open_clip.create_model(name, pretrained=None, **options)
+        model = _random(name, options)
     elif local.suffix or local.exists():
         if not local.is_file():
-            raise ModelError(f"model.pretrained is {pretrained!r}: no such file; give the path of a .safetensors, .pt or .bin checkpoint")
+            raise ModelError(
+                f"model.pretrained is {pretrained!r}: no such file; give the path of a .safetensors, .pt or .bin file"
+            )
         model = _from_file(name, local, options)
     else:
         tags = open_clip.list_pretrained_tags_by_model(name)
         if pretrained not in tags:
             raise ModelError(
-                f"model.pretrained is {pretrained!r}; {name} has the tags {', '.join(tags) or '(none)'}, or give the path of a local checkpoint"
+                f"model.pretrained is {pretrained!r}; {name} has the tags {', '.join(tags) or '(none)'}, or give the "
+                "path of a local checkpoint"
             )
         try:
             model = open_clip.create_model(name, pretrained=pretrained, **options)
         except Exception as error:  # hub, network, disk and checkpoint errors share no base class
             raise ModelError(
-                f"the weights {pretrained!r} of {name} could not be had ({type(error).__name__}: {error}). Fetch them on a machine with "
-                "network access, copy the file here and set model.pretrained to its path"
+                f"the weights {pretrained!r} of {name} could not be had ({type(error).__name__}: {error}). Fetch them "
+                "on a machine with network access, copy the file here and set model.pretrained to its path"
             ) from error
     return model, _preprocess(open_clip.get_model_preprocess_cfg(model))
 
 
+def _random(name: str, options: Mapping[str, Any]) -> nn.Module:
+    logging.disable(logging.WARNING)  # open_clip warns that there are no weights, which is what is asked for
+    try:
+        return open_clip.create_model(name, pretrained=None, **options)
+    finally:
+        logging.disable(logging.NOTSET)
+
+
 def _from_file(name: str, path: Path, options: Mapping[str, Any]) -> nn.Module:
-    """Weights from a local file: safetensors, a plain state dict (unpickled with weights_only), or OpenAI's TorchScript archive."""
+    """Weights from safetensors, a plain state dict (unpickled with weights_only) or OpenAI's TorchScript archive."""
     try:
         if path.suffix == ".safetensors":
             state = load_file(path)
@@ -269,7 +292,7 @@ def _from_file(name: str, path: Path, options: Mapping[str, Any]) -> nn.Module:
         state = {k.removeprefix("module."): v.float() if v.is_floating_point() else v for k, v in state.items()}
         for key in ("input_resolution", "context_length", "vocab_size"):
             state.pop(key, None)
-        model = open_clip.create_model(name, pretrained=None, **options)
+        model = _random(name, options)
         if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
             state = open_clip.model.convert_to_custom_text_state_dict(state)
         model.load_state_dict(state)
@@ -278,13 +301,13 @@ def _from_file(name: str, path: Path, options: Mapping[str, Any]) -> nn.Module:
     except Exception as error:  # unreadable file, other architecture: torch and safetensors share no base class
         text = str(error)
         raise ModelError(
-            f"{path} could not be loaded as {name}: {type(error).__name__}: {text[:600]}{' ...' if len(text) > 600 else ''}. "
-            "Check that model.name is the architecture of this checkpoint"
+            f"{path} could not be loaded as {name}: {type(error).__name__}: {text[:600]}"
+            f"{' ...' if len(text) > 600 else ''}. Check that model.name is the architecture of this checkpoint"
         ) from error
     return model
 
 
-def _image_tower(model: nn.Module) -> nn.Module:
+def _image_tower(model: Any) -> nn.Module:
     visual = model.visual
     if isinstance(visual, VisionTransformer):
         return ImageTower(visual)
@@ -292,23 +315,31 @@ def _image_tower(model: nn.Module) -> nn.Module:
     if isinstance(trunk, TimmVisionTransformer):
         return TimmImageTower(visual)
     kind = type(trunk if trunk is not None else visual).__name__
-    raise ModelError(f"the image tower is a {kind}; gapstream adapts vision transformers (open_clip's own or timm's). Choose another model.name")
+    raise ModelError(
+        f"the image tower is a {kind}; gapstream adapts vision transformers (open_clip's own or timm's). "
+        "Choose another model.name"
+    )
 
 
-def _text_tower(model: nn.Module) -> nn.Module:
+def _text_tower(model: Any) -> nn.Module:
     text = getattr(model, "text", None)
     if text is None:
         return TextTower(model, model.text_pool_type, model.text_eos_id)
     if isinstance(text, TextTransformer) and text.cls_emb is None and not text.use_pad_mask:
         return TextTower(text, text.pool_type, text.eos_id)
-    raise ModelError(f"the text tower is a {type(text).__name__} with extra tokens or masks; gapstream adapts plain CLIP text transformers. Choose another model.name")
+    raise ModelError(
+        f"the text tower is a {type(text).__name__} with extra tokens or masks; gapstream adapts plain CLIP text "
+        "transformers. Choose another model.name"
+    )
 
 
 def _preprocess(config: Mapping[str, Any]) -> Preprocess:
     size = config["size"]
     if isinstance(size, (list, tuple)):
         if size[0] != size[1]:
-            raise ModelError(f"the model reads images of {size[0]} x {size[1]}; gapstream needs a square input. Choose another model.name")
+            raise ModelError(
+                f"the model reads images of {size[0]} x {size[1]}; gapstream needs square ones. Choose another one"
+            )
         size = size[0]
     return Preprocess(
         size=int(size),

@@ -16,8 +16,8 @@ from agent.values import GapStatistics
 def statistics(images: Tensor, names: Tensor, labels: Tensor) -> GapStatistics:
     """MG-CLIP equations 1-2 and the centroid gap of Liang et al. 2022, exact and sample-weighted.
 
-    images: float [N, D], names: float [C, D], both L2-normalised; labels: int64 [N] in 0..C-1. The negative mean is over
-    all other names of each image (None when C is 1). The centroid of the names is weighted by class frequency.
+    images: float [N, D], names: float [C, D], both L2-normalised; labels: int64 [N] in 0..C-1. The negative mean is
+    over all other names of each image (None when C is 1). The centroid of the names is weighted by class frequency.
     """
     cosines = images @ names.T
     positive = cosines.gather(1, labels[:, None]).squeeze(1)
@@ -29,10 +29,10 @@ def statistics(images: Tensor, names: Tensor, labels: Tensor) -> GapStatistics:
 
 
 def drift(now: GapStatistics, untouched: GapStatistics, relative_to: str) -> float | None:
-    """|negative now - negative untouched|, relative to |negative untouched| (the paper) or to the untouched model's separation.
+    """|negative now - negative untouched| over |negative untouched| (`negative`, the paper) or over the untouched
+    model's positive minus negative mean (`separation`), which stays well-conditioned where the negative mean is near 0.
 
-    None when there is no other name. The separation (positive minus negative) stays well-conditioned where the negative mean
-    is near zero.
+    None when there is no other name.
     """
     if now.negative is None or untouched.negative is None:
         return None
@@ -44,7 +44,7 @@ def drift(now: GapStatistics, untouched: GapStatistics, relative_to: str) -> flo
 def paper_epochs(drifts: Sequence[float | None], threshold: float) -> int | None:
     """The published rule on the first task: epochs to use from now on, or None while undecided.
 
-    `drifts[i]` was measured after epoch i (0-based). The first violation at i fixes max(1, i): the epochs completed before it.
+    `drifts[i]` was measured after epoch i (0-based). The first violation at i fixes max(1, i): the epochs before it.
     """
     for i, value in enumerate(drifts):
         if value is not None and value > threshold:

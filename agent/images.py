@@ -22,7 +22,7 @@ CHUNK = 16
 
 
 class StoredTokens:
-    """Tokens of N images in one tensor: in memory (on the device when it is a GPU) or mapped from a file without a name."""
+    """Tokens of N images in one tensor: in memory (a GPU's when there is one) or mapped from a file without a name."""
 
     def __init__(self, tensor: Tensor, device: torch.device) -> None:
         self._tensor = tensor
@@ -70,8 +70,8 @@ def load_tokens(
 ) -> LoadedImages:
     """Decode, preprocess and encode every image once. Memory: `cache_bytes` plus a few chunks of images.
 
-    When all tokens together exceed `cache_bytes` they go to a file in `scratch` that has no name any more once it is open, so
-    nothing is left behind whatever happens. `advance(done)` is called after every chunk.
+    When all tokens together exceed `cache_bytes` they go to a file in `scratch` that has no name any more once it is
+    open, so nothing is left behind whatever happens. `advance(done)` is called after every chunk.
     """
     kept: list[int] = []
     failed: list[tuple[int, ImageError]] = []
@@ -101,8 +101,8 @@ def load_tokens(
 def _chunks(read: Sequence[Callable[[], bytes]], clip: Clip, max_pixels: int) -> Iterator[list[Tensor | ImageError]]:
     """Chunk after chunk, in order, worked on by one thread per core; images for a GPU, tokens on a CPU.
 
-    On a CPU each chunk is encoded by a single thread: faster than splitting every small convolution over the cores, and the
-    result does not depend on how many there are.
+    On a CPU each chunk is encoded by a single thread: faster than splitting every small convolution over the cores, and
+    the result does not depend on how many there are.
     """
 
     def one(reader: Callable[[], bytes]) -> np.ndarray | ImageError:
@@ -113,16 +113,15 @@ def _chunks(read: Sequence[Callable[[], bytes]], clip: Clip, max_pixels: int) ->
 
     def chunk(readers: Sequence[Callable[[], bytes]]) -> list[Tensor | ImageError]:
         images = [one(reader) for reader in readers]
-        out: list[Tensor | ImageError] = [i if isinstance(i, ImageError) else torch.from_numpy(i) for i in images]
-        good = [i for i, image in enumerate(out) if isinstance(image, Tensor)]
+        good = [torch.from_numpy(image) for image in images if not isinstance(image, ImageError)]
         if good and clip.device.type == "cpu":
-            tokens = clip.prefix(torch.stack([out[i] for i in good]))
-            for i, token in zip(good, tokens, strict=True):
-                out[i] = token
-        return out
+            good = list(clip.prefix(torch.stack(good)))
+        done = iter(good)
+        return [image if isinstance(image, ImageError) else next(done) for image in images]
 
     size = CHUNK if clip.device.type == "cpu" else 4 * CHUNK
-    threads = min(8, torch.get_num_threads() if clip.device.type == "cpu" else os.cpu_count() or 1)
+    cores = torch.get_num_threads()
+    threads = min(8, cores if clip.device.type == "cpu" else os.cpu_count() or 1)
     pending: deque[Future[list[Tensor | ImageError]]] = deque()
     # the setting is per calling thread, so training in the main thread keeps all cores
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
@@ -132,9 +131,12 @@ def _chunks(read: Sequence[Callable[[], bytes]], clip: Clip, max_pixels: int) ->
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
+    torch.set_num_threads(cores)  # what libraries read back must be the main thread's
 
 
-def _allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, cache_bytes: int, scratch: Path) -> Tensor:
+def _allocate(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, cache_bytes: int, scratch: Path
+) -> Tensor:
     count = int(np.prod(shape))
     if count * dtype.itemsize <= cache_bytes:
         return torch.empty(shape, dtype=dtype, device=device)

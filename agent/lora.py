@@ -18,7 +18,7 @@ ADAPTED = ("attn.in_proj_weight", "attn.qkv.weight")
 class Adapters(nn.Module):
     """LoRA on the K and V rows of every attention block of one tower: W + (alpha / rank) * B A.
 
-    A is Xavier-uniform, B zero: before training the tower is exactly itself. Trainable size: 4 * rank * width per block.
+    A is Xavier-uniform, B zero: before training the tower is exactly itself. Trainable: 4 * rank * width per block.
     """
 
     def __init__(self, tower: nn.Module, rank: int, alpha: float, generator: torch.Generator) -> None:

@@ -1,4 +1,4 @@
-"""The trainer process: everything that needs torch. Builds model, method, evaluator and exporter once, learns task after task."""
+"""The trainer process: everything that needs torch. Builds the parts once, then learns task after task."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Learner:
         self._exporter = OnnxExporter(release.opset, release.max_batch, release.parity_atol, config.model.threads)
 
     def learn(self, task: Task, staging: Path, report: Report) -> Outcome:
-        """Decode, predict, update, score, release, save: everything of the next commit but its manifest, in `staging`."""
+        """Decode, predict, update, score, release, save: the next commit but its manifest, in `staging`."""
         parent = _parent(staging)
         started = time.perf_counter()
         loaded = self._decode(task, report)
@@ -134,12 +134,15 @@ class Learner:
             refused = "nothing was learned"
         elif limit and old["before"] is not None and old["after"] is not None and old["before"] - old["after"] > limit:
             refused = (
-                f"accuracy on the classes before this task fell from {old['before']:.1%} to {old['after']:.1%}, more than "
-                f"release.max_old_class_drop = {limit:.1%}"
+                f"accuracy on the classes before this task fell from {old['before']:.1%} to {old['after']:.1%}, more "
+                f"than release.max_old_class_drop = {limit:.1%}"
             )
         scores["release"] = {"refused": refused}
         if refused is None:
-            images = [self._clip.preprocess(decode(s.read(), self._config.source.max_image_pixels)) for s in good[:CHECK_IMAGES]]
+            images = [
+                self._clip.preprocess(decode(s.read(), self._config.source.max_image_pixels))
+                for s in good[:CHECK_IMAGES]
+            ]
             facts = {
                 "task": task.number,
                 "method": self._config.method.name,
@@ -151,7 +154,11 @@ class Learner:
                 release = self._exporter.release(
                     self._method.inference_module(), self._clip.preprocess, facts, staging / RELEASE, np.stack(images)
                 )
-                scores["release"] |= {"id": release.id, "parity": asdict(release.parity), "seconds": dict(release.seconds)}
+                scores["release"] |= {
+                    "id": release.id,
+                    "parity": asdict(release.parity),
+                    "seconds": dict(release.seconds),
+                }
             except ParityError as error:
                 scores["release"]["refused"] = refused = str(error)
         if refused is not None:
@@ -180,13 +187,13 @@ class Learner:
         if not (commit / FACTS).exists():  # only rejected records so far
             return
         saved = json.loads((commit / FACTS).read_text(encoding="utf-8"))
-        wanted = {"method": self._config.method.name, "model": self._clip.identity}
+        wanted: dict[str, Any] = {"method": self._config.method.name, "model": self._clip.identity}
         different = [key for key in ("sha256", "prompt") if saved["model"][key] != wanted["model"][key]]
         if different or saved["method"] != wanted["method"]:
             raise LearnerError(
                 f"{commit} was learned by {saved['method']} on {_model(saved['model'])}, but the configuration says "
-                f"{wanted['method']} on {_model(wanted['model'])}. Nothing was changed: restore the configuration, or set "
-                "state.path to a new folder to start over"
+                f"{wanted['method']} on {_model(wanted['model'])}. Nothing was changed: restore the configuration, or "
+                "set state.path to a new folder to start over"
             )
         self._method.load_state(LearnerState(load_file(commit / TENSORS), saved["facts"]))
 
@@ -222,4 +229,5 @@ def _late(sample: Sample, reason: str, detail: str) -> LateRejection:
 
 
 def _model(identity: dict[str, str]) -> str:
-    return f"{identity['name']} ({identity['pretrained']}, sha256 {identity['sha256'][:12]}, prompt {identity['prompt']!r})"
+    name, pretrained, digest = identity["name"], identity["pretrained"], identity["sha256"][:12]
+    return f"{name} ({pretrained}, sha256 {digest}, prompt {identity['prompt']!r})"

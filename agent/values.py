@@ -1,4 +1,4 @@
-"""Frozen values that cross boundaries: between the agent and its trainer, and from both to disk. Plain data, no tensors."""
+"""Frozen values that cross boundaries: between agent and trainer, and from both to disk. Plain data, no tensors."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ class Method(Protocol):
         """Learned class names in order of first appearance."""
 
     def update(self, task: TaskData, report: Report) -> Update:
-        """Learn `task`. Deterministic given the state, the task and the seed (bitwise on a CPU with the same threads)."""
+        """Learn `task`. Deterministic given state, task and seed (bitwise on a CPU with the same threads)."""
 
     def encode_names(self, names: Sequence[str]) -> Tensor:
         """Class names, put into the prompt, by the current text tower: float32 [n, D], L2-normalised, no gradient."""

@@ -1,6 +1,8 @@
-"""How features become predictions: the inference module of the methods here, with text rows, visual rows and their fusion."""
+"""How features become predictions: inference modules with text rows, visual rows and their fusion."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +16,7 @@ class Classifier(InferenceModule):
 
     def __init__(self, tower: nn.Module, classes: tuple[str, ...]) -> None:
         super().__init__()
-        self.tower = tower
+        self.tower: Any = tower
         self.classes = classes
         self.class_tensors = ()
         self.eval().requires_grad_(False)
@@ -39,6 +41,8 @@ class Classifier(InferenceModule):
 class TextClassifier(Classifier):
     """softmax(scale * cosine to the class names): CLIP's own prediction."""
 
+    names: Tensor
+
     def __init__(self, tower: nn.Module, classes: tuple[str, ...], names: Tensor, scale: float) -> None:
         super().__init__(tower, classes)
         self._rows("names", names)
@@ -51,8 +55,11 @@ class TextClassifier(Classifier):
 class FaithfulFusion(Classifier):
     """MG-CLIP's published prediction: (softmax(softmax(scale * text)) + 4 softmax(visual cosine)) / 5.
 
-    The text branch is softmaxed twice in the published code (its model already returns probabilities); kept to agree with it.
+    The published code softmaxes the text branch twice (its model already returns probabilities); kept to agree with it.
     """
+
+    names: Tensor
+    rows: Tensor
 
     def __init__(self, tower: nn.Module, classes: tuple[str, ...], names: Tensor, rows: Tensor, scale: float) -> None:
         super().__init__(tower, classes)
@@ -67,11 +74,14 @@ class FaithfulFusion(Classifier):
 
 
 class CalibratedFusion(Classifier):
-    """(softmax(scale * text) + 2 softmax(scale * visual)) / 3: each branch softmaxed once, at the temperature CLIP learned.
+    """(softmax(scale * text) + 2 softmax(scale * visual)) / 3: each branch softmaxed once, at CLIP's own temperature.
 
-    The published fusion's probabilities are nearly flat (their ranking is that of text probability plus 4 x visual cosine);
-    here they are usable as scores. The weight was chosen on training images that were not trained on.
+    The published fusion's probabilities are nearly flat (they rank like text probability plus 4 x visual cosine); here
+    they are usable as scores. The weight was chosen on training images that were not trained on.
     """
+
+    names: Tensor
+    rows: Tensor
 
     def __init__(self, tower: nn.Module, classes: tuple[str, ...], names: Tensor, rows: Tensor, scale: float) -> None:
         super().__init__(tower, classes)

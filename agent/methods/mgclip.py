@@ -1,15 +1,16 @@
 """MG-CLIP (Huang et al., ICCV 2025, arXiv 2507.09118): preserve the modality gap, then compensate it. No replay.
 
-Per task: (1) K/V adapters of both towers learn by cross entropy over the task's own class names only; what keeps the gap is
-stopping early, by the paper's rule on the first task or by a drift budget watched in every task. (2) With the towers frozen, a
-classifier row per class starts as the mean image feature and is trained over the task's rows only. (3) Predictions fuse both.
+Per task: (1) K/V adapters of both towers learn by cross entropy over the task's own class names only; what keeps the
+gap is stopping early, by the paper's rule on the first task or by a drift budget watched in every task. (2) With the
+towers frozen, a classifier row per class starts as the mean image feature and is trained over the task's rows only.
+(3) Predictions fuse both.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -60,7 +61,9 @@ class MgClip:
         generator = task_generator(self._seed, task.number, "gap")
         sample = torch.randperm(len(task), generator=generator)[:GAP_SAMPLES].sort().values
         tokens = task.tokens.batch(sample)
-        untouched = gap.statistics(self._clip.encode_tokens(tokens), self._clip.encode_names(task.classes), labels[sample])
+        untouched = gap.statistics(
+            self._clip.encode_tokens(tokens), self._clip.encode_names(task.classes), labels[sample]
+        )
 
         def measure() -> GapStatistics:
             return gap.statistics(self.encode_tokens(tokens), self.encode_names(task.classes), labels[sample])
@@ -83,7 +86,7 @@ class MgClip:
         return gap.drift(now, untouched, self._settings.drift_relative_to)
 
     def _preserve(self, task, labels, before, untouched, measure, report) -> dict:
-        """Adapter training (section 1.2) under the gap rule; the last state inside it is what stays."""
+        """Adapter training under the gap rule; the last state inside it is what stays."""
         settings = self._settings
         paper = settings.schedule == "paper"
         epochs = settings.epochs if self._epochs_fixed is None or not paper else self._epochs_fixed
@@ -109,7 +112,20 @@ class MgClip:
                 if step % 4 == 0 or step == steps:
                     seen = epoch * len(task) + min(step * settings.batch_size, len(task))
                     last = drifts[-1] if drifts else self._drift(before, untouched)
-                    report(Progress("train", task.number, epoch + 1, epochs, step, steps, seen, step_loss.item(), last, settings.drift_budget))
+                    report(
+                        Progress(
+                            "train",
+                            task.number,
+                            epoch + 1,
+                            epochs,
+                            step,
+                            steps,
+                            seen,
+                            step_loss.item(),
+                            last,
+                            settings.drift_budget,
+                        )
+                    )
             run += 1
             statistics = measure()
             drift = self._drift(statistics, untouched)
@@ -150,7 +166,7 @@ class MgClip:
         }
 
     def _compensate(self, task: TaskData, labels: Tensor, report: Report) -> None:
-        """Rows per class (section 1.4): means of the task's features, a running mean for a class that comes back, then local training."""
+        """Rows per class: means of the features, running ones for a class that comes back, then local training."""
         settings = self._settings
         features = self._student.features(task.tokens)
         counts = torch.bincount(labels, minlength=len(task.classes))
@@ -183,7 +199,9 @@ class MgClip:
                 loss.backward()
                 optimizer.step()
                 step += 1
-            report(Progress("compensate", task.number, epoch + 1, settings.visual_epochs, step, steps, loss=loss.item()))
+            report(
+                Progress("compensate", task.number, epoch + 1, settings.visual_epochs, step, steps, loss=loss.item())
+            )
         self._rows[where] = rows.detach()
 
     def inference_module(self) -> InferenceModule:
