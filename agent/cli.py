@@ -143,20 +143,28 @@ def config_command(arguments: argparse.Namespace) -> None:
     print(to_toml(config, documented=arguments.example), end="")
 
 
-def predict_command(arguments: argparse.Namespace) -> None:
+def predict_command(arguments: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
+    from exporter.preprocess import ImageError
     from exporter.runtime import Classifier
 
     classifier = Classifier(arguments.model or config_from(arguments).state.path)
-    predictions = classifier.classify([path.read_bytes() for path in arguments.images], top=arguments.top)
     table = Table("image", "class", "score")
-    for path, prediction in zip(arguments.images, predictions, strict=True):
+    failed = 0
+    for path in arguments.images:
+        try:
+            (prediction,) = classifier.classify([path.read_bytes()], top=arguments.top)
+        except (ImageError, OSError) as error:
+            print(f"gapstream: {path}: {error}", file=sys.stderr)
+            failed = EXIT_ERROR
+            continue
         for rank, (label, score) in enumerate(zip(prediction.labels, prediction.scores, strict=True)):
             table.add_row("" if rank else str(path), label, f"{score:.1%}")
         table.add_section()
     Console().print(table)
+    return failed
 
 
 def report_command(arguments: argparse.Namespace) -> None:
@@ -181,6 +189,7 @@ def run_agent(
     from prometheus_client import CollectorRegistry
 
     from agent.commits import CommitStore
+    from agent.notify import supervised
     from agent.pipeline import Pipeline, Rules, resume
     from agent.worker import TRAINER, ProcessWorker
     from exporter.http import StatusServer
@@ -232,10 +241,19 @@ def run_agent(
                 live=lambda: _why_not_alive(metrics.status()),
                 ready=lambda: _why_not_ready(worker.ready, pipeline.commit),
                 status=metrics.status,
+                heartbeat=metrics.heartbeat,
             )
             parts.callback(server.stop)
             server.start()
             log.info("metrics and status page on http://%s:%d/", config.http.host, server.port)
+        parts.enter_context(
+            supervised(
+                live=lambda: _why_not_alive(metrics.status()),
+                ready=lambda: worker.ready,
+                doing=lambda: _doing(metrics.status()),
+                stop=stop,
+            )
+        )
         return pipeline.run()
 
 
@@ -278,9 +296,17 @@ def stop_on_signals(stop: threading.Event) -> Iterator[None]:
 
 
 def _why_not_alive(status: dict[str, Any]) -> list[str]:
-    last = status["stream"]["last_poll"] or status["started"]
-    silent = status["now"] - last
-    return [f"the source was last polled {silent:.0f} s ago, expected every few seconds"] if silent > STALLED_S else []
+    seen = {"pipeline": status["started"]} | status["heartbeats"]
+    return [
+        f"the {loop} loop was last seen {status['now'] - last:.0f} s ago, expected every few seconds"
+        for loop, last in seen.items()
+        if status["now"] - last > STALLED_S
+    ]
+
+
+def _doing(status: dict[str, Any]) -> str:
+    commit = status["commit"]
+    return f"{status['state']}; " + (f"{commit['classes']} classes learned" if commit else "nothing learned yet")
 
 
 def _why_not_ready(trainer_ready: bool, commit: Commit | None) -> list[str]:

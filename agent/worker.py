@@ -285,16 +285,15 @@ class _Reporter:
 
     def __init__(self, news: Connection) -> None:
         self._news = news
-        self._sent_at = -_PROGRESS_EVERY_S
-        self._sent: Progress | None = None
+        self._sent_at = 0.0
+        self._part: tuple[int, str, int] | None = None
 
     def __call__(self, progress: Progress) -> None:
         now = time.monotonic()
-        last = self._sent
-        same = last is not None and (last.phase, last.epoch) == (progress.phase, progress.epoch)
-        if same and progress.accuracy is None and now - self._sent_at < _PROGRESS_EVERY_S:
+        part = progress.task, progress.phase, progress.epoch
+        if part == self._part and progress.accuracy is None and now - self._sent_at < _PROGRESS_EVERY_S:
             return
-        self._sent_at, self._sent = now, progress
+        self._sent_at, self._part = now, part
         self._news.send(progress)
 
 
