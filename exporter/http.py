@@ -6,6 +6,7 @@ import json
 import logging
 import sys
 import threading
+import time
 from collections.abc import Callable
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -30,7 +31,8 @@ class StatusServer:
     /report.json         that report, null before the first commit
     /                    the status page, which polls the two above
 
-    The callables are called from request threads. Raises OSError at construction when the address cannot be had.
+    The callables are called from request threads; `heartbeat("http", now)` about twice a second while it serves.
+    Raises OSError at construction when the address cannot be had.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class StatusServer:
         live: Callable[[], list[str]],
         ready: Callable[[], list[str]],
         status: Callable[[], dict[str, Any]],
+        heartbeat: Callable[[str, float], None] | None = None,
     ) -> None:
         def state() -> dict[str, Any]:
             return {key: value for key, value in status().items() if key != "report"}
@@ -67,6 +70,7 @@ class StatusServer:
                 f"cannot serve /metrics on {host}:{port} ({error.strerror or error}); set http.host and http.port to a "
                 "free address, or http.port to 0 for any free port",
             ) from error
+        self._server.heartbeat = heartbeat
         self._thread = threading.Thread(target=self._server.serve_forever, name="http", daemon=True)
 
     @property
@@ -88,6 +92,11 @@ class StatusServer:
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
+    heartbeat: Callable[[str, float], None] | None = None
+
+    def service_actions(self) -> None:
+        if self.heartbeat is not None:
+            self.heartbeat("http", time.time())
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         log.debug("request from %s was cut off: %s", client_address, sys.exception())

@@ -71,6 +71,8 @@ class Metrics:
         """Children of the record and byte counters, since looking one up costs more than counting."""
         self._last_rejected: deque[dict[str, Any]] = deque(maxlen=LAST_REJECTED)
         self._last_poll: float | None = None
+        self._heartbeats: dict[str, float] = {}
+        self._skipped_before: dict[str, int] = {}
         self._counted = {"tasks": 0.0, "training_samples": 0.0, "training_steps": 0.0}
 
         def counter(name: str, text: str, label: str = "", values: tuple[str, ...] = ()) -> Counter:
@@ -104,6 +106,7 @@ class Metrics:
         self._size = histogram("record_size_bytes", "Size of an encoded image", _SIZES)
         self._age = histogram("record_age_seconds", "Time from production of a record to its intake", _AGES)
         self._lag_records = gauge("consumer_lag_records", "Records not read yet", "topic", "partition")
+        self._skipped = counter("skipped_records", "Records that retention removed before they were read", "topic")
         self._last_poll_s = measured("last_poll_timestamp_seconds", "Last time the source was polled")
         self._spool_records = gauge("spool_records", "Samples waiting on disk for their update")
         self._spool_bytes = gauge("spool_bytes", "Bytes waiting on disk for their update")
@@ -111,7 +114,7 @@ class Metrics:
 
         self._cuts = counter("task_cuts", "Tasks cut from the stream", "reason", CUT_REASONS)
         self._task_samples = histogram("task_samples", "Samples in a task", [float(n) for n in _SAMPLES])
-        self._task_failures = counter("task_failures", "Updates that failed; each is tried again once", "kind", FAILURES)
+        self._task_failures = counter("task_failures", "Failed attempts at an update", "kind", FAILURES)
         self._tasks = counter("tasks", "Tasks learned and committed, restarts included")
         self._samples = counter("training_samples", "Training samples times epochs, restarts included")
         self._steps = counter("training_steps", "Optimiser steps of committed updates, restarts included")
@@ -196,6 +199,12 @@ class Metrics:
             self._lag_records.labels(topic, str(partition)).set(records)
         self._lag = {f"{topic}/{partition}": records for (topic, partition), records in lag.items()}
 
+    def skipped(self, skipped: Mapping[str, int]) -> None:
+        """Records per topic that were never read, in all since the start of the process."""
+        for topic, records in skipped.items():
+            self._skipped.labels(topic).inc(records - self._skipped_before.get(topic, 0))
+        self._skipped_before = dict(skipped)
+
     def cut(self, reason: str, samples: int, classes: int) -> None:
         """A task was cut."""
         self._cuts.labels(reason).inc()
@@ -256,6 +265,8 @@ class Metrics:
     def heartbeat(self, loop: str, now: float) -> None:
         """`loop` is alive at `now`."""
         self._heartbeat.labels(loop).set(now)
+        with self._lock:
+            self._heartbeats[loop] = now
 
     def status(self) -> dict[str, Any]:
         """Everything the status page shows, as a JSON-able copy. `report` is the current commit's or None."""
@@ -266,6 +277,7 @@ class Metrics:
                 **self._status,
                 "now": now,
                 "started": self._started,
+                "heartbeats": dict(self._heartbeats),
                 "stream": {
                     **self._consumed,
                     "records_per_s": sum(window) / max(1.0, min(RATE_WINDOW_S, now - self._started)),

@@ -111,6 +111,7 @@ def test_every_panel_has_data_from_a_running_agent(tmp_path):
     try:
         partition = Partition("birds", 0)
         metrics.lag({partition: 5})
+        metrics.skipped({"birds": 1})
         metrics.heartbeat("pipeline", time.time())
         metrics.polled(time.time())
 

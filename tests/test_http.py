@@ -122,6 +122,14 @@ def test_a_taken_port_is_a_clear_error(server, registry):
         StatusServer("127.0.0.1", server.port, registry, list, list, dict)
 
 
+def test_the_serving_loop_says_that_it_lives(registry, metrics):
+    seen = threading.Event()
+    server = StatusServer("127.0.0.1", 0, registry, list, list, dict, lambda loop, now: seen.set())
+    server.start()
+    assert seen.wait(10)
+    server.stop()
+
+
 def test_stop_frees_the_port_and_ends_the_thread(registry):
     server = StatusServer("127.0.0.1", 0, registry, list, list, dict)
     server.start()

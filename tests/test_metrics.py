@@ -106,6 +106,12 @@ def test_consumed_counts_records_bytes_age_and_rejections(metrics, registry):
     assert [entry["offset"] for entry in metrics.status()["rejected"]] == [1]
 
 
+def test_skipped_records_are_told_as_totals_and_counted_once(metrics, registry):
+    for total in (3, 3, 5):
+        metrics.skipped({"birds": total})
+    assert registry.get_sample_value("gapstream_skipped_records_total", {"topic": "birds"}) == 5
+
+
 def test_progress_sets_the_state_of_its_phase_and_the_budget_used(metrics, registry):
     metrics.progressed(Progress("train", task=1, epoch=1, epochs=2, loss=1.5, drift=0.05, budget=0.25))
     assert registry.get_sample_value("gapstream_state", {"gapstream_state": "training"}) == 1
