@@ -158,8 +158,6 @@ class Learner(Protocol):
     @property
     def classes(self) -> tuple[str, ...]: ...
 
-    def inference_module(self) -> InferenceModule: ...
-
     def encode_names(self, names: Sequence[str]) -> Tensor:
         """Class names, put into the prompt, by the current text tower: float32 [n, D], L2-normalised."""
 
@@ -215,8 +213,10 @@ class Evaluator:
         self._held: set[str] = set()
         self._probe_images: list[int] | None = None
 
-    def before(self, method: Learner, task: TaskData, report: Report) -> Before:
+    def before(self, method: Learner, module: InferenceModule | None, task: TaskData, report: Report) -> Before:
         """Predict before learning: call it with the hold-out already split and before the update.
+
+        module: what `method.inference_module()` gives; None while no class is learned.
 
         At most 512 of the task's training samples (drawn by the task's number) are answered among all classes seen so
         far and the task's new names. Whether a new name or a seen class is meant is decided by similarity to the names,
@@ -228,7 +228,7 @@ class Evaluator:
         answers: dict[int, Answer] = {}
         accuracy = None
         if len(task):
-            names, answer = self._answering(method, task.classes)
+            names, answer = self._answering(method, module, task.classes)
             generator = task_generator(0, task.number, "predict before learning")
             picked = torch.randperm(len(task), generator=generator)[:PREDICTED]
             index_of = torch.tensor([names.index(name) for name in task.classes])
@@ -245,6 +245,7 @@ class Evaluator:
     def after(
         self,
         method: Learner,
+        module: InferenceModule | None,
         task: TaskData,
         update: Update | None,
         before: Before,
@@ -253,6 +254,7 @@ class Evaluator:
     ) -> dict[str, Any]:
         """Score the updated method; gives the content of report.json, continuing the parent commit's (None: the first).
 
+        module: what `method.inference_module()` gives now, the same that is released; None while no class is learned.
         update: None when the task had nothing to learn. All accuracies are fractions from 0 to 1; what is undefined is
         None. Keys, of this task unless said otherwise:
 
@@ -275,7 +277,7 @@ class Evaluator:
         owner = {name: i for i, entry in enumerate(history) for name in entry["new_classes"]}
         new = [name for name in method.classes if name not in owner]
         owner |= dict.fromkeys(new, len(history))
-        scores, untouched, answers = self._score(method, before.answers, task.number, report)
+        scores, untouched, answers = self._score(method, module, before.answers, task.number, report)
 
         tasks = range(len(history) + 1)
         row = [_accuracy([scores[name] for name in scores if owner[name] == i]) for i in tasks]
@@ -337,11 +339,12 @@ class Evaluator:
         for number in self._images.add(refs, tick):
             self._by_class.setdefault(self._images.refs[number].label, []).append(number)
 
-    def _answering(self, method: Learner, classes: Sequence[str]) -> tuple[list[str], Callable[[Tensor], Tensor]]:
+    def _answering(
+        self, method: Learner, module: InferenceModule | None, classes: Sequence[str]
+    ) -> tuple[list[str], Callable[[Tensor], Tensor]]:
         """All names known with the task's, and a function from tokens to scores float32 [B, names] on the CPU."""
         learned = len(method.classes)
         names = [*method.classes, *(name for name in classes if name not in method.classes)]
-        module = method.inference_module() if learned else None
         text = method.encode_names(names) if len(names) > learned else None
 
         @torch.no_grad()
@@ -360,14 +363,13 @@ class Evaluator:
 
     @torch.no_grad()
     def _score(
-        self, method: Learner, wanted: Collection[int], task: int, report: Report
+        self, method: Learner, module: InferenceModule | None, wanted: Collection[int], task: int, report: Report
     ) -> tuple[dict[str, Score], dict[str, Score], dict[int, Answer]]:
         """Scores per class of the model and of the untouched one, and the model's answers to the images `wanted`."""
         names = method.classes
         classes = [name for name in names if name in self._by_class]
-        if not classes:
+        if module is None or not classes:
             return {}, {}, {}
-        module = method.inference_module()
         text = self._untouched(names)
         index_of = {name: i for i, name in enumerate(names)}
         numbers = [number for name in classes for number in self._by_class[name]]

@@ -56,6 +56,8 @@ class Learner:
         self._method = methods.build(self._clip, config.method)
         if commit is not None:
             self._load(commit)
+        self._module = self._method.inference_module() if self._method.classes else None
+        """Made once per update: what is evaluated before the next one, and after it, is what is released."""
         settings = config.evaluation
         self._holdout = HoldOut.load(commit, settings.holdout_fraction, settings.holdout_per_class)
         self._evaluator = Evaluator(
@@ -79,9 +81,11 @@ class Learner:
         good = [task.samples[i] for i in loaded.kept]
         choices = self._holdout.split(good)
         data = _task_data(task, good, [i for i, choice in enumerate(choices) if choice == "train"], loaded)
-        before = self._evaluator.before(self._method, data, report)
+        before = self._evaluator.before(self._method, self._module, data, report)
         update = self._update(data, report)
-        scores = self._evaluator.after(self._method, data, update, before, _last_report(parent), report)
+        if update is not None:
+            self._module = self._method.inference_module()
+        scores = self._evaluator.after(self._method, self._module, data, update, before, _last_report(parent), report)
         add_phase(scores, "decode", decoded - started)
         scores |= self._facts()
 
@@ -130,7 +134,7 @@ class Learner:
         """Publish into `staging`; gives why not, or None. Notes in `scores["release"]` what was measured."""
         old, limit = scores["old_classes"], self._config.release.max_old_class_drop
         refused = None
-        if not good or not self._method.classes:
+        if not good or self._module is None:
             refused = "nothing was learned"
         elif limit and old["before"] is not None and old["after"] is not None and old["before"] - old["after"] > limit:
             refused = (
@@ -152,7 +156,7 @@ class Learner:
             }
             try:
                 release = self._exporter.release(
-                    self._method.inference_module(), self._clip.preprocess, facts, staging / RELEASE, np.stack(images)
+                    self._module, self._clip.preprocess, facts, staging / RELEASE, np.stack(images)
                 )
                 scores["release"] |= {
                     "id": release.id,

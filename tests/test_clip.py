@@ -36,7 +36,7 @@ def test_prefix_and_rest_are_the_native_image_tower():
     images = torch.randn(3, 3, 32, 32)
     expected = model.eval().encode_image(images)
     clip = tiny_clip()
-    assert torch.allclose(clip.image(clip.image.prefix(images)), expected, atol=1e-6)
+    assert torch.allclose(clip.image(clip.image.prefix(images)), expected, atol=1e-5)
 
 
 def test_prefix_and_rest_are_the_timm_image_tower():
@@ -106,7 +106,7 @@ def test_weights_of_another_architecture_are_named(architecture, tmp_path):
     ("settings", "message"),
     [
         ({"name": "ViT-B-61"}, "model.name is 'ViT-B-61'.*did you mean.*ViT-B-16"),
-        ({"name": "ViT-B-16"}, "model.pretrained is empty.*openai.*path of a checkpoint"),
+        ({"name": "ViT-B-16"}, "model.pretrained is empty.*openai.*a checkpoint's path"),
         ({"name": "ViT-B-16", "pretrained": "opanai"}, "model.pretrained is 'opanai'; ViT-B-16 has the tags openai"),
         ({"name": "ViT-B-16", "pretrained": "missing.pt"}, "no such file"),
         ({"name": "RN50", "pretrained": "random"}, "image tower is a ModifiedResNet"),

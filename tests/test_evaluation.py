@@ -178,11 +178,6 @@ class FakeMethod:
     def classes(self) -> tuple[str, ...]:
         return tuple(self.rows)
 
-    def inference_module(self) -> InferenceModule:
-        if not self.rows:
-            raise LookupError("no class has been learned yet")
-        return FakeModule(self.clip, self.rows)
-
     def encode_names(self, names: Sequence[str]) -> Tensor:
         return torch.stack([self.names[name] for name in names])
 
@@ -265,6 +260,10 @@ def update(**changes: Any) -> Update:
 def nothing(_: Progress) -> None: ...
 
 
+def released(method: FakeMethod) -> InferenceModule | None:
+    return FakeModule(method.clip, method.rows) if method.rows else None
+
+
 def evaluator(clip: FakeClip, test: FakeFolder | None = None, cache_bytes: int = 2**20, **options: Any) -> Evaluator:
     settings = Evaluation(batch_size=3, **{k: v for k, v in options.items() if k.endswith("per_class")})
     holdout = options.get("holdout", HoldOut(0, 0))
@@ -274,9 +273,9 @@ def evaluator(clip: FakeClip, test: FakeFolder | None = None, cache_bytes: int =
 
 
 def learn(scorer: Evaluator, method: FakeMethod, data: TaskData, rows: dict[str, Tensor], parent: dict | None) -> dict:
-    before = scorer.before(method, data, nothing)
+    before = scorer.before(method, released(method), data, nothing)
     method.rows = method.rows | rows
-    return scorer.after(method, data, update(), before, parent, nothing)
+    return scorer.after(method, released(method), data, update(), before, parent, nothing)
 
 
 def two_tasks(cache_bytes: int = 2**20) -> tuple[FakeClip, list[dict]]:
@@ -356,7 +355,7 @@ def test_new_names_are_told_from_seen_classes_by_text_and_seen_classes_by_the_me
     method.rows = {"red": right["red"], "lime": right["lime"]}
 
     # when a task brings known and new names
-    before = evaluator(clip).before(method, task(clip, 2, ["blue", "lime", "red", "red"]), nothing)
+    before = evaluator(clip).before(method, released(method), task(clip, 2, ["blue", "lime", "red", "red"]), nothing)
 
     # then lime (the text says: a seen class, red; the method says: lime), red and blue are all right
     assert before.accuracy == 1.0
@@ -382,12 +381,12 @@ def test_retention_compares_zero_shot_on_the_probe_with_the_untouched_model() ->
     probe = FakeFolder(**{name: [image(name, i) for i in range(6)] for name in ("green", "blue", "lime")})
     scorer = evaluator(clip, FakeFolder(), probe=probe, probe_per_class=4)
     data = task(clip, 1, ["red"])
-    before = scorer.before(method, data, nothing)
+    before = scorer.before(method, released(method), data, nothing)
     method.rows = {"red": right["red"]}
     method.names["blue"] = direction(1.0, 0.0, 0.0)
     method.names["lime"] = direction(0.0, 0.0, -1.0)
 
-    report = scorer.after(method, data, update(), before, None, nothing)
+    report = scorer.after(method, released(method), data, update(), before, None, nothing)
 
     assert report["probe"] == {
         "images": 12,
@@ -452,8 +451,8 @@ def test_without_test_images_and_without_anything_learned_the_scores_are_null() 
     scorer = evaluator(clip)
     data = task(clip, 1, [])
 
-    before = scorer.before(method, data, nothing)
-    report = scorer.after(method, data, None, before, None, nothing)
+    before = scorer.before(method, released(method), data, nothing)
+    report = scorer.after(method, released(method), data, None, before, None, nothing)
 
     for key in ("accuracy", "avg", "last", "forgetting", "zero_shot", "predict_before_learn", "retention", "probe"):
         assert report[key] is None
