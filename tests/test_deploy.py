@@ -1,5 +1,6 @@
 """What is shipped beside the code says what the code does: alert rules, dashboard, service unit."""
 
+import argparse
 import json
 import re
 import shutil
@@ -11,8 +12,12 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+import yaml
 from prometheus_client import CollectorRegistry
 
+from agent import cli
+from agent.config import load
+from agent.values import Commit
 from exporter.http import StatusServer
 from exporter.metrics import Metrics
 from streams.record import Partition, Record
@@ -144,7 +149,28 @@ def test_every_panel_has_data_from_a_running_agent(tmp_path):
         agent.stop()
 
 
-def _commit(path: Path, partition: Partition, number: int):
-    from agent.values import Commit
+def test_the_settings_in_the_compose_file_and_the_manifest_are_valid(tmp_path):
+    compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text(encoding="utf-8"))
+    config = load(None, compose["services"]["agent"]["environment"])
+    assert config.source.kafka.topics == ("images",)
+    command = compose["services"]["producer"]["command"]
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    cli.COMMANDS[command[0]][1](parser)
+    assert parser.parse_args(command[1:]).topic == "images"
 
+    manifests = yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text(encoding="utf-8"))
+    (settings,) = [one["data"] for one in manifests if one["kind"] == "ConfigMap"]
+    (tmp_path / "gapstream.toml").write_text(settings["gapstream.toml"])
+    assert load(tmp_path / "gapstream.toml", {}).source.kind == "kafka"
+
+
+def test_the_image_has_every_package_and_nothing_of_the_tests():
+    copied = re.findall(r"^COPY (?!--from)(.+) \S+$", (DEPLOY / "Dockerfile").read_text(encoding="utf-8"), re.MULTILINE)
+    names = {name for line in copied for name in line.split()}
+    assert names == {"agent", "exporter", "streams", "pyproject.toml", "constraints.txt", "LICENSE", "README.md"}
+    allowed = (DEPLOY / "Dockerfile.dockerignore").read_text(encoding="utf-8").splitlines()
+    assert {name.removeprefix("!") for name in allowed if name.startswith("!")} == names
+
+
+def _commit(path: Path, partition: Partition, number: int):
     return Commit(number, path, {partition: number}, "f", ("wren",), number, {}, {"matrix": [[0.5]], "last": 0.5}, None)
