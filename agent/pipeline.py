@@ -154,6 +154,7 @@ class Pipeline:
         finally:
             self.worker.stop(self.rules.stop_timeout_s)
         self._pass_rejected()
+        log.info("ended at commit %06d", self.commit.number if self.commit else 0)
         return self.commit
 
     def _must_leave(self) -> bool:
@@ -236,7 +237,7 @@ class Pipeline:
             return None
         if task is None:
             raise AgentError(f"the trainer ended {ATTEMPTS} times before it was set up: {died}") from died
-        if not self.rules.quarantine or not died.ready:
+        if not self.rules.quarantine or not died.blames_task:
             raise TaskFailed(
                 f"{_name(task)} failed {ATTEMPTS} times ({'; '.join(self._failures)}); stopping before it with nothing "
                 "of it committed. The next start tries again; agent.on_task_failure = 'quarantine' would set it aside"
@@ -286,6 +287,7 @@ class Pipeline:
             return
         tasks, totals = (self.commit.tasks, self.commit.totals) if self.commit else (0, {})
         self.commit = self.commits.carry(offsets, tasks, self._facts(None, totals))
+        self.source.acknowledge(self.commit.offsets)
 
     def _report(self) -> None:
         self.source.throttle(self._draining or self.buffer.full)

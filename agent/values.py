@@ -111,7 +111,7 @@ class Commit:
     """Of the source whose offsets these are."""
     classes: tuple[str, ...]
     tasks: int
-    """Tasks learned up to and including this commit."""
+    """Number of the last task that is over, learned or set aside; the next one has the next number."""
     totals: Mapping[str, float]
     """Monotonic counters worth keeping across restarts (records, samples, rejected by reason, ...)."""
     report: Mapping[str, Any]

@@ -28,6 +28,7 @@ from typing import Any, Literal, Protocol
 from agent.config import Config
 from agent.values import Outcome, Progress
 from streams.buffer import Task
+from streams.source import SpoolError
 
 log = logging.getLogger(__name__)
 
@@ -48,14 +49,15 @@ class WorkerDied(Exception):
     """The learner is gone, and with it the task it had. `str()` is one line for people, `details` a traceback or ''.
 
     `kind`: `start` (it could not be set up at all), `error` (it raised), `died` (killed, crashed), `silent` (it hung
-    and was killed). `ready` is False when the learner had not been set up yet, so that no task is to blame.
+    and was killed). `blames_task` is False when the task cannot be the reason: the learner had not been set up yet, or
+    the disk refused.
     """
 
-    def __init__(self, kind: FailureKind, message: str, details: str = "", ready: bool = True) -> None:
+    def __init__(self, kind: FailureKind, message: str, details: str = "", blames_task: bool = True) -> None:
         super().__init__(message)
         self.kind = kind
         self.details = details
-        self.ready = ready
+        self.blames_task = blames_task
 
 
 class Worker(Protocol):
@@ -91,6 +93,12 @@ class _Ready:
 class _Failed:
     message: str
     details: str
+    blames_task: bool
+
+    @classmethod
+    def now(cls, error: Exception) -> _Failed:
+        """Of the exception being handled."""
+        return cls(_one_line(error), traceback.format_exc(), not isinstance(error, OSError | SpoolError))
 
 
 @dataclass(frozen=True)
@@ -177,8 +185,9 @@ class ProcessWorker:
                         return message
                     case _Ready():
                         self.ready = True
-                    case _Failed(text, details):
-                        self._fail("error" if self.ready else "start", text, details)
+                    case _Failed():
+                        kind: FailureKind = "error" if self.ready else "start"
+                        self._fail(kind, message.message, message.details, message.blames_task)
                     case _Gone():
                         self._child.process.join(timeout=1)
                         how = _how_it_ended(self._child.process.exitcode)
@@ -198,10 +207,10 @@ class ProcessWorker:
             self._child.process.join(timeout_s)
         self._bury()
 
-    def _fail(self, kind: FailureKind, message: str, details: str = "") -> None:
-        ready = self.ready
+    def _fail(self, kind: FailureKind, message: str, details: str = "", blames_task: bool = True) -> None:
+        blames_task &= self.ready
         self._bury()
-        raise WorkerDied(kind, message, details, ready)
+        raise WorkerDied(kind, message, details, blames_task)
 
     def _bury(self) -> None:
         """Make sure that nobody writes to a staging folder any more."""
@@ -235,7 +244,7 @@ class InlineWorker:
         try:
             self._learner = _load(self._class)(self._config, commit)
         except Exception as error:
-            raise WorkerDied("start", _one_line(error), traceback.format_exc(), ready=False) from error
+            raise WorkerDied("start", _one_line(error), traceback.format_exc(), blames_task=False) from error
 
     def submit(self, task: Task, staging: Path, commit: Path | None) -> None:
         assert self.idle, "one task at a time"
@@ -251,7 +260,8 @@ class InlineWorker:
             return self._learner.learn(task, staging, lambda progress: None)
         except Exception as error:
             self._learner = None
-            raise WorkerDied("error", _one_line(error), traceback.format_exc()) from error
+            failed = _Failed.now(error)
+            raise WorkerDied("error", failed.message, failed.details, failed.blames_task) from error
 
     def stop(self, timeout_s: float) -> None:
         self._task = self._learner = None
@@ -277,7 +287,7 @@ def _child_main(config: Config, learner: str, commit: Path | None, tasks: Connec
                 return
             news.send(learning.learn(task, staging, report))
     except Exception as error:
-        news.send(_Failed(_one_line(error), traceback.format_exc()))
+        news.send(_Failed.now(error))
 
 
 class _Reporter:

@@ -111,6 +111,7 @@ def test_a_taken_port_exits_with_a_clear_message(tmp_path, archive, capsys):
     assert f"cannot serve /metrics on 127.0.0.1:{port}" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_weights_that_cannot_be_had_end_the_agent_with_one_clear_error(tmp_path, archive, capsys):
     where = settings(state__path=tmp_path / "state", source__archive__path=archive, http__enabled="false")
     assert main(["run", *where, *settings(model__name="ViT-B-32", model__pretrained="none.pt")]) == 1

@@ -88,7 +88,9 @@ def test_learning_goes_on_where_the_last_commit_ends(tmp_path):
     undisturbed = pipeline(tmp_path / "b", ListSource(records(*TEN))).run()
 
     # then
-    assert (resumed.path / "learner.safetensors").read_bytes() == (undisturbed.path / "learner.safetensors").read_bytes()
+    assert (resumed.path / "learner.safetensors").read_bytes() == (
+        undisturbed.path / "learner.safetensors"
+    ).read_bytes()
     assert (resumed.offsets, resumed.totals, resumed.tasks) == (undisturbed.offsets, undisturbed.totals, 4)
 
 
@@ -196,9 +198,7 @@ def test_a_task_that_fails_once_is_tried_again_from_the_commit(tmp_path):
     commit = pipeline(tmp_path / "a", ListSource(records(*TEN)), DyingWorker(died)).run()
 
     # then
-    assert (commit.path / "learner.safetensors").read_bytes() == (
-        undisturbed.path / "learner.safetensors"
-    ).read_bytes()
+    assert (commit.path / "learner.safetensors").read_bytes() == (undisturbed.path / "learner.safetensors").read_bytes()
 
 
 def test_a_task_that_fails_twice_stops_the_agent_with_nothing_of_it_committed(tmp_path):
@@ -256,17 +256,30 @@ def test_failures_of_different_tasks_do_not_add_up(tmp_path):
 
 
 def test_a_trainer_that_cannot_be_set_up_stops_the_agent_at_once(tmp_path):
-    died = WorkerDied("start", "ValueError: no weights", ready=False)
+    died = WorkerDied("start", "ValueError: no weights", blames_task=False)
     with pytest.raises(AgentError, match="the trainer could not be set up: ValueError: no weights"):
         pipeline(tmp_path, ListSource([], live=True), DyingWorker(died), quarantine=True).run()
 
 
 def test_no_task_is_quarantined_for_a_trainer_that_dies_before_it_is_set_up(tmp_path):
-    died = WorkerDied("died", "trainer was killed by SIGKILL", ready=False)
+    died = WorkerDied("died", "trainer was killed by SIGKILL", blames_task=False)
     letters = MemoryDeadLetters()
     agent = pipeline(tmp_path, ListSource(records(*TEN)), DyingWorker(died, died), letters, quarantine=True)
     with pytest.raises(TaskFailed):
         agent.run()
+    assert letters.acknowledged == letters.waiting == []
+
+
+def test_no_task_is_quarantined_for_a_disk_that_refuses(tmp_path):
+    class FullDisk(InlineWorker):
+        def submit(self, task, staging, commit):
+            super().submit(task, staging, commit)
+            (staging / "learner.safetensors").symlink_to("/dev/full")
+
+    letters = MemoryDeadLetters()
+    worker = FullDisk(Config(), FAKE_LEARNER)
+    with pytest.raises(TaskFailed, match="No space left on device"):
+        pipeline(tmp_path, ListSource(records(*TEN)), worker, letters, quarantine=True).run()
     assert letters.acknowledged == letters.waiting == []
 
 

@@ -144,7 +144,7 @@ def test_an_error_arrives_as_one_line_and_a_traceback(tmp_path, make_worker):
     worker.submit(task_of(tmp_path / "spool", "raise"), staging_in(tmp_path / "staging"), None)
     with pytest.raises(WorkerDied) as died:
         outcome_of(worker)
-    assert (died.value.kind, str(died.value), died.value.ready) == ("error", "RuntimeError: told to raise", True)
+    assert (died.value.kind, str(died.value), died.value.blames_task) == ("error", "RuntimeError: told to raise", True)
     assert "in misbehave" in died.value.details
     assert worker.idle and worker.pid is None
 
@@ -188,7 +188,7 @@ def test_a_learner_that_cannot_be_built_says_why_before_any_task(make_worker):
     worker.start(None)
     with pytest.raises(WorkerDied) as died:
         wait_until(lambda: worker.poll() is not None)
-    assert (died.value.kind, died.value.ready) == ("start", False)
+    assert (died.value.kind, died.value.blames_task) == ("start", False)
     assert str(died.value) == "ValueError: no weights for this model; put them there"
 
 
