@@ -356,13 +356,12 @@ class KafkaSource:
             self._ends[where] = end
 
     def _verify(self) -> None:
-        """Ask for the ends of the partitions that others wait for: a read partition is known to be quiet until now."""
-        blocking = list(self._merge.blocking)
-        if not blocking or time.monotonic() < self._next_verification:
+        """While partitions wait for others, ask for the ends: what is read up to its end was quiet until now."""
+        if not self._merge.blocking or time.monotonic() < self._next_verification:
             return
         before_ms = time.time() * 1000
         with contextlib.suppress(KafkaTimeoutError):  # of a partition without a leader; see `_stuck`
-            for where, end in self._client.ends(blocking).items():
+            for where, end in self._client.ends(self._positions).items():
                 self._ends[where] = end
                 if end <= self._client.position(where):
                     self._merge.quiet(where, before_ms)
