@@ -275,6 +275,8 @@ def log_to_stderr(config: Config) -> None:
     from agent.worker import LOG_FORMAT
 
     logging.basicConfig(level=config.agent.log_level, format=LOG_FORMAT)
+    if config.agent.log_level == "INFO":
+        logging.getLogger("kafka").setLevel(logging.WARNING)  # the client has a line for every connection
 
 
 @contextlib.contextmanager
