@@ -68,6 +68,7 @@ class Metrics(Protocol):
     def consumed(self, item: Any, now: float) -> None: ...
     def spooled(self, records: int, bytes: int, capacity_bytes: int) -> None: ...
     def lag(self, lag: Mapping[tuple[str, int], int]) -> None: ...
+    def skipped(self, skipped: Mapping[str, int]) -> None: ...
     def cut(self, reason: str, samples: int, classes: int) -> None: ...
     def progressed(self, progress: Any) -> None: ...
     def committed(self, commit: Any, outcome: Any) -> None: ...
@@ -132,6 +133,8 @@ class Pipeline:
     _settlement: _Settlement | None = field(default=None, init=False)
     _failures: list[str] = field(default_factory=list, init=False)
     """Since the last commit."""
+    _held: bool = field(default=False, init=False)
+    """The source does not read, as it said."""
     _draining: bool = field(default=False, init=False)
 
     def run(self) -> Commit | None:
@@ -293,6 +296,10 @@ class Pipeline:
         self.source.throttle(self._draining or self.buffer.full)
         self.metrics.spooled(self.buffer.records, self.buffer.bytes, self.spool.max_bytes)
         self.metrics.lag(self.source.lag())
+        self.metrics.skipped(self.source.skipped)
+        if bool(self.source.holding) != self._held and not self._draining:
+            self._held = not self._held
+            self.metrics.state("paused" if self._held else "consuming")
 
     @property
     def _learned(self) -> Path | None:

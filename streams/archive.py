@@ -229,6 +229,8 @@ class ArchiveSource:
     Only names stay in memory. Raises ArchiveError (see `ArchiveFolder`), also for a class order that does not fit.
     """
 
+    holding = ""
+
     def __init__(
         self,
         path: Path | Literal["bundled"],
@@ -257,6 +259,7 @@ class ArchiveSource:
         self._partition = Partition(self._archive.path.resolve().stem, 0)
         self._at = 0
         self.positions: Offsets = {self._partition: 0}
+        self.skipped: dict[str, int] = {}
         self._throttled = False
         self._due: float | None = None
         names = [*self._archive.classes, *sorted(self._archive.unusable)]

@@ -209,6 +209,8 @@ class KafkaSource:
 
     def poll(self, timeout_s: float) -> Sequence[Item]:
         """Items in order, at most some thousand. Raises StreamError when the stream cannot go on."""
+        if self._throttled:
+            self._stopping.wait(timeout_s)
         with self._changed:
             if not self._ready and not self._failure and not self._throttled:
                 self._changed.wait(timeout_s)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from streams.record import Item, Offsets, Rejected
@@ -40,6 +40,14 @@ class Source(Protocol):
 
     def lag(self) -> dict[tuple[str, int], int]:
         """Records not yet read, per (topic, partition); empty where unknown."""
+
+    @property
+    def skipped(self) -> Mapping[str, int]:
+        """Records by topic that were gone before they were read, since the process began."""
+
+    @property
+    def holding(self) -> str:
+        """Why the source itself does not read at present; empty when it does."""
 
     def close(self) -> None: ...
 

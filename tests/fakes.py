@@ -106,8 +106,11 @@ class UnbuildableLearner:
 class ListSource:
     """Brings the given items, `batch` in a poll; with `live` it never ends."""
 
+    holding = ""
+
     def __init__(self, items: Sequence[Item], batch: int = 7, live: bool = False, fingerprint: str = "list") -> None:
         self.items = list(items)
+        self.skipped: dict[str, int] = {}
         self.fingerprint = fingerprint
         self.acknowledged: list[dict[Partition, int]] = []
         self.closed = False
