@@ -265,7 +265,7 @@ class BesideTower:
         self._widths: dict[str, int] = {}
         for name, weight in tower.named_parameters():
             if name.endswith(ADAPTED):
-                block = name.rsplit(".", 2)[0]
+                block = name.rpartition(".attn.")[0]
                 beside = Beside(self._twin.get_submodule(f"{block}.mlp"), weight.shape[1], scale).to(weight.device)
                 self._twin.get_submodule(block).mlp = beside
                 self._widths[f"{block}.mlp"] = weight.shape[1]

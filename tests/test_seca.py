@@ -1,0 +1,228 @@
+"""SECA: its equations at the points where they are known, and what its pool, prompts and prototypes do over tasks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from agent.clip import Clip
+from agent.config import Method
+from agent.methods.base import task_generator
+from agent.methods.seca import BesideTower, PromptedText, Refinement, Relevance, Seca
+from agent.methods.training import divergence
+from tests.tiny import silent, tiny_clip, tiny_task, tiny_timm_clip
+
+QUICK = {"lr": 5e-3, "prompt_lr": 5e-3, "batch_size": 8, "epochs": 2}
+
+
+@pytest.fixture(scope="module")
+def clip() -> Clip:
+    return tiny_clip()
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def learner(clip: Clip, **settings) -> Seca:
+    return Seca(clip, Method.model_validate({"seca": {**QUICK, **settings}}))
+
+
+def learned(clip: Clip, tasks: int = 3, **settings) -> Seca:
+    method = learner(clip, **settings)
+    for number in range(1, tasks + 1):
+        method.update(tiny_task(clip, number, [f"thing {2 * number}", f"thing {2 * number + 1}"]), silent)
+    return method
+
+
+def random_like(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: torch.randn(tensor.shape, generator=generator()) for name, tensor in tensors.items()}
+
+
+def unit(*shape: int) -> torch.Tensor:
+    return F.normalize(torch.randn(*shape, generator=generator()), dim=-1)
+
+
+@pytest.mark.parametrize("form", ["code", "paper"])
+def test_relevance_weights_sum_to_one_and_follow_the_equation(form):
+    relevance = Relevance(6, generator(), form)
+    texts, pool = unit(4, 2, 6), unit(4, 3, 6).flip(0)
+    aggregate, weights = relevance(texts, pool)
+    assert weights.shape == (4, 3) and torch.allclose(weights.sum(-1), torch.ones(4))
+    # alpha of image x, prompt i and member p, written out
+    asked, offered = F.layer_norm(texts, (6,)) @ relevance.text, F.layer_norm(pool, (6,)) @ relevance.image
+    alpha = torch.stack([(asked[:, i, None] * offered).sum(-1) for i in range(2)], dim=1) / 6**0.5
+    expected = alpha.softmax(-1).mean(1) if form == "code" else alpha.mean(1).softmax(-1)
+    assert torch.allclose(weights, expected, atol=1e-6)
+    assert torch.allclose(aggregate, F.normalize((expected[:, :, None] * pool).sum(1), dim=-1), atol=1e-6)
+
+
+def test_the_aggregate_of_a_pool_of_one_is_its_own_feature():
+    pool = unit(5, 1, 6)
+    aggregate, weights = Relevance(6, generator(), "code")(unit(5, 3, 6), pool)
+    assert torch.allclose(aggregate, pool[:, 0], atol=1e-6) and torch.equal(weights, torch.ones(5, 1))
+
+
+def test_prototypes_are_their_own_class_when_names_are_far_and_the_common_mean_when_all_are_near():
+    refinement = Refinement(6, generator())
+    words, means = unit(4, 6), unit(4, 6).roll(1, 0)
+    own = F.layer_norm(means, (6,))
+    # gamma -> 0: identity affinity
+    refinement.gamma = 1e-6
+    assert torch.allclose(refinement.affinity(words), torch.eye(4), atol=1e-6)
+    assert torch.allclose(refinement(words, means), F.normalize(F.layer_norm(own, (6,)), dim=-1), atol=1e-5)
+    # gamma -> infinity: the mean prototype for every class
+    refinement.gamma = 1e9
+    assert torch.allclose(refinement.affinity(words), torch.full((4, 4), 0.25), atol=1e-6)
+    common = F.normalize(F.layer_norm(own.mean(0), (6,)), dim=-1)
+    assert torch.allclose(refinement(words, means), common.expand(4, -1), atol=1e-5)
+
+
+def test_affinity_is_the_gaussian_kernel_of_the_equation():
+    refinement = Refinement(6, generator())
+    words = unit(4, 6)
+    at = F.layer_norm(words, (6,)) @ refinement.text
+    kernel = torch.exp(-torch.cdist(at, at).square() / refinement.gamma)
+    assert torch.allclose(refinement.affinity(words), kernel / kernel.sum(-1, keepdim=True), atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [tiny_clip, tiny_timm_clip])
+def test_new_bottlenecks_change_nothing_and_trained_ones_change_neither_the_original_nor_each_other(make):
+    clip = make()
+    size = clip.preprocess.size
+    tokens = clip.prefix(torch.randn(3, 3, size, size))
+    tower = BesideTower(clip.image, 0.1)
+    fresh = tower.new(4, generator())
+    original = clip.image(tokens)
+    assert torch.equal(tower(tokens, fresh), original)
+    moved = random_like(fresh)
+    assert (tower(tokens, moved) - original).abs().max() > 1e-2
+    assert torch.equal(clip.image(tokens), original) and torch.equal(tower(tokens, fresh), original)
+    assert torch.allclose(tower.merged(moved)(tokens), tower(tokens, moved), atol=1e-6)
+
+
+def test_a_bottleneck_stands_beside_the_mlp(clip):
+    tower = BesideTower(clip.image, 0.1)
+    adapter = random_like(tower.new(4, generator()))
+    block = "visual.transformer.resblocks.0"
+    x = torch.randn(2, 5, 64)
+    mlp = clip.image.get_submodule(f"{block}.mlp")
+    with_it = tower.merged(adapter).get_submodule(f"{block}.mlp")
+    down, up = adapter[f"{block}.mlp.down"], adapter[f"{block}.mlp.up"]
+    assert torch.allclose(with_it(x), mlp(x) + 0.1 * F.relu(x @ down.T) @ up.T, atol=1e-4)
+
+
+def test_dropout_acts_only_where_it_is_asked_for_and_repeats_with_its_generator(clip):
+    tower = BesideTower(clip.image, 0.1)
+    adapter = random_like(tower.new(4, generator()))
+    tokens = clip.prefix(torch.randn(3, 3, 32, 32))
+    one, again = (tower(tokens, adapter, 0.5, generator()) for _ in range(2))
+    assert torch.equal(one, again) and not torch.equal(one, tower(tokens, adapter))
+
+
+def test_context_takes_the_place_of_the_words_before_the_name(clip):
+    text = PromptedText(clip, 3)
+    ids = text.tokenize(["red", "green tea"])
+    assert torch.equal(ids[:, 0], clip.tokenize(["red"])[:1, 0].expand(2))
+    # given as context the embeddings of real words, it reads as the sentence with those words
+    sentence = clip.tokenize(["red", "green tea"], "good dark photo {}.")
+    words = clip.text.token_embedding(sentence[0, 1:4])
+    assert torch.equal(ids[:, 4:], sentence[:, 4:])
+    expected = F.normalize(clip.text(sentence), dim=-1)
+    assert torch.allclose(text.encode(ids, words), expected, atol=1e-6)
+
+
+def test_the_first_task_distils_nothing_and_later_ones_by_their_number(clip, monkeypatch):
+    calls: list[float] = []
+
+    def watched(teacher, student, temperature):
+        calls.append(temperature)
+        return divergence(teacher, student, temperature)
+
+    monkeypatch.setattr("agent.methods.seca.divergence", watched)
+    method = learner(clip)
+    method.update(tiny_task(clip, 1, ["red", "green"]), silent)
+    assert not calls and method.state().facts["learned"] == 1
+    method.update(tiny_task(clip, 2, ["blue", "black"]), silent)
+    assert len(calls) == 6, "two epochs of three steps"
+
+
+def test_pool_and_prompts_stay_within_their_bounds(clip):
+    method = learned(clip, tasks=4, pool=2, prompts=3)
+    assert method.state().facts["pool"] == 2 and method.state().facts["prompts"] == 3
+    assert method.inference_module().names.shape == (8, 3, clip.embed_dim)
+
+
+@pytest.mark.parametrize(("form", "stays"), [("code", [2.0, 3.0]), ("paper", [1.0, 3.0])])
+def test_a_full_pool_drops_its_least_used_member_or_in_the_papers_words_its_most_used(clip, form, stays):
+    method = learner(clip, form=form, pool=2)
+    for mark, use in ((1.0, []), (2.0, [1.0]), (3.0, [0.2, 0.8])):
+        for tensor in method._adapter.named.values():
+            tensor.detach().fill_(mark)
+        method._join_pool(torch.tensor(use))
+    marks = [next(iter(adapter.values())).flatten()[0].item() for adapter in method._pool]
+    assert marks == stays
+
+
+def test_pool_members_do_not_move_with_the_adapter(clip):
+    method = learned(clip, tasks=1)
+    member = {name: tensor.clone() for name, tensor in method._pool[0].items()}
+    method.update(tiny_task(clip, 2, ["blue", "black"]), silent)
+    assert all(torch.equal(tensor, method._pool[0][name]) for name, tensor in member.items())
+    assert any(not torch.equal(tensor, method._adapter.named[name]) for name, tensor in member.items())
+
+
+def test_prototypes_of_earlier_classes_stay_as_they_were_stored(clip):
+    method = learned(clip, tasks=1)
+    before = method.state().tensors["prototypes"]
+    method.update(tiny_task(clip, 2, ["blue", "thing 2"], seed=4), silent)
+    after = method.state().tensors["prototypes"]
+    assert torch.equal(after[1], before[1]), "thing 3 did not come back"
+    assert not torch.equal(after[0], before[0]), "thing 2 did"
+
+
+def test_class_means_are_those_of_the_untouched_model_whatever_was_learned(clip):
+    method = learned(clip, tasks=2)
+    task = tiny_task(clip, 2, ["thing 4", "thing 5"])
+    features = clip.encode_tokens(task.tokens.batch(torch.arange(len(task))))
+    expected = torch.stack([features[task.labels == k].mean(0) for k in range(2)])
+    assert torch.allclose(method.state().tensors["means"][2:], expected, atol=1e-6)
+
+
+def test_a_prediction_is_the_mean_of_the_prompts_and_the_prototypes_answers(clip):
+    method = learned(clip, tasks=2)
+    task = tiny_task(clip, 1, ["thing 2"])
+    with torch.no_grad():
+        embedding, _, probabilities = method.inference_module().from_tokens(task.tokens.batch(torch.arange(3)))
+        names = method._under_prompts(method.classes)
+        soft = 0.2 * clip.logit_scale
+        text = torch.stack([(soft * embedding @ names[:, p].T).softmax(-1) for p in range(2)]).mean(0)
+        visual = (soft * embedding @ method.state().tensors["prototypes"].T).softmax(-1)
+    assert torch.allclose(probabilities, (text + visual) / 2, atol=1e-6)
+
+
+def test_each_part_can_be_switched_off(clip):
+    whole = learned(clip)
+    without_pool, without_prototypes = learned(clip, sg_akt=False), learned(clip, se_vpr=False)
+    assert without_pool.state().facts["pool"] == 0
+    assert (whole.fusion, without_pool.fusion, without_prototypes.fusion) == ("text+prototypes",) * 2 + ("text",)
+    assert without_prototypes.inference_module().class_tensors == ("names",)
+    adapters = [torch.cat([t.flatten() for t in m._adapter.named.values()]) for m in (whole, without_pool)]
+    assert not torch.equal(*adapters)
+
+
+def test_a_task_of_one_class_adds_its_prototype_but_no_prompt(clip):
+    method = learner(clip)
+    method.update(tiny_task(clip, 1, ["red"]), silent)
+    facts = method.state().facts
+    assert (facts["prompts"], facts["pool"], facts["learned"]) == (0, 0, 0)
+    assert torch.equal(method.encode_names(["red"]), clip.encode_names(["red"]))
+    assert method.state().tensors["prototypes"].shape == (1, clip.embed_dim)
+
+
+def test_prompts_begin_from_the_seed_and_the_tasks_number(clip):
+    method = learner(clip, prompt_lr=1e-12)
+    method.update(tiny_task(clip, 4, ["red", "green"]), silent)
+    begin = 0.02 * torch.randn(8, 32, generator=task_generator(0, 4, "context"))
+    assert torch.allclose(method.state().tensors["prompts.0"], begin, atol=1e-6)
