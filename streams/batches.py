@@ -11,7 +11,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import lz4.frame  # type: ignore[import-untyped]
 import snappy  # type: ignore[import-untyped]
@@ -19,7 +19,8 @@ import zstandard
 from kafka import KafkaConsumer
 from kafka.consumer.fetcher import Fetcher
 from kafka.errors import CorruptRecordError
-from kafka.record.default_records import DefaultRecord, DefaultRecordBatch
+from kafka.protocol.consumer import IsolationLevel
+from kafka.record.default_records import DefaultRecordBatch
 from kafka.record.util import decode_varint
 
 MAX_INFLATED = 128 * 2**20
@@ -30,9 +31,20 @@ class BatchTooLarge(Exception):
     """The batch would take more than MAX_INFLATED bytes of memory."""
 
 
+class Message(NamedTuple):
+    """One message as it came."""
+
+    offset: int
+    timestamp_ms: int
+    """-1 when it has none."""
+    key: bytes | None
+    value: bytes | None
+    headers: tuple[tuple[str, bytes | None], ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Unreadable:
-    """In the place of messages: the records of a batch from `offset` up to `next_offset` cannot be had."""
+    """In the place of messages: those of a batch from `offset` up to `next_offset` cannot be had."""
 
     offset: int
     next_offset: int
@@ -40,59 +52,63 @@ class Unreadable:
 
 
 def guard(consumer: KafkaConsumer) -> None:
-    """Make `consumer.poll` give an `Unreadable` where it would raise, and header names not in UTF-8 escaped."""
+    """Make `consumer.poll` give Message, and an Unreadable where it would raise; its header names are escaped."""
     consumer._fetcher.PartitionRecords = _PartitionRecords
 
 
 class _PartitionRecords(Fetcher.PartitionRecords):
-    def _unpack_records(self: Any, tp: Any, records: Any, *deserializers: Any) -> Iterator[Any]:
-        batches = _Batches(records)
-        while True:
+    def _unpack_records(self: Any, tp: Any, records: Any, *_: Any) -> Iterator[Message | Unreadable]:
+        while (batch := records.next_batch()) is not None:
             try:
-                yield from Fetcher.PartitionRecords._unpack_records(self, tp, batches, *deserializers)
-                return
+                if self.check_crcs and not batch.validate_crc():
+                    raise CorruptRecordError(f"the batch at offset {batch.base_offset} fails its checksum")
+                if batch.magic < 2:
+                    yield from self._old_messages(batch)
+                    continue
+                if not self._is_skipped(batch):
+                    for message in messages(batch):
+                        self.next_fetch_offset = message.offset + 1
+                        yield message
             except Exception as error:
-                batch = batches.last
-                if batch is None or batch.next_offset <= self.next_fetch_offset:
+                if batch.magic < 2:
                     raise
-                lost = Unreadable(max(self.next_fetch_offset, batch.base_offset), batch.next_offset, error)
-                self.next_fetch_offset = batch.next_offset
-                yield lost
+                yield Unreadable(max(self.next_fetch_offset, batch.base_offset), batch.next_offset, error)
+            # What compaction removed at the batch's end is passed as well.
+            self.next_fetch_offset = batch.next_offset
+        self.drain()
+
+    def _is_skipped(self: Any, batch: Any) -> bool:
+        """True for marks of transactions and for what an aborted one wrote, as Fetcher.PartitionRecords has it."""
+        self.leader_epoch = batch.leader_epoch
+        if self.isolation_level == IsolationLevel.READ_COMMITTED and batch.has_producer_id():
+            self._consume_aborted_transactions_up_to(batch.last_offset)
+            if self._contains_abort_marker(batch):
+                self.aborted_producer_ids.discard(batch.producer_id)
+            elif self._is_batch_aborted(batch):
+                return True
+        return batch.is_control_batch
+
+    def _old_messages(self: Any, batch: Any) -> Iterator[Message]:
+        """Of a batch written before Kafka 0.11: it has no headers."""
+        for record in batch:
+            self.next_fetch_offset = record.offset + 1
+            yield Message(
+                record.offset, -1 if record.timestamp is None else record.timestamp, record.key, record.value, ()
+            )
 
 
-class _Batches:
-    """The batches of a fetch response for one partition, each a `_Batch`."""
-
-    def __init__(self, records: Any) -> None:
-        self._records = records
-        self.last: Any = None
-
-    def next_batch(self) -> Any:
-        batch = self._records.next_batch()
-        if type(batch) is DefaultRecordBatch:
-            batch.__class__ = _Batch
-        if batch is not None:
-            self.last = batch
-        return batch
-
-
-class _Batch(DefaultRecordBatch):
-    __slots__ = ()
-
-    def _maybe_uncompress(self: Any) -> None:
-        if self._decompressed:
-            return
-        data = bytes(memoryview(self._buffer)[self._pos :])  # bytes give out parts of them in one copy
-        self._buffer = data if self.compression_type == self.CODEC_NONE else inflate(self.compression_type, data)
-        self._pos = 0
-        self._decompressed = True
-
-    def _read_msg(self: Any, decode_varint: Any = decode_varint) -> DefaultRecord:
-        if self.is_control_batch:
-            return DefaultRecordBatch._read_msg(self)
-        buffer = self._buffer
-        length, start = decode_varint(buffer, self._pos)
-        elapsed, pos = decode_varint(buffer, start + 1)
+def messages(batch: Any) -> Iterator[Message]:
+    """The messages of a batch of format 2. Raises CorruptRecordError, BatchTooLarge and errors of decompression."""
+    buffer = bytes(memoryview(batch._buffer)[batch._pos :])  # bytes give out parts of them in one copy
+    if batch.compression_type != batch.CODEC_NONE:
+        buffer = inflate(batch.compression_type, buffer)
+    base_offset, base_ms = batch.base_offset, batch.first_timestamp
+    appended_ms = batch.max_timestamp if batch.timestamp_type == batch.LOG_APPEND_TIME else None
+    end = 0
+    for _ in range(batch.records_count):
+        length, start = decode_varint(buffer, end)
+        end = start + length
+        elapsed_ms, pos = decode_varint(buffer, start + 1)
         offset, pos = decode_varint(buffer, pos)
         key, pos = _field(buffer, pos)
         value, pos = _field(buffer, pos)
@@ -101,14 +117,21 @@ class _Batch(DefaultRecordBatch):
         for _ in range(count):
             name, pos = _field(buffer, pos)
             content, pos = _field(buffer, pos)
-            headers.append(((name or b"").decode("utf-8", "backslashreplace"), content))
-        if pos - start != length:
-            raise CorruptRecordError(f"record says it has {length} bytes and has {pos - start}")
-        self._pos = pos
-        timestamp = self.first_timestamp + elapsed
-        if self.timestamp_type == self.LOG_APPEND_TIME:
-            timestamp = self.max_timestamp
-        return DefaultRecord(length, self.base_offset + offset, timestamp, self.timestamp_type, key, value, headers)
+            headers.append((_NAMES.get(name) or _name(name), content))
+        if pos != end or end > len(buffer):
+            raise CorruptRecordError(f"record at byte {start} says it ends at {end} and ends at {pos} of {len(buffer)}")
+        timestamp_ms = base_ms + elapsed_ms if appended_ms is None else appended_ms
+        yield Message(base_offset + offset, timestamp_ms, key, value, tuple(headers))
+
+
+_NAMES: dict[bytes | None, str] = {
+    name.encode(): name for name in ("label", "content-type", "ce_id", "ce_type", "ce_time")
+}
+"""Names of many headers, decoded once."""
+
+
+def _name(name: bytes | None) -> str:
+    return (name or b"").decode("utf-8", "backslashreplace")
 
 
 def _field(buffer: bytes, pos: int) -> tuple[bytes | None, int]:

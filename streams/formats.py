@@ -71,18 +71,16 @@ class Codec:
         """The item a message stands for; of an image only the header is looked at."""
         try:
             headers = dict(raw.headers)  # of a repeated header the last one counts, as Kafka's lastHeader has it
-            if headers:
-                if CONTROL in headers:
-                    return Control(partition, offset, _control(headers[CONTROL]))
-                if IMAGE_URL in headers:
-                    fields = _claim_fields(headers)
-                    return self._claim(partition, offset, self._label(headers, None), fields, timestamp_s, raw)
-            value = raw.value
-            if self._is_image(headers, value):
+            if CONTROL in headers:
+                return Control(partition, offset, _control(headers[CONTROL]))
+            if IMAGE_URL in headers:
+                fields = _claim_fields(headers)
+                return self._claim(partition, offset, self._label(headers, None), fields, timestamp_s, raw)
+            if self._is_image(headers, raw.value):
                 label = self._label(headers, None)
-                image = value or b""
+                image = raw.value or b""
             else:
-                envelope = self._envelope(headers, value or b"")
+                envelope = self._envelope(headers, raw.value or b"")
                 if "control" in envelope:
                     return Control(partition, offset, _control(envelope["control"]))
                 label = self._label(headers, envelope)
@@ -111,13 +109,13 @@ class Codec:
 
     @staticmethod
     def _is_image(headers: Mapping[str, bytes | None], value: bytes | None) -> bool:
-        version = headers.get("ce_specversion", b"1.0")
-        if version != b"1.0":
+        if "ce_specversion" in headers and headers["ce_specversion"] != b"1.0":
+            version = headers["ce_specversion"]
             raise Unusable(Reason.BAD_SCHEMA, f"CloudEvents specversion {version!r}; only 1.0 is understood")
         declared = headers.get("content-type")
         if declared is None:
             return not (value and value.startswith(b"{"))
-        if declared.startswith((b"image/", b"application/octet-stream")):
+        if declared.startswith(b"image/"):
             return True
         kind = declared.partition(b";")[0].strip().lower()
         if kind.startswith(b"image/") or kind == b"application/octet-stream":
@@ -131,8 +129,9 @@ class Codec:
 
     def _label(self, headers: Mapping[str, bytes | None], envelope: Mapping[str, Any] | None) -> str:
         found: Any = headers.get("label")
-        if found is None:
-            found = headers.get("ce_label")
+        if found is not None:
+            return canonical_label(found, self._max_label)
+        found = headers.get("ce_label")
         if found is None and envelope:
             found = envelope.get("label")
         if found is None:

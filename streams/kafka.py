@@ -345,12 +345,12 @@ class KafkaSource:
                 entries += [(0, (rejected, 0)) for rejected in _rejections(where, message)]
                 self._positions[where] = message.next_offset
                 continue
-            raw = Raw(message.key, message.value, tuple(message.headers))
-            size = message.serialized_value_size
+            offset, timestamp_ms, key, value, headers = message
+            size = len(value) if value else 0
             total += size
-            item = decode(where, message.offset, raw, message.timestamp / 1000 if message.timestamp >= 0 else None)
-            entries.append((message.timestamp, (item, size)))
-            self._positions[where] = message.offset + 1
+            item = decode(where, offset, Raw(key, value, headers), timestamp_ms / 1000 if timestamp_ms >= 0 else None)
+            entries.append((timestamp_ms, (item, size)))
+            self._positions[where] = offset + 1
         self._merging[where] += total
         self._merge.add(where, entries)
         end = self._client.end(where)

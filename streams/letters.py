@@ -145,8 +145,8 @@ class _Reader:
                 for message in messages:
                     if type(message) is Unreadable or message.offset >= self._ends[place]:
                         continue
-                    raw = Raw(message.key, message.value, tuple(message.headers))
+                    raw = Raw(message.key, message.value, message.headers)
                     try:
-                        yield Letter(origin(raw), message.timestamp / 1000, raw)
+                        yield Letter(origin(raw), message.timestamp_ms / 1000, raw)
                     except ValueError:
                         continue  # somebody else's message

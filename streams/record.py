@@ -202,14 +202,16 @@ def _jpeg_dimensions(data: bytes) -> tuple[int, int]:
         if marker in _JPEG_FRAMES:
             height, width = struct.unpack_from(">HH", data, at + 5)
             return width, height
-        if marker == 0xFF:  # a fill byte
+        if marker >= 0xDB and marker != 0xFF:  # tables, comments, EXIF
+            at += 2 + (data[at + 2] << 8 | data[at + 3])
+        elif marker == 0xFF:  # a fill byte
             at += 1
         elif marker == 0x01 or 0xD0 <= marker <= 0xD8:  # markers without a segment
             at += 2
         elif marker in (0x00, 0xD9, 0xDA):
             raise Unusable(Reason.UNDECODABLE, "JPEG has no frame header before its pixels")
         else:
-            at += 2 + struct.unpack_from(">H", data, at + 2)[0]
+            at += 2 + (data[at + 2] << 8 | data[at + 3])
     raise Unusable(Reason.UNDECODABLE, f"JPEG has no frame header in its first {_JPEG_SEGMENTS} segments")
 
 

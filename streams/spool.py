@@ -167,14 +167,18 @@ _THE_IMAGE = _LENGTH.pack(-2)
 
 
 def _pack(raw: Raw, image: bytes) -> bytes:
-    def field(value: bytes | None) -> bytes:
-        return _NULL if value is None else _LENGTH.pack(len(value)) + value
-
-    fields = [field(raw.key), _THE_IMAGE if raw.value == image else field(raw.value)]
+    size = _LENGTH.pack
+    parts = [_NULL] if raw.key is None else [size(len(raw.key)), raw.key]
+    if raw.value == image:
+        parts.append(_THE_IMAGE)
+    else:
+        parts += [_NULL] if raw.value is None else [size(len(raw.value)), raw.value]
     for name, value in raw.headers:
-        fields += field(name.encode("utf-8", "surrogateescape")), field(value)
-    packed = b"".join(fields)
-    return _LENGTH.pack(len(packed)) + packed
+        text = name.encode("utf-8", "surrogateescape")
+        parts += [size(len(text)), text]
+        parts += [_NULL] if value is None else [size(len(value)), value]
+    packed = b"".join(parts)
+    return size(len(packed)) + packed
 
 
 def _unpack(packed: bytes, image: bytes) -> Raw:
