@@ -3,6 +3,7 @@
     release/
       model.onnx        images [N,3,H,W] -> embedding [N,D], logits [N,C], probabilities [N,C], all float32
       model.onnx.data   only beside a model too large for one file
+      model.fp16.onnx, model.int8.onnx   the same in less, where asked for and close enough
       golden.npz        a few preprocessed images with the answers of the trained model
       release.json      everything else: class names, preprocessing, hashes, parity, versions
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,22 @@ class Parity:
 
 
 @dataclass(frozen=True)
+class Variant:
+    """The model in another precision: what was measured, and whether it is in the release."""
+
+    parity: Parity | None
+    """None when it could not even be made."""
+    atol: float
+    """Tolerance the parity was held to."""
+    accuracy: float | None
+    """Share of held-out images answered right, 0 to 1; None when none were at hand."""
+    accuracy_fp32: float | None
+    """The same of model.onnx."""
+    refused: str | None
+    """Why it is not in the release; None when it is."""
+
+
+@dataclass(frozen=True)
 class Release:
     """A release in `path`; immutable once made."""
 
@@ -75,11 +92,23 @@ class Release:
     """Name -> (size in bytes, sha256) of every file beside release.json."""
     versions: Mapping[str, str]
     seconds: Mapping[str, float]
-    """Wall seconds of making it: `trace` (0 when an earlier trace was used again), `write`, `check`."""
+    """Wall seconds of making it: `trace` (0 when an earlier trace was used again), `write`, `check`, `variants`."""
+    variants: Mapping[str, Variant] = field(default_factory=dict)
+    """`fp16` and `int8`, as far as they were asked for."""
 
     @property
     def model(self) -> Path:
         return self.path / MODEL
+
+    def offers(self, precision: str) -> bool:
+        """Whether `model_in(precision)` is there."""
+        return precision == self.precision or (
+            precision in self.variants and self.variants[precision].refused is None
+        )
+
+    def model_in(self, precision: str) -> Path:
+        """The model file in `fp32`, `fp16` or `int8`."""
+        return self.model if precision == self.precision else self.path / variant_name(precision)
 
     @property
     def golden(self) -> Path:
@@ -108,8 +137,9 @@ class Release:
 def write(release: Release) -> None:
     """Write release.json into the release's folder, where the other files already are."""
     values = {"format": FORMAT, "id": release.id}
-    values |= {field.name: getattr(release, field.name) for field in fields(release) if field.name != "path"}
+    values |= {part.name: getattr(release, part.name) for part in fields(release) if part.name != "path"}
     values |= {"preprocess": release.preprocess.to_dict(), "parity": asdict(release.parity)}
+    values |= {"variants": {name: asdict(variant) for name, variant in release.variants.items()}}
     (release.path / MANIFEST).write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -125,14 +155,18 @@ def read(folder: Path) -> Release:
         if values.pop("format") != FORMAT:
             raise ValueError(f"its format is not {FORMAT}")
         del values["id"]
-        parity = values["parity"]
+        variants = {
+            name: Variant(**{**variant, "parity": variant["parity"] and _parity(variant["parity"])})
+            for name, variant in values["variants"].items()
+        }
         return Release(
             **{
                 **values,
                 "path": folder,
                 "classes": tuple(values["classes"]),
                 "preprocess": Preprocess.from_dict(values["preprocess"]),
-                "parity": Parity(**{**parity, "batches": tuple(parity["batches"])}),
+                "parity": _parity(values["parity"]),
+                "variants": variants,
                 "files": {name: (size, sha256) for name, (size, sha256) in values["files"].items()},
             }
         )
@@ -156,6 +190,15 @@ def current(path: Path) -> Path:
     if not folder.exists():
         raise ReleaseError(f"no release in {path}: the current commit {folder.parent.name} has none")
     return folder.resolve()
+
+
+def variant_name(precision: str) -> str:
+    """File name of the model in `fp16` or `int8`."""
+    return f"model.{precision}.onnx"
+
+
+def _parity(values: Mapping[str, Any]) -> Parity:
+    return Parity(**{**values, "batches": tuple(values["batches"])})
 
 
 def digest(path: Path) -> tuple[int, str]:

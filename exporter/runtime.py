@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 OUTPUTS = ("embedding", "logits", "probabilities")
 
 Device = Literal["auto", "cpu", "cuda"]
+Precision = Literal["fp32", "fp16", "int8"]
 
 
 class Answers(NamedTuple):
@@ -98,14 +99,17 @@ class Classifier:
         threads: int = 0,
         *,
         device: Device = "auto",
+        precision: Precision = "fp32",
         max_batch: int = 64,
         max_pixels: int = 50_000_000,
     ) -> None:
-        """`threads`: of onnxruntime for one batch, 0 for all cores. Raises ReleaseError when there is no release, it is
+        """`threads`: of onnxruntime for one batch, 0 for all cores. A release without `precision` is served in fp32:
+        the newest model matters more. Raises ReleaseError when there is no release, it is
         damaged, or it does not pass its own test."""
         self._path = path
         self._threads = threads
         self._device: Device = device
+        self._precision = precision
         self._max_batch = max_batch
         self._max_pixels = max_pixels
         self._refreshing = threading.Lock()
@@ -184,8 +188,11 @@ class Classifier:
     def _load(self, release: Release) -> _Served:
         release.verify()
         try:
-            session = Session(release.model, device=self._device, threads=self._threads)
-            _self_test(release, session)
+            precision = self._precision if release.offers(self._precision) else release.precision
+            if precision != self._precision:
+                log.warning("release %s has no %s form, it is served in %s", release.id, self._precision, precision)
+            session = Session(release.model_in(precision), device=self._device, threads=self._threads)
+            _self_test(release, precision, session)
         except ReleaseError:
             raise
         except Exception as error:  # onnxruntime's errors share no public base class
@@ -193,9 +200,10 @@ class Classifier:
         return _Served(release, session)
 
 
-def _self_test(release: Release, session: Session) -> None:
+def _self_test(release: Release, precision: str, session: Session) -> None:
     """Compare with the trained model's answers shipped in the release, at batch 1 and all at once (which also warms the
     session up). Raises ReleaseError with numbers."""
+    atol = release.atol if precision == release.precision else release.variants[precision].atol
     with np.load(release.golden, allow_pickle=False) as golden:
         images, want = golden["images"], Answers(*(golden[name] for name in OUTPUTS))
     for size in {1, len(images)}:
@@ -204,10 +212,10 @@ def _self_test(release: Release, session: Session) -> None:
             float(np.abs(got.embedding - want.embedding[:size]).max()),
             float(np.abs(got.probabilities - want.probabilities[:size]).max()),
         )
-        if not difference <= release.atol:
+        if not difference <= atol:
             raise ReleaseError(
                 f"release {release.path} fails its own test on {session.provider}: golden answers differ by "
-                f"{difference:.3g} at batch {size}, at most {release.atol:g} is allowed; it is not used"
+                f"{difference:.3g} at batch {size}, at most {atol:g} is allowed; it is not used"
             )
 
 

@@ -219,6 +219,80 @@ def test_weights_too_large_for_one_file_are_kept_beside_it(exporter, tmp_path, i
     assert_answers_like(releases.read(tmp_path / "elsewhere"), module, images)
 
 
+@pytest.fixture(scope="module")
+def precise_exporter() -> OnnxExporter:
+    return OnnxExporter(max_batch=8, precisions=("fp16", "int8"))
+
+
+def holdout(module: Toy, images: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Images with the answers the model gives: its accuracy on them is 1."""
+    return [(images, module(torch.from_numpy(images))[2].argmax(1).numpy())]
+
+
+def test_smaller_forms_are_released_with_what_was_measured(precise_exporter, tmp_path, images):
+    torch.manual_seed(0)
+    module = Toy(5, native_tower())
+
+    release = precise_exporter.release(
+        module, PREPROCESS, FACTS, tmp_path / "release", images, holdout(module, images)
+    )
+
+    with torch.no_grad():
+        expected = module(torch.from_numpy(images))
+    for precision in ("fp16", "int8"):
+        variant = release.variants[precision]
+        assert variant.refused is None and variant.accuracy == variant.accuracy_fp32 == 1
+        assert release.offers(precision) and release.model_in(precision).name in release.files
+        session = onnxruntime.InferenceSession(release.model_in(precision))
+        for size in (1, 3, 7):
+            got = session.run(None, {"images": images[:size]})
+            for values, want in zip(got, expected, strict=True):
+                assert values.dtype == np.float32
+                np.testing.assert_allclose(values, want[:size].numpy(), atol=0.02 * float(want.abs().max()))
+    assert release.model_in("fp16").stat().st_size < 0.7 * release.model.stat().st_size
+    assert releases.read(release.path) == release
+
+
+def test_a_smaller_form_that_answers_worse_is_left_out_and_the_release_made(
+    precise_exporter, tmp_path, images, monkeypatch
+):
+    # Given that fp16 answers half of the hold-out right, int8 nearly all, and fp32 all
+    module = Toy(5, native_tower())
+    scores = {"model.fp16.onnx": 0.5, "model.int8.onnx": 0.999, "model.onnx": 1.0}
+
+    class Scored(exporting.Session):
+        def __init__(self, model, **options) -> None:
+            super().__init__(model, **options)
+            self.accuracy = scores[model.name]
+
+    monkeypatch.setattr(exporting, "Session", Scored)
+    monkeypatch.setattr(exporting, "_accuracy", lambda session, holdout: session.accuracy)
+
+    release = precise_exporter.release(
+        module, PREPROCESS, FACTS, tmp_path / "release", images, holdout(module, images)
+    )
+
+    assert release.variants["fp16"].refused == "accuracy on the hold-out is 50.0%, and 100.0% in fp32"
+    assert not release.offers("fp16") and not release.model_in("fp16").exists()
+    assert release.offers("int8") and release.offers("fp32")
+    assert releases.read(release.path) == release
+
+
+def test_a_smaller_form_beyond_its_tolerance_is_left_out(precise_exporter, tmp_path, images, monkeypatch):
+    strict = exporting.Tolerance(atol=1e-9, logits=1e-9, cosine=1, top1=1)
+    monkeypatch.setitem(exporting.TOLERANCES, "fp16", strict)
+
+    release = precise_exporter.release(Toy(5, native_tower()), PREPROCESS, FACTS, tmp_path / "release", images)
+
+    assert "embeddings differ by" in release.variants["fp16"].refused
+    assert "model.fp16.onnx" not in release.files and "model.int8.onnx" in release.files
+
+
+def test_an_unknown_precision_is_refused_at_once():
+    with pytest.raises(ValueError, match=r"got precisions \['fp8'\], expected some of fp16, int8"):
+        OnnxExporter(precisions=("fp8", "int8"))
+
+
 def test_a_release_is_read_back_as_it_was_made(exporter, tmp_path, images):
     release = exporter.release(Toy(3), PREPROCESS, FACTS, tmp_path / "release", images)
 

@@ -163,6 +163,21 @@ def test_the_follower_takes_up_a_new_release_by_itself(state):
         classifier.close()
 
 
+def test_a_smaller_form_is_served_where_the_release_has_it(tmp_path, caplog):
+    images = np.random.default_rng(0).normal(size=(3, 3, SIZE, SIZE)).astype(np.float32)
+    exporter = OnnxExporter(max_batch=4, precisions=("fp16",))
+    exporter.release(Toy(5), PREPROCESS, FACTS, tmp_path / "release", images)
+    asked = [picture(seed) for seed in range(3)]
+    full = Classifier(tmp_path / "release").classify(asked, top=0)
+
+    for precision, warns in (("fp16", False), ("int8", True)):
+        predictions = Classifier(tmp_path / "release", precision=precision).classify(asked, top=0)
+        for prediction, want in zip(predictions, full, strict=True):
+            assert prediction.labels == want.labels
+            np.testing.assert_allclose(prediction.scores, want.scores, atol=1e-2)
+        assert ("it is served in fp32" in caplog.text) == warns
+
+
 def damage_model(folder: Path) -> None:
     data = bytearray((folder / "model.onnx").read_bytes())
     data[len(data) // 2] ^= 1
