@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -56,7 +57,7 @@ def test_every_command_shown_can_be_parsed():
     shown = re.findall(r"^\.venv/bin/gapstream (.+)$", README, re.MULTILINE)
     assert shown
     for line in shown:
-        name, *arguments = line.partition("#")[0].split()
+        name, *arguments = shlex.split(line, comments=True)
         parser = argparse.ArgumentParser(exit_on_error=False)
         cli.COMMANDS[name][1](parser)
         parser.parse_args(arguments)
