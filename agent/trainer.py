@@ -133,16 +133,16 @@ class Learner:
     def _release(self, task: Task, good: Sequence[Sample], scores: dict[str, Any], staging: Path) -> str | None:
         """Publish into `staging`; gives why not, or None. Notes in `scores["release"]` what was measured."""
         old, limit = scores["old_classes"], self._config.release.max_old_class_drop
-        refused = None
-        if not good or self._module is None:
-            refused = "nothing was learned"
-        elif limit and old["before"] is not None and old["after"] is not None and old["before"] - old["after"] > limit:
+        module, refused = self._module, None
+        if limit and old["before"] is not None and old["after"] is not None and old["before"] - old["after"] > limit:
             refused = (
                 f"accuracy on the classes before this task fell from {old['before']:.1%} to {old['after']:.1%}, more "
                 f"than release.max_old_class_drop = {limit:.1%}"
             )
+        if not good or module is None:
+            refused = "nothing was learned"
         scores["release"] = {"refused": refused}
-        if refused is None:
+        if refused is None and module is not None:
             images = [
                 self._clip.preprocess(decode(s.read(), self._config.source.max_image_pixels))
                 for s in good[:CHECK_IMAGES]
@@ -156,7 +156,7 @@ class Learner:
             }
             try:
                 release = self._exporter.release(
-                    self._module, self._clip.preprocess, facts, staging / RELEASE, np.stack(images)
+                    module, self._clip.preprocess, facts, staging / RELEASE, np.stack(images)
                 )
                 scores["release"] |= {
                     "id": release.id,
@@ -222,7 +222,8 @@ def _last_report(parent: Path | None) -> dict[str, Any] | None:
 
 def _task_data(task: Task, good: Sequence[Sample], rows: Sequence[int], loaded: LoadedImages) -> TaskData:
     """The samples to train on, and the class names among them in order of first appearance."""
-    classes = tuple(dict.fromkeys(good[i].label for i in rows))
+    present = {good[i].label for i in rows}
+    classes = tuple(name for name in task.classes if name in present)
     number = {name: i for i, name in enumerate(classes)}
     labels = torch.tensor([number[good[i].label] for i in rows], dtype=torch.int64)
     return TaskData(task.number, classes, labels, TokensAt(loaded.tokens, torch.tensor(rows, dtype=torch.int64)))

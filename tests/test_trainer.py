@@ -1,0 +1,206 @@
+"""The trainer on the bundled model and stream: what a task becomes, what a broken image costs, what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from agent.commits import CommitStore, Facts
+from agent.config import Config
+from agent.trainer import Learner, LearnerError
+from agent.values import Commit, Outcome, Progress
+from exporter.runtime import Classifier
+from streams.archive import ArchiveFolder
+from streams.buffer import Task
+from streams.record import Partition, Reason, Record
+from streams.spool import Spool
+from tests.bad_images import bad_images, good_images
+
+SAMPLE = Partition("sample", 0)
+FACTS = Facts("f", (), {}, {})
+
+
+class Bench:
+    """A state folder, a spool, and tasks from images."""
+
+    def __init__(self, folder: Path, **settings: object) -> None:
+        evaluation = {"holdout_fraction": 0.2, "test_archive": "bundled", "test_per_class": 5}
+        self.config = Config.model_validate(
+            {"state": {"path": folder / "state"}, "evaluation": evaluation, "release": {"max_batch": 4}} | settings
+        )
+        self.store = CommitStore(folder / "state", 3)
+        self.store.lock()
+        self.spool = Spool(folder / "state" / "spool", 2**28)
+        self.offset = 0
+        self.tasks = 0
+
+    def task(self, images: Sequence[tuple[str, bytes]]) -> Task:
+        samples = []
+        for label, image in images:
+            samples.append(self.spool.append(Record(SAMPLE, self.offset, label, image)))
+            self.offset += 1
+        self.spool.end_segment()
+        self.tasks += 1
+        classes = tuple(dict.fromkeys(label for label, _ in images))
+        size = sum(len(image) for _, image in images)
+        return Task(self.tasks, classes, tuple(samples), {SAMPLE: self.offset}, "end", size, len(samples), {})
+
+    def learn(self, learner: Learner, task: Task, seen: list[Progress] | None = None) -> tuple[Outcome, Commit]:
+        report = (lambda progress: None) if seen is None else seen.append
+        outcome = learner.learn(task, self.store.stage(), report)
+        return outcome, self.store.commit(outcome, FACTS)
+
+
+def images_of(*classes: str, count: int = 16, start: int = 0) -> list[tuple[str, bytes]]:
+    archive = ArchiveFolder("bundled", "train")
+    by_class = [[(name, e.read()) for e in archive.images(name)[start : start + count]] for name in classes]
+    return [pair for turn in zip(*by_class, strict=True) for pair in turn]
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory):
+    """Two tasks learned one after the other."""
+    bench = Bench(tmp_path_factory.mktemp("learned"))
+    learner = Learner(bench.config, None)
+    seen: list[Progress] = []
+    tasks = [bench.task(images_of(*names)) for names in (("cat", "ship"), ("dog", "truck"))]
+    steps = [bench.learn(learner, task, seen) for task in tasks]
+    return bench, steps, seen
+
+
+def test_an_update_passes_its_phases_in_order(learned):
+    _, _, seen = learned
+    phases = list(dict.fromkeys((progress.task, progress.phase) for progress in seen))
+    order = ["decode", "evaluate", "train", "compensate", "export", "commit"]
+    assert [phase for task, phase in phases if task == 1] == order
+    training = [progress for progress in seen if progress.phase == "train"]
+    assert all(p.loss is not None and p.drift is not None and p.budget is not None for p in training)
+
+
+def test_the_report_has_what_it_promises(learned):
+    _, steps, _ = learned
+    report = json.loads((steps[1][1].path / "report.json").read_text())
+    promised = (
+        "task classes samples matrix avg last forgetting backward_transfer zero_shot predict_before_learn retention gap "
+        "seconds model method fusion seed versions release history examples"
+    )
+    assert set(promised.split()) <= report.keys()
+    assert report["classes"] == ["cat", "ship", "dog", "truck"]
+    assert report["retention"] is None and report["fusion"] == "calibrated"
+    assert [len(row) for row in report["matrix"]] == [2, 2] and report["matrix"][0][1] is None
+    assert 0 <= report["last"] <= 1 and 0 <= report["zero_shot"] <= 1
+    for part in ("positive", "negative", "drift", "centroid"):
+        assert {"before", "after"} <= report["gap"][part].keys()
+
+
+def test_the_commit_holds_a_release_that_answers_without_torch_and_says_what_it_is(learned):
+    _, steps, _ = learned
+    commit = steps[1][1]
+    facts = json.loads((commit.path / "release" / "release.json").read_text())
+    assert facts["classes"] == ["cat", "ship", "dog", "truck"]
+    [label, image] = images_of("ship", count=1, start=100)[0]
+    [prediction] = Classifier(commit.path / "release").classify([image])
+    assert prediction.labels[0] == label
+
+
+def test_training_samples_are_not_in_the_commit_and_held_out_ones_are_never_trained_on(learned):
+    _, steps, _ = learned
+    outcome = steps[0][0]
+    trained, held = outcome.report["samples"], outcome.report["held_out"]
+    assert held > 0 and trained + held == 32
+    # then nothing of the training images is on disk once the spool lets go of them
+    image = images_of("cat", count=1)[0][1]
+    held_images = b"".join(path.read_bytes() for path in (steps[0][1].path / "holdout").glob("0*.zip"))
+    everything = b"".join(path.read_bytes() for path in steps[1][1].path.rglob("*") if path.is_file())
+    assert (image in everything) == (image in held_images)
+
+
+def test_a_new_trainer_on_the_commit_ends_with_the_same_bits(learned, tmp_path):
+    _, steps, _ = learned
+    # given the same stream, with the trainer replaced after the first task
+    bench = Bench(tmp_path)
+    first = bench.learn(Learner(bench.config, None), bench.task(images_of("cat", "ship")))[1]
+    second = bench.learn(Learner(bench.config, first.path), bench.task(images_of("dog", "truck")))[1]
+    # then learner and scores are those of the undisturbed run
+    assert (second.path / "learner.safetensors").read_bytes() == (steps[1][1].path / "learner.safetensors").read_bytes()
+    undisturbed = steps[1][0].report
+    again = json.loads((second.path / "report.json").read_text())
+    assert [again[key] for key in ("matrix", "avg", "gap")] == [undisturbed[key] for key in ("matrix", "avg", "gap")]
+
+
+def test_broken_images_are_set_aside_with_their_reason_and_the_rest_is_learned(tmp_path):
+    broken = [image for image in bad_images() if image.stage == "decode"]
+    fine = good_images()
+    assert broken and fine
+    bench = Bench(tmp_path, evaluation={"holdout_fraction": 0})
+    images = [("odd", image.data) for image in (*broken, *fine)] + images_of("cat", count=4)
+    outcome, _ = bench.learn(Learner(bench.config, None), bench.task(images))
+    assert [(late.offset, late.reason) for late in outcome.rejected] == [(i, b.reason) for i, b in enumerate(broken)]
+    assert outcome.report["samples"] == len(fine) + 4
+    assert outcome.classes == ("odd", "cat")
+
+
+def test_a_task_of_nothing_but_broken_images_commits_its_offsets_and_releases_nothing(tmp_path):
+    bench = Bench(tmp_path)
+    outcome, commit = bench.learn(Learner(bench.config, None), bench.task([("odd", b"\xff\xd8\xff not an image")] * 3))
+    assert outcome.update is None and outcome.classes == () and "nothing was learned" in outcome.release_refused
+    assert {late.reason for late in outcome.rejected} <= {Reason.UNDECODABLE, Reason.TRUNCATED}
+    assert commit.offsets == {SAMPLE: 3} and commit.release is None
+    # and the next one continues from there
+    assert bench.learn(Learner(bench.config, commit.path), bench.task(images_of("cat", "ship", count=4)))[1].release
+
+
+def test_one_sample_of_a_name_never_seen_is_a_task(tmp_path):
+    bench = Bench(tmp_path, evaluation={"holdout_fraction": 0.9})
+    outcome, commit = bench.learn(Learner(bench.config, None), bench.task([("zorblax 9", images_of("cat")[0][1])]))
+    assert outcome.classes == ("zorblax 9",) and outcome.report["samples"] == 1 and commit.release is not None
+
+
+def test_a_release_that_forgets_too_much_is_refused_and_the_one_before_serves_on(tmp_path, monkeypatch):
+    bench = Bench(tmp_path, release={"max_old_class_drop": 0.05, "max_batch": 4})
+    learner = Learner(bench.config, None)
+    _, first = bench.learn(learner, bench.task(images_of("cat", "ship")))
+    # given an update that ruins the rows of the old classes
+    update = learner._method.update
+
+    def ruin(task, report):
+        done = update(task, report)
+        learner._method._rows[:2] = -10 * learner._method._rows[:2]
+        return done
+
+    monkeypatch.setattr(learner._method, "update", ruin)
+    outcome, commit = bench.learn(learner, bench.task(images_of("dog", "truck")))
+    assert "fell from" in outcome.release_refused and "release.max_old_class_drop = 5.0%" in outcome.release_refused
+    assert outcome.report["release"]["refused"] == outcome.release_refused
+    # then the learner goes on, and readers keep the release before
+    assert commit.classes == ("cat", "ship", "dog", "truck")
+    assert (commit.release / "model.onnx").read_bytes() == (first.release / "model.onnx").read_bytes()
+
+
+def test_tokens_beyond_the_memory_bound_go_to_disk_and_leave_nothing_behind(learned, tmp_path):
+    bench = Bench(tmp_path, method={"cache_bytes": 0})
+    _, commit = bench.learn(Learner(bench.config, None), bench.task(images_of("cat", "ship")))
+    expected = load_file(learned[1][0][1].path / "learner.safetensors")
+    assert all(
+        torch.equal(value, expected[key]) for key, value in load_file(commit.path / "learner.safetensors").items()
+    )
+    assert list((tmp_path / "state" / "scratch").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"model": {"prompt": "a picture of a {}."}}, "a picture of a"),
+        ({"method": {"name": "ncm"}}, "learned by mgclip"),
+    ],
+)
+def test_a_checkpoint_of_another_model_or_method_is_refused(learned, change, said):
+    bench, steps, _ = learned
+    other = Config.model_validate(bench.config.model_dump() | change)
+    with pytest.raises(LearnerError, match=rf"(?s){said}.*restore the configuration, or set state\.path"):
+        Learner(other, steps[1][1].path)
