@@ -112,7 +112,8 @@ class Seca:
             report=report,
         )
         dropout = torch.Generator(device).manual_seed(task_generator(self._seed, task.number, "dropout").initial_seed())
-        old = torch.tensor([i for i in range(len(self._prototypes)) if i not in set(here.tolist())], device=device)
+        back = set(here.tolist())
+        old = torch.tensor([i for i in range(len(self._prototypes)) if i not in back], device=device)
         use = torch.full((len(self._pool),), 1 / max(1, len(self._pool)), device=device)
         for epoch in range(training.epochs):
             for index in training.batches(epoch):
@@ -162,8 +163,8 @@ class Seca:
         return torch.cat(parts)
 
     def _pool_features(self, tokens: Tokens) -> Tensor | None:
-        """float32 [N, pool, D] of all images of a task; None without a pool."""
-        if not self._pool:
+        """float32 [N, pool, D] of all images of a task; None when there is nothing to distil from."""
+        if not self._pool or not self._settings.sg_akt:
             return None
         parts = []
         for index in torch.arange(len(tokens)).split(256):
@@ -173,11 +174,9 @@ class Seca:
 
     def _join_pool(self, use: Tensor) -> None:
         """The adapter as it is now joins; `use` [pool] says which one leaves a full pool."""
-        if not self._settings.sg_akt:
-            return
-        if len(self._pool) == self._settings.pool:
-            self._pool.pop(int(use.argmin() if self._settings.form == "code" else use.argmax()))
-        self._pool.append(self._adapter.tensors())
+        if self._settings.sg_akt:
+            stay = use.argsort(descending=self._settings.form == "code")[: self._settings.pool - 1]
+            self._pool = [*(self._pool[i] for i in sorted(stay.tolist())), self._adapter.tensors()]
 
     def _moved(self, before: Tensor, now: Tensor) -> Tensor:
         """L_reg: how far the prototypes of earlier classes [n, D] are from where they were; scalar."""
@@ -229,7 +228,8 @@ class Seca:
         tensors = {name: tensor.to(self._clip.device) for name, tensor in state.tensors.items()}
         self._adapter.load_tensors(_below("adapter.", tensors))
         self._pool = [_below(f"pool.{number}.", tensors) for number in range(facts["pool"])]
-        self._prompts = [tensors[f"prompts.{number}"].clone() for number in range(facts["prompts"])]
+        prompts = [tensors[f"prompts.{number}"].clone() for number in range(facts["prompts"])]
+        self._prompts = prompts[-self._settings.prompts :]
         self._relevance.load_state_dict(_below("relevance.", tensors))
         self._refinement.load_state_dict(_below("refinement.", tensors))
         self._means.load(facts["classes"], facts["counts"], tensors["means"])

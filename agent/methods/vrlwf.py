@@ -92,27 +92,29 @@ class VrLwf:
             return drawn, teacher.encode_ids(drawn)
 
         sentences, taught_sentences = draw()
-        earlier = [name for name in self._classes if name not in task.classes]
         lwf = bool(settings.seen_names and self._classes)
+        earlier = [name for name in self._classes if name not in task.classes] if lwf else []
         if lwf:
-            earlier_ids = self._clip.tokenize([*earlier, *task.classes])[: len(earlier)]
             taught_names = teacher.encode_ids(ids)
-            taught_earlier = teacher.encode_ids(earlier_ids) if earlier else taught_names[:0]
+        if earlier:
+            earlier_ids = self._clip.tokenize(earlier)
+            taught_earlier = teacher.encode_ids(earlier_ids)
 
         def held(index: Tensor, images: Tensor, names: Tensor) -> Tensor:
             nonlocal sentences, taught_sentences
-            taught = scale * taught_images[index.to(device)]
-            given = scale * images
+            taught, given = scale * taught_images[index.to(device)], scale * images
             rows = self._student.encode_ids(sentences) if settings.both_towers else taught_sentences
             old, new = taught @ taught_sentences.T, given @ rows.T
             loss = divergence(old, new, settings.temperature)
             if settings.both_directions:
                 loss = loss + divergence(old.T, new.T, settings.temperature)
             if lwf:
-                some = torch.randperm(len(earlier), generator=generator)[: settings.seen_names].to(device)
-                known = torch.cat([names, self._student.encode_ids(earlier_ids[some])]) if earlier else names
-                old = taught @ torch.cat([taught_names, taught_earlier[some]]).T
-                loss = loss + divergence(old, given @ known.T, settings.temperature)
+                old, new = taught @ taught_names.T, given @ names.T
+                if earlier:
+                    some = torch.randperm(len(earlier), generator=generator)[: settings.seen_names].to(device)
+                    old = torch.cat([old, taught @ taught_earlier[some].T], dim=1)
+                    new = torch.cat([new, given @ self._student.encode_ids(earlier_ids[some]).T], dim=1)
+                loss = loss + divergence(old, new, settings.temperature)
             if settings.redraw == "step":
                 sentences, taught_sentences = draw()
             return loss
