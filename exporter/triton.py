@@ -1,0 +1,94 @@
+"""A Triton model repository out of releases: version folders that appear whole, the newest served.
+
+    <repository>/<name>/config.pbtxt
+    <repository>/<name>/<version>/    model.onnx, labels.txt (line n: class of column n), release.json, golden.npz
+
+The number of classes grows from version to version, which one configuration cannot describe: config.pbtxt leaves the
+shapes to be completed from the model, and has only the latest version served.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from exporter.release import MANIFEST, MODEL, Release
+
+_CONFIG = """\
+name: "{name}"
+backend: "onnxruntime"
+max_batch_size: {max_batch}
+version_policy: {{ latest: {{ num_versions: 1 }} }}
+dynamic_batching: {{ }}
+"""
+
+
+def publish(release: Release, repository: Path, name: str, version: int, *, keep: int = 3, max_batch: int = 64) -> Path:
+    """Put `release` into the repository as `version` (>= 1, larger than those before it) and delete all but the newest
+    `keep`; returns the version's folder. Publishing a version again that is there changes nothing.
+
+    Triton's polling mode may read half of what is copied in place; here a version comes by one rename.
+    """
+    if version < 1 or keep < 1:
+        raise ValueError(f"got version {version} and keep {keep}, expected both to be 1 or more")
+    model = repository / name
+    model.mkdir(parents=True, exist_ok=True)
+    for left in (*model.glob(".staging-*"), *model.glob(".old-*")):  # by a process that died
+        shutil.rmtree(left)
+    folder = model / str(version)
+    if not folder.exists():
+        _write(model / ".config.new", _CONFIG.format(name=name, max_batch=max_batch))
+        (model / ".config.new").rename(model / "config.pbtxt")
+        staging = model / f".staging-{version}"
+        _stage(release, staging)
+        staging.rename(folder)
+        _sync(model)
+    for old in sorted(versions(repository, name))[:-keep]:
+        gone = model / f".old-{old}"
+        (model / str(old)).rename(gone)
+        shutil.rmtree(gone)
+    return folder
+
+
+def versions(repository: Path, name: str) -> list[int]:
+    """Numbers of the versions in the repository, ascending."""
+    return sorted(int(path.name) for path in (repository / name).iterdir() if path.name.isdecimal())
+
+
+def _stage(release: Release, staging: Path) -> None:
+    staging.mkdir()
+    parts = [name for name in release.files if name in (MODEL, f"{MODEL}.data")]
+    target = staging
+    if len(parts) > 1:  # a model of several files is a folder named like the file
+        target = staging / MODEL
+        target.mkdir()
+    for name in release.files:
+        if not name.startswith("model.") or name in parts:
+            _copy(release.path / name, (target if name in parts else staging) / name)
+    _copy(release.path / MANIFEST, staging / MANIFEST)
+    _write(staging / "labels.txt", "".join(f"{label}\n" for label in release.classes))
+    for folder in {target, staging}:
+        _sync(folder)
+
+
+def _copy(source: Path, target: Path) -> None:
+    """A hard link where source and target share a file system (both are never changed), else a copy."""
+    try:
+        target.hardlink_to(source)
+    except OSError:
+        shutil.copyfile(source, target)
+        _sync(target)
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
