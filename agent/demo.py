@@ -75,7 +75,7 @@ def demo(folder: Path, console: Console, learner: str | None = None) -> int:
     write_report(state, folder / "report.html")
     console.print(tasks_table(commit.report))
     sample_images(folder / "images")
-    console.print(summary(commit.report, folder), soft_wrap=True)
+    console.print(summary(commit.report, folder), soft_wrap=True, highlight=False)
     return 0
 
 
@@ -152,7 +152,7 @@ def live_view(status: Mapping[str, Any]) -> RenderableType:
             grid.add_row("loss", f"{progress['loss']:.3f}")
         if progress["drift"] is not None and progress["budget"]:
             used = progress["drift"] / progress["budget"]
-            grid.add_row("gap", _bar(used, f"{used:4.0%} of the drift budget used", "red" if used > 1 else "cyan"))
+            grid.add_row("gap", _bar(used, f"{used:.0%} of the drift budget used", "red" if used > 1 else "cyan"))
     report = status["report"]
     parts: list[RenderableType] = [grid]
     if report and report.get("history"):
