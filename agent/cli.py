@@ -275,8 +275,10 @@ def log_to_stderr(config: Config) -> None:
     from agent.worker import LOG_FORMAT
 
     logging.basicConfig(level=config.agent.log_level, format=LOG_FORMAT)
-    if config.agent.log_level == "INFO":
-        logging.getLogger("kafka").setLevel(logging.WARNING)  # the client has a line for every connection
+    if config.agent.log_level != "DEBUG":
+        # The client has lines for every connection and attempt; streams.kafka says what came of them.
+        for handler in logging.getLogger().handlers:
+            handler.addFilter(lambda record: not record.name.startswith("kafka."))
 
 
 @contextlib.contextmanager

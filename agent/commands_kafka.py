@@ -128,10 +128,11 @@ def produce_command(arguments: argparse.Namespace) -> int:
     before = signal.signal(signal.SIGINT, lambda *_: stop.set())
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        bar = progress.add_task(f"playing into {topic}", total=None)
+        total = None if arguments.tasks else sum(archive.lag().values())
+        bar = progress.add_task(f"playing into {topic}", total=total)
 
         def report(played: Played) -> None:
-            progress.update(bar, completed=played.records)
+            progress.update(bar, completed=played.records + played.boundaries)
 
         items = _items(archive, arguments.tasks, not arguments.no_boundaries)
         try:
@@ -202,6 +203,9 @@ def dlq_command(arguments: argparse.Namespace) -> int:
         counts[letter.origin.reason] += 1
         if not arguments.reason or letter.origin.reason in arguments.reason:
             newest.append(letter)
+    if not counts:
+        print(f"no dead letters in {', '.join(topics)}")
+        return 0
     summary = Table("reason", "dead letters")
     for reason, count in counts.most_common():
         summary.add_row(reason, str(count))

@@ -91,8 +91,9 @@ def connecting(connection: Connection) -> Iterator[None]:
     try:
         yield
     except KafkaError as error:
-        clear = [reason for reason in reasons if "Sasl" in reason or "SSL" in reason]
-        reason = (clear or reasons[-1:] or [str(error)])[0]
+        found = [reason for reason in reasons if "Unable to bootstrap" not in reason]
+        refused = [reason for reason in found if "Sasl" in reason or "SSL" in reason]
+        reason = [*refused[:1], *found[-1:], str(error)][0]
         raise StreamError(f"cannot connect to {connection}: {reason[:500]}") from error
     finally:
         for logger in loggers:
