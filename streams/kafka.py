@@ -47,6 +47,7 @@ _FETCHES = 8
 _VERIFY_S = 0.25
 _STUCK_S = 60
 _FAILURES = 5
+_BACKOFF_S = 0.5
 _SAFE = "Nothing is lost: a restart continues at the last commit"
 _UNKNOWN_TOPIC = UnknownTopicOrPartitionError.errno
 
@@ -290,7 +291,7 @@ class KafkaSource:
                         )
                     )
                     return
-                wait = min(0.5 * 2**failures, 30)
+                wait = min(_BACKOFF_S * 2**failures, 30)
                 log.warning("the Kafka client failed (%s); a new one is made in %.0f s", _short(error), wait)
             if not broken:
                 self._client.close()

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from kafka import KafkaProducer
 from kafka.admin import KafkaAdminClient
-from kafka.errors import KafkaError, TopicAlreadyExistsError, UnknownTopicOrPartitionError
+from kafka.errors import KafkaError, KafkaTimeoutError, TopicAlreadyExistsError
 
-from streams.connection import Connection, connecting
+from streams.connection import CONNECT_S, Connection, connecting
 from streams.formats import encode_control, encode_image
 from streams.record import Control, Item, Record
 from streams.source import StreamError
@@ -84,8 +84,10 @@ def play(
         slots.release()
 
     try:
-        if not producer.partitions_for(topic):
-            raise UnknownTopicOrPartitionError(f"no topic {topic}; create it first, or with --create")
+        try:
+            producer.partitions_for(topic)
+        except KafkaTimeoutError:
+            raise StreamError(f"{connection} has no topic {topic}; create it first") from None
         began, reported = clock(), 0.0
         sent, last_ms = 0, 0
         for item in items:
@@ -137,6 +139,7 @@ def _producer(connection: Connection, compression: str | None) -> KafkaProducer:
             linger_ms=5,
             batch_size=2**17,
             max_request_size=2**30,
+            max_block_ms=CONNECT_S * 1000,
             compression_type=compression,
             allow_auto_create_topics=False,
             metrics_enabled=False,
