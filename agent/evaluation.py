@@ -211,7 +211,7 @@ class Evaluator:
         self._opened: set[str] = set()
         self._by_class: dict[str, list[int]] = {}
         self._held: set[str] = set()
-        self._probe_images: list[int] | None = None
+        self._unlearned: dict[str, list[int]] = {}
 
     def before(self, method: Learner, module: InferenceModule | None, task: TaskData, report: Report) -> Before:
         """Predict before learning: call it with the hold-out already split and before the update.
@@ -262,7 +262,8 @@ class Evaluator:
         - `accuracy` (all classes seen), `zero_shot` (the untouched model on the same images and names),
           `predict_before_learn`, `old_classes` {before, after} (classes of earlier tasks; before as the parent says)
         - `matrix` [T][T], `avg`, `last`, `forgetting`, `backward_transfer`: over all tasks, see the formulas above
-        - `retention` and `probe` {images, classes, untouched, now}: None without a probe
+        - `retention` and `probe` {of, images, classes, untouched, now}: on the probe, else on the test archive's
+          classes that are not learned yet (`of` says which); None without either
         - `gap` {positive, negative, centroid: {before, after, untouched}, drift: {before, after, budget}}
         - `seconds` by phase: the update's and `evaluate`
         - `history`: one entry for each task so far, with the scalars above, `new_classes`, `loss`, `epochs`,
@@ -335,7 +336,10 @@ class Evaluator:
         for name in classes:
             if self._test is not None and name not in self._opened:
                 self._opened.add(name)
-                refs += _refs(self._test, name, self._settings.test_per_class)
+                wanted = _refs(self._test, name, self._settings.test_per_class)
+                known = {self._images.refs[n].key: n for n in ([] if self._probe else self._unlearned.pop(name, []))}
+                self._by_class[name] = [known[ref.key] for ref in wanted if ref.key in known]
+                refs += [ref for ref in wanted if ref.key not in known]
         for number in self._images.add(refs, tick):
             self._by_class.setdefault(self._images.refs[number].label, []).append(number)
 
@@ -395,14 +399,22 @@ class Evaluator:
 
     @torch.no_grad()
     def _score_probe(self, method: Learner, task: int, report: Report) -> dict[str, Any] | None:
-        """Zero-shot accuracy on the probe with the current towers and with the untouched ones; None without a probe."""
-        if self._probe is None:
+        """Zero-shot accuracy on classes not learned, with the current towers and with the untouched ones.
+
+        On the probe; without one on the test archive's classes that are not learned yet. None when there are not at
+        least two.
+        """
+        folder = self._probe or self._test
+        learned = set() if self._probe else {name.casefold() for name in method.classes}
+        names = [name for name in folder.classes if name.casefold() not in learned] if folder else []
+        if folder is None or len(names) < 2:
             return None
-        names = self._probe.classes
-        if self._probe_images is None:
-            refs = [ref for name in names for ref in _refs(self._probe, name, self._settings.probe_per_class)]
-            self._probe_images = self._images.add(refs, lambda: report(Progress("evaluate", task)))
-        numbers = self._probe_images
+        numbers = []
+        for name in names:
+            if name not in self._unlearned:
+                refs = _refs(folder, name, self._settings.probe_per_class)
+                self._unlearned[name] = self._images.add(refs, lambda: report(Progress("evaluate", task)))
+            numbers += self._unlearned[name]
         if not numbers:
             return None
         index_of = {name: i for i, name in enumerate(names)}
@@ -414,6 +426,7 @@ class Evaluator:
             now.append((method.encode_tokens(tokens) @ text.T).argmax(1).cpu())
             report(Progress("evaluate", task))
         return {
+            "of": "probe" if self._probe else "not learned yet",
             "images": len(numbers),
             "classes": len(names),
             "untouched": (untouched == truth).float().mean().item(),

@@ -389,12 +389,31 @@ def test_retention_compares_zero_shot_on_the_probe_with_the_untouched_model() ->
     report = scorer.after(method, released(method), data, update(), before, None, nothing)
 
     assert report["probe"] == {
+        "of": "probe",
         "images": 12,
         "classes": 3,
         "untouched": pytest.approx(2 / 3),
         "now": pytest.approx(1 / 3),
     }
     assert report["retention"] == pytest.approx(0.5)
+
+
+def test_without_a_probe_the_test_classes_not_learned_yet_stand_in_for_it_and_are_decoded_once() -> None:
+    # given a test folder of three classes, one learned after the other
+    clip, right = FakeClip(), right_names()
+    method = FakeMethod(clip)
+    names = ("red", "green", "blue")
+    scorer = evaluator(clip, FakeFolder(**{name: [image(name, i) for i in range(6)] for name in names}))
+    parent, probes = None, []
+    for number, name in enumerate(names, 1):
+        parent = learn(scorer, method, task(clip, number, [name]), {name: right[name]}, parent)
+        probes.append(parent["probe"])
+    # then the classes to come are scored as long as there are two
+    assert [probe and (probe["of"], probe["classes"]) for probe in probes] == [("not learned yet", 2), None, None]
+    assert parent is not None and parent["retention"] is None and parent["history"][0]["retention"] is not None
+    # and each test image was encoded once, beside the three training samples
+    assert parent["test_images"] == 18
+    assert clip.encoded <= 18 + 2 * 3
 
 
 def test_hold_out_and_test_images_are_scored_together_and_what_cannot_be_decoded_is_left_out(
