@@ -10,6 +10,7 @@ commit (tasks, samples, steps) continue after a restart; the others start at 0, 
 
 from __future__ import annotations
 
+import logging
 import math
 import platform
 import threading
@@ -18,11 +19,15 @@ from collections import deque
 from collections.abc import Mapping
 from datetime import datetime
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Enum, Gauge, Histogram, Info, ProcessCollector
 
+from exporter.release import ReleaseError
 from exporter.release import read as read_release
+
+log = logging.getLogger(__name__)
 
 STATES = ("starting", "recovering", "consuming", "training", "evaluating", "publishing", "paused", "draining", "failed")
 """What the agent does. Consuming goes on during an update, whose phase gives the state; draining stays to the end."""
@@ -307,10 +312,7 @@ class Metrics:
             self._counted[name] = max(total, self._counted[name])
         self._set_report(commit.report)
         if commit.release is not None:
-            release = read_release(commit.release)
-            self._release_s.set(datetime.fromisoformat(release.created).timestamp())
-            self._parity.set(max(release.parity.embedding, release.parity.probabilities))
-            self._agreement.set(release.parity.top1)
+            self._set_release(commit.release)
         with self._lock:
             self._status["report"] = dict(commit.report)
             self._status["commit"] = {"number": commit.number, "tasks": commit.tasks, "classes": len(commit.classes)}
@@ -346,6 +348,16 @@ class Metrics:
                     "fusion": str(report.get("fusion")),
                 }
             )
+
+    def _set_release(self, folder: Path) -> None:
+        try:
+            release = read_release(folder)
+        except ReleaseError as error:
+            log.warning("the metrics of the release are left out: %s", error)
+            return
+        self._release_s.set(datetime.fromisoformat(release.created).timestamp())
+        self._parity.set(max(release.parity.embedding, release.parity.probabilities))
+        self._agreement.set(release.parity.top1)
 
     def _set_gap(self, drift: float | None, budget: float | None) -> None:
         if drift is not None:

@@ -180,6 +180,12 @@ def test_the_parity_shown_is_that_of_the_release_that_serves(metrics, registry, 
     assert registry.get_sample_value("gapstream_release_timestamp_seconds") == 1795298400
 
 
+def test_a_release_that_cannot_be_read_does_not_stop_the_agent(metrics, registry, tmp_path):
+    metrics.restored(commit(tmp_path, release=tmp_path / "gone"))
+    assert math.isnan(registry.get_sample_value("gapstream_release_parity_max_abs_error"))
+    assert registry.get_sample_value("gapstream_classes") == 2
+
+
 def test_a_refused_release_is_counted_as_one(metrics, registry, tmp_path):
     metrics.committed(commit(tmp_path), outcome(tmp_path, refused="old classes fell by 8.0 points, 5.0 are allowed"))
     assert registry.get_sample_value("gapstream_releases_total", {"result": "refused"}) == 1
