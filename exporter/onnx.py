@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import onnx
@@ -75,13 +75,6 @@ class ParityError(ReleaseError):
     """onnxruntime's answers are not the trained model's; the message has the numbers. Nothing was released."""
 
 
-class Releasable(Protocol):
-    """What is asked of a module (an `nn.Module` in eval mode): see `agent.methods.base.InferenceModule`."""
-
-    classes: tuple[str, ...]
-    class_tensors: tuple[str, ...]
-
-
 class OnnxExporter:
     """Makes releases; keeps the traced graph, without weights, between them. Not thread-safe."""
 
@@ -117,11 +110,15 @@ class OnnxExporter:
     ) -> Release:
         """Write `module` and all that belongs to it into `folder` (made here, must not exist).
 
-        `module` is Releasable; `check_images` float32 [n >= 1, 3, H, W], preprocessed: parity is measured on them,
-        repeated up to `max_batch`, and the first few are shipped as golden inputs. `facts` is JSON-able.
-        `holdout`: batches of images the model never learned from, with the number of each one's class; another
-        precision that answers fewer of them right than fp32, by more than a point, is left out, as is one that fails
-        its parity check. Raises ParityError when onnxruntime disagrees with torch in fp32, leaving no folder behind.
+        `module`, in eval mode, has `classes` (names) and `class_tensors` (names of the buffers with a row per class),
+        and gives embedding, logits and probabilities. `check_images`: float32 [n >= 1, 3, H, W], preprocessed; parity
+        is measured on them, repeated up to `max_batch`, and the first few are shipped as golden inputs. `facts` is
+        JSON-able. `holdout`: batches of images the model never learned from, with the number of each one's class; a
+        smaller form that answers fewer of them right than fp32, by more than a point, is left out, as is one that fails
+        its parity check.
+
+        Raises ParityError when onnxruntime disagrees with torch in fp32, and ReleaseError when torch cannot trace the
+        module; no folder is left behind.
         """
         size = preprocess.size
         if check_images.ndim != 4 or not len(check_images) or check_images.shape[1:] != (3, size, size):
@@ -156,7 +153,11 @@ class OnnxExporter:
             began = time.monotonic()
             structure = (type(module), images.shape[1:], _shapes(tensors, frozenset(module.class_tensors)))
             if self._template is None or structure != self._structure:
-                self._template = _trace(module, images[:2], self._opset)
+                try:
+                    self._template = _trace(module, images[:2], self._opset)
+                except torch.onnx.OnnxExporterError as error:
+                    found = str(error.__cause__ or error).splitlines()[0]
+                    raise ReleaseError(f"torch cannot trace {type(module).__name__} ({found}); not released") from error
                 self._structure = structure
             traced = time.monotonic()
             widths = [values.shape[1] for values in expected[0]]
@@ -211,7 +212,6 @@ class OnnxExporter:
         write(release)
         log.info("released %s: %d classes, %s, seconds %s", release.id, len(release.classes), parity, release.seconds)
         return release
-
 
     def _variant(
         self,

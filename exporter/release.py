@@ -1,11 +1,11 @@
 """What a release is on disk: an ONNX model, golden answers to test it with, and release.json, which is written last.
 
-    release/
-      model.onnx        images [N,3,H,W] -> embedding [N,D], logits [N,C], probabilities [N,C], all float32
-      model.onnx.data   only beside a model too large for one file
-      model.fp16.onnx, model.int8.onnx   the same in less, where asked for and close enough
-      golden.npz        a few preprocessed images with the answers of the trained model
-      release.json      everything else: class names, preprocessing, hashes, parity, versions
+release/
+  model.onnx        images [N,3,H,W] -> embedding [N,D], logits [N,C], probabilities [N,C], all float32
+  model.onnx.data   only beside a model too large for one file
+  model.fp16.onnx, model.int8.onnx   the same in less, where asked for and close enough
+  golden.npz        a few preprocessed images with the answers of the trained model
+  release.json      everything else: class names, preprocessing, hashes, parity, versions
 """
 
 from __future__ import annotations
@@ -102,9 +102,7 @@ class Release:
 
     def offers(self, precision: str) -> bool:
         """Whether `model_in(precision)` is there."""
-        return precision == self.precision or (
-            precision in self.variants and self.variants[precision].refused is None
-        )
+        return precision == self.precision or (precision in self.variants and self.variants[precision].refused is None)
 
     def model_in(self, precision: str) -> Path:
         """The model file in `fp32`, `fp16` or `int8`."""

@@ -162,6 +162,18 @@ def test_a_prediction_that_depends_on_the_other_images_is_refused_with_numbers_a
     assert list(tmp_path.iterdir()) == []
 
 
+class DataDependent(Toy):
+    def forward(self, images):
+        return super().forward(images if images.sum() > 0 else -images)
+
+
+def test_a_model_that_torch_cannot_trace_is_refused_with_the_reason(tmp_path, images):
+    with pytest.raises(ReleaseError, match=r"cannot trace DataDependent \(.+\); not released"):
+        OnnxExporter(max_batch=4).release(DataDependent(3), PREPROCESS, FACTS, tmp_path / "release", images)
+
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_model_that_is_not_finite_is_refused(exporter, tmp_path, images):
     module = Toy(3)
     module.text[1, 0] = float("nan")
@@ -233,9 +245,7 @@ def test_smaller_forms_are_released_with_what_was_measured(precise_exporter, tmp
     torch.manual_seed(0)
     module = Toy(5, native_tower())
 
-    release = precise_exporter.release(
-        module, PREPROCESS, FACTS, tmp_path / "release", images, holdout(module, images)
-    )
+    release = precise_exporter.release(module, PREPROCESS, FACTS, tmp_path / "release", images, holdout(module, images))
 
     with torch.no_grad():
         expected = module(torch.from_numpy(images))
@@ -268,9 +278,7 @@ def test_a_smaller_form_that_answers_worse_is_left_out_and_the_release_made(
     monkeypatch.setattr(exporting, "Session", Scored)
     monkeypatch.setattr(exporting, "_accuracy", lambda session, holdout: session.accuracy)
 
-    release = precise_exporter.release(
-        module, PREPROCESS, FACTS, tmp_path / "release", images, holdout(module, images)
-    )
+    release = precise_exporter.release(module, PREPROCESS, FACTS, tmp_path / "release", images, holdout(module, images))
 
     assert release.variants["fp16"].refused == "accuracy on the hold-out is 50.0%, and 100.0% in fp32"
     assert not release.offers("fp16") and not release.model_in("fp16").exists()

@@ -66,9 +66,7 @@ def test_a_version_outlives_the_release_it_was_made_from(release, tmp_path):
     made = tmp_path / "release"
     shutil.copytree(release.path, made)
 
-    folder = triton.publish(
-        Release(**{**vars(release), "path": made}), tmp_path / "repository", "clip", 1
-    )
+    folder = triton.publish(Release(**{**vars(release), "path": made}), tmp_path / "repository", "clip", 1)
     shutil.rmtree(made)
 
     assert onnxruntime.InferenceSession(folder / "model.onnx")
