@@ -23,7 +23,7 @@ from rich.text import Text
 
 from agent.cli import log_to_stderr, run_agent, stop_on_signals
 from agent.config import Config, load
-from agent.report import write_report
+from agent.report import last_retention, write_report
 from exporter.metrics import Metrics
 from streams.archive import ArchiveFolder
 
@@ -96,7 +96,8 @@ def demo_config(state: Path) -> Config:
 def summary(report: Mapping[str, Any], folder: Path) -> str:
     """What came out, where it is, and what to try next."""
     gain = 100 * (report["last"] - report["zero_shot"])
-    kept = "" if report["retention"] is None else f", zero-shot retention {_percent(report['retention'])}"
+    retention = last_retention(report)
+    kept = f", zero-shot retention {_percent(retention[0])} {retention[1]}" if retention else ""
     return "\n".join(
         [
             "",
@@ -163,10 +164,11 @@ def live_view(status: Mapping[str, Any]) -> RenderableType:
 
 def tasks_table(report: Mapping[str, Any]) -> Table:
     """One row per task: the learned model against the untouched one on the same held-back images."""
+    probed = any(entry["retention"] is not None for entry in report["history"])
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("task", justify="right")
-    table.add_column("classes learned", overflow="fold")
-    for name in ("accuracy", "untouched", "gain", "forgetting", "retention", "seconds"):
+    table.add_column("classes learned")
+    for name in ("accuracy", "untouched", "gain", "forgetting", *(["retention"] if probed else []), "seconds"):
         table.add_column(name, justify="right")
     for entry in report["history"]:
         accuracy, untouched = entry["accuracy"], entry["zero_shot"]
@@ -178,7 +180,7 @@ def tasks_table(report: Mapping[str, Any]) -> Table:
             _percent(untouched),
             gain,
             _percent(entry["forgetting"]),
-            _percent(entry["retention"]),
+            *([_percent(entry["retention"])] if probed else []),
             f"{sum(entry['seconds'].values()):.1f}",
         )
     return table

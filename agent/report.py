@@ -7,6 +7,7 @@ versions, hashes) and release/release.json (what was released and how well it ag
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ def render(report: dict[str, Any], manifest: dict[str, Any], release: dict[str, 
     environment.filters |= {"percent": _percent, "number": _number, "bytes": _bytes}
     return environment.get_template("report.html.j2").render(
         report=report,
+        retention=last_retention(report),
         gain=_difference(report.get("last"), report.get("zero_shot")),
         manifest=manifest,
         release=release,
@@ -55,6 +57,16 @@ def render(report: dict[str, Any], manifest: dict[str, Any], release: dict[str, 
         data=_script_safe({key: value for key, value in report.items() if key != "examples"}),
         config=json.dumps(manifest.get("config", {}), indent=2, ensure_ascii=False),
     )
+
+
+def last_retention(report: Mapping[str, Any]) -> tuple[float, str] | None:
+    """The newest zero-shot retention measured, and on what; None when it never was."""
+    for entry in reversed(report.get("history") or ()):
+        if entry.get("retention") is not None:
+            if report.get("probe"):
+                return entry["retention"], "on classes never learned"
+            return entry["retention"], f"after task {entry['task']}, on the classes still to come"
+    return None
 
 
 def _read(path: Path) -> dict[str, Any]:
