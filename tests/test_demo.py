@@ -95,6 +95,13 @@ def test_the_live_view_shows_epoch_loss_budget_and_accuracy_so_far(tmp_path, con
     assert "[wren]" in text  # a class name is text, not markup
 
 
+def test_retention_has_a_column_where_it_was_measured():
+    history = [ENTRY | {"task": 1, "classes": ["wren"]}]
+    assert "retention" not in [column.header for column in demo.tasks_table({"history": history}).columns]
+    history.append(history[0] | {"retention": 0.98})
+    assert "retention" in [column.header for column in demo.tasks_table({"history": history}).columns]
+
+
 def test_in_a_terminal_the_view_is_drawn_and_then_gone():
     metrics = Metrics(CollectorRegistry())
     console = Console(file=io.StringIO(), width=100, force_terminal=True)
