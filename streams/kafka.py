@@ -143,10 +143,7 @@ class KafkaSource:
         self._again: frozenset[str] = frozenset()
         self.positions: Offsets = {}
         """Where `seek` began, for every partition there was."""
-        self.skipped: Counter[str] = Counter()
-        """Records by topic that were gone before they were read, where `on_lost` is skip."""
-        self.disordered = 0
-        """Times the joint order could not be kept (see streams.merge)."""
+        self._skipped: Counter[str] = Counter()
         try:
             with connecting(connection):
                 self._client = _Client(connection, group, fetch_bytes)
@@ -248,6 +245,11 @@ class KafkaSource:
         }
 
     @property
+    def skipped(self) -> Mapping[str, int]:
+        """Records by topic that were gone before they were read, where `on_lost` is skip."""
+        return self._skipped.copy()
+
+    @property
     def holding(self) -> str:
         """Why nothing is read at present; empty when reading."""
         return self._holding
@@ -291,7 +293,7 @@ class KafkaSource:
                         )
                     )
                     return
-                wait = min(_BACKOFF_S * 2**failures, 30)
+                wait = _BACKOFF_S * 2 ** min(failures, 6)
                 log.warning("the Kafka client failed (%s); a new one is made in %.0f s", _short(error), wait)
             if not broken:
                 self._client.close()
@@ -385,7 +387,6 @@ class KafkaSource:
             _STUCK_S,
             _listed(self._merge.blocking),
         )
-        self.disordered += 1
         self._held_since = 0.0
         return True
 
@@ -530,7 +531,7 @@ class KafkaSource:
         for text in lost:
             log.warning("skipping what is lost: %s", text)
         for where, offset in offsets.items():
-            self.skipped[where.topic] += max(0, placed[where] - offset)
+            self._skipped[where.topic] += max(0, placed[where] - offset)
         return placed
 
     def _moved_into_log(self) -> bool:
