@@ -12,8 +12,8 @@ import logging
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from datetime import UTC, datetime
 from itertools import islice
 from typing import Any, Literal
@@ -129,7 +129,6 @@ class KafkaSource:
         self._missing = 0
         self._held_since = 0.0
         self._next_discovery = self._next_verification = 0.0
-        self._pool: ThreadPoolExecutor | None = None
         self._thread: threading.Thread | None = None
         self._stopping = threading.Event()
         self._ready: deque[tuple[list[Item], int]] = deque()
@@ -263,8 +262,6 @@ class KafkaSource:
             if self._thread.is_alive():
                 log.warning("the Kafka client did not stop within 5 s and is left behind")
                 return
-        if self._pool:
-            self._pool.shutdown(wait=False, cancel_futures=True)
         self._client.close()
 
     # From here on: the reader's thread.
@@ -327,10 +324,12 @@ class KafkaSource:
             if not self._moved_into_log():
                 raise
             return
-        for where, messages in fetched.items():
-            self._take(where, messages)
+        with _no_record_lost():
+            for where, messages in fetched.items():
+                self._take(where, messages)
         self._verify()
-        self._hand_over(self._merge.take(self._stuck()))
+        with _no_record_lost():
+            self._hand_over(self._merge.take(self._stuck()))
 
     def _take(self, where: Partition, messages: Sequence[Any]) -> None:
         decode = self._codec.decode
@@ -406,19 +405,24 @@ class KafkaSource:
 
     def _redeem(self, entries: Iterable[tuple[Item | Claim, int]]) -> None:
         """Hand entries over one by one, with the images of claims fetched a few at a time ahead of it."""
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(_FETCHES, "image-fetch")
         coming = iter(entries)
         ahead: deque[tuple[Item | Future[Record | Rejected], int]] = deque()
         while not self._stopping.is_set():
             for item, size in islice(coming, _FETCHES - len(ahead)):
-                ahead.append((self._pool.submit(self._fetch, item) if isinstance(item, Claim) else item, size))
+                ahead.append((self._fetching(item) if isinstance(item, Claim) else item, size))
             if not ahead:
                 return
             waiting, size = ahead.popleft()
             item = waiting.result() if isinstance(waiting, Future) else waiting
             self._beat = time.monotonic()
             self._put([item], len(item.image) if isinstance(item, Record) else size)
+
+    def _fetching(self, claim: Claim) -> Future[Record | Rejected]:
+        """The record of a claim, in a thread that ends with the process however long the other side takes."""
+        coming: Future[Record | Rejected] = Future()
+        fetch = threading.Thread(target=lambda: coming.set_result(self._fetch(claim)), name="image-fetch", daemon=True)
+        fetch.start()
+        return coming
 
     def _fetch(self, claim: Claim) -> Record | Rejected:
         try:
@@ -427,6 +431,9 @@ class KafkaSource:
             return self._codec.redeem(claim, self._fetcher.fetch(claim.url))
         except Unusable as why:
             return Rejected(claim.partition, claim.offset, why.reason, why.detail, claim.raw)
+        except Exception as error:
+            detail = f"{claim.url[:500]!r}: {_short(error)}"
+            return Rejected(claim.partition, claim.offset, Reason.FETCH_FAILED, detail, claim.raw)
 
     def _put(self, items: list[Item], size: int) -> None:
         with self._changed:
@@ -792,6 +799,18 @@ def _longest_message(admin: KafkaAdminClient, topic: str) -> int:
     except (KafkaError, KeyError, ValueError, TypeError) as error:
         log.debug("max.message.bytes of %s: %s", topic, error)
         return 1_000_000
+
+
+@contextlib.contextmanager
+def _no_record_lost() -> Iterator[None]:
+    """Between the client's hands and ours a new client cannot help: what fails there ends the stream."""
+    try:
+        yield
+    except StreamError:
+        raise
+    except Exception as error:
+        log.exception("records could not be handed over")
+        raise StreamError(f"records could not be handed over ({_short(error)}); stopping. {_SAFE}") from error
 
 
 def _rejections(where: Partition, lost: Unreadable) -> list[Rejected]:
