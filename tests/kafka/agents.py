@@ -90,6 +90,12 @@ class Agent:
         wait_until(lambda: found.extend(re.findall(r"(http://[\d.:]+)/", self.log.read_text())) or found, 30)
         return found[-1]
 
+    def __enter__(self) -> Agent:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
     def kill(self) -> None:
         self.process.kill()
         self.process.wait()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
 import random
 import threading
@@ -132,7 +131,12 @@ def test_killed_agents_trainers_and_brokers_leave_the_model_of_an_undisturbed_ru
     # given a broker, a producer at work, and an agent
     broker = start_broker(tmp_path / "broker")
     rng = random.Random(partitions)
-    rules = {"task__samples": 40, "task__new_classes": 3}
+    agents: list[Agent] = []
+
+    def start(folder: Path) -> Agent:
+        agents.append(Agent(folder, broker.bootstrap, ["t"], task__samples=40, task__new_classes=3))
+        return agents[-1]
+
     try:
         admin = KafkaAdminClient(bootstrap_servers=broker.bootstrap)
         options = {"num_partitions": partitions, "replication_factor": 1, "configs": {"message.timestamp.type": stamp}}
@@ -142,7 +146,7 @@ def test_killed_agents_trainers_and_brokers_leave_the_model_of_an_undisturbed_ru
         playing = threading.Thread(target=play, args=(producer, "t", partitions, 900, 0.05))
         playing.start()
         state = tmp_path / "disturbed"
-        agent = Agent(state, broker.bootstrap, ["t"], **rules)
+        agent = start(state)
 
         # when all of them are killed again and again
         while playing.is_alive():
@@ -156,7 +160,7 @@ def test_killed_agents_trainers_and_brokers_leave_the_model_of_an_undisturbed_ru
                 agent.kill_trainer()
             if victim == "agent" or agent.process.poll() is not None:
                 agent.kill()
-                agent = Agent(state, broker.bootstrap, ["t"], **rules)
+                agent = start(state)
         play(producer, "t", partitions, 100, 0, 900)
         for number in range(partitions):
             producer.send("t", None, b"end", [("gapstream.control", b"flush")], partition=number)
@@ -172,7 +176,7 @@ def test_killed_agents_trainers_and_brokers_leave_the_model_of_an_undisturbed_ru
         assert agent.stop() == 0
 
         # then the model is that of an agent that nobody disturbed, and every record was learned or set aside
-        calm = Agent(tmp_path / "calm", broker.bootstrap, ["t"], **rules)
+        calm = start(tmp_path / "calm")
         wait_until(lambda: covered(tmp_path / "calm", calm), 120)
         assert calm.stop() == 0
         assert model(state) == model(tmp_path / "calm")
@@ -183,6 +187,8 @@ def test_killed_agents_trainers_and_brokers_leave_the_model_of_an_undisturbed_ru
         assert max(learned.values()) == 1 and not learned.keys() & aside
         assert len(learned) + len(aside) == 1000
     finally:
+        for one in agents:
+            one.kill()
         broker.kill()
 
 
@@ -195,25 +201,24 @@ def test_an_update_of_minutes_holds_up_neither_the_stream_nor_the_metrics(
     seconds = 150
     producer.send(topic, jpeg(0), b"0", [("label", b"busy %d" % seconds)], partition=0)
     producer.flush()
-    agent = Agent(tmp_path, bootstrap, [topic], task__samples=1, spool__max_bytes=2**20)
-    url = agent.url()
-    wait_until(lambda: "busy now" in agent.log.read_text(), 60)
-    playing = threading.Thread(target=play, args=(producer, topic, 2, 1200, 0.1, 1))
-    playing.start()
-    slowest = 0.0
-    until = time.monotonic() + seconds - 10
-    while time.monotonic() < until:
-        began = time.monotonic()
-        with urllib.request.urlopen(f"{url}/metrics", timeout=5) as answer:
-            answer.read()
-        slowest = max(slowest, time.monotonic() - began)
-        with urllib.request.urlopen(f"{url}/livez", timeout=5) as answer:
-            assert answer.status == 200
-        time.sleep(0.5)
-    playing.join()
-    assert current(tmp_path) is None and agent.process.poll() is None
-    wait_until(lambda: (commit := current(tmp_path)) and sum(commit.offsets.values()) >= 1100, 120)
-    assert agent.stop() == 0
-    assert slowest < 0.5
-    digest = hashlib.sha256(model(tmp_path).encode()).hexdigest()
-    assert digest and "Traceback" not in agent.log.read_text()
+    with Agent(tmp_path, bootstrap, [topic], task__samples=1, spool__max_bytes=2**20) as agent:
+        url = agent.url()
+        wait_until(lambda: "busy now" in agent.log.read_text(), 60)
+        playing = threading.Thread(target=play, args=(producer, topic, 2, 1200, 0.1, 1))
+        playing.start()
+        slowest = 0.0
+        until = time.monotonic() + seconds - 10
+        while time.monotonic() < until:
+            began = time.monotonic()
+            with urllib.request.urlopen(f"{url}/metrics", timeout=5) as answer:
+                answer.read()
+            slowest = max(slowest, time.monotonic() - began)
+            with urllib.request.urlopen(f"{url}/livez", timeout=5) as answer:
+                assert answer.status == 200
+            time.sleep(0.5)
+        playing.join()
+        assert current(tmp_path) is None and agent.process.poll() is None
+        wait_until(lambda: (commit := current(tmp_path)) and sum(commit.offsets.values()) >= 1100, 120)
+        assert agent.stop() == 0
+        assert slowest < 0.5
+        assert "Traceback" not in agent.log.read_text()
