@@ -124,6 +124,7 @@ def play(producer: KafkaProducer, topic: str, partitions: int, count: int, pause
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(("partitions", "stamp"), [(1, "CreateTime"), (3, "LogAppendTime")])
 def test_killed_agents_trainers_and_brokers_leave_the_model_of_an_undisturbed_run(
     partitions: int, stamp: str, tmp_path: Path
@@ -142,17 +143,21 @@ def test_killed_agents_trainers_and_brokers_leave_the_model_of_an_undisturbed_ru
         options = {"num_partitions": partitions, "replication_factor": 1, "configs": {"message.timestamp.type": stamp}}
         admin.create_topics({"t": options}, wait_for_metadata=True)
         admin.close()
-        producer = KafkaProducer(bootstrap_servers=broker.bootstrap, enable_idempotence=True, linger_ms=5)
+        producer = KafkaProducer(
+            bootstrap_servers=broker.bootstrap, enable_idempotence=True, linger_ms=5, reconnect_backoff_max_ms=500
+        )
         playing = threading.Thread(target=play, args=(producer, "t", partitions, 900, 0.05))
         playing.start()
         state = tmp_path / "disturbed"
         agent = start(state)
 
         # when all of them are killed again and again
+        broker_lives = 3
         while playing.is_alive():
             time.sleep(rng.uniform(0.5, 4))
             victim = rng.choice(["agent", "agent", "trainer", "broker"])
-            if victim == "broker":
+            if victim == "broker" and broker_lives:
+                broker_lives -= 1
                 broker.kill()
                 time.sleep(rng.uniform(0, 2))
                 broker.start()
