@@ -205,8 +205,9 @@ def test_an_update_of_minutes_holds_up_neither_the_stream_nor_the_metrics(
     topic = new_topic(2)
     seconds = 150
     producer.send(topic, jpeg(0), b"0", [("label", b"busy %d" % seconds)], partition=0)
+    producer.send(topic, None, b"mark", [("gapstream.control", b"flush")], partition=0)
     producer.flush()
-    with Agent(tmp_path, bootstrap, [topic], task__samples=1, spool__max_bytes=2**20) as agent:
+    with Agent(tmp_path, bootstrap, [topic], task__samples=100, spool__max_bytes=2**20) as agent:
         url = agent.url()
         wait_until(lambda: "busy now" in agent.log.read_text(), 60)
         playing = threading.Thread(target=play, args=(producer, topic, 2, 1200, 0.1, 1))
