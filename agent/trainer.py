@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from agent import methods
@@ -24,8 +25,9 @@ from agent.holdout import HoldOut
 from agent.images import LoadedImages, TokensAt, load_tokens
 from agent.methods.base import LearnerState, TaskData
 from agent.values import LateRejection, Outcome, Progress, Update
-from exporter.onnx import OnnxExporter, ParityError
+from exporter.onnx import OnnxExporter
 from exporter.preprocess import decode
+from exporter.release import ReleaseError
 from streams.archive import ArchiveFolder
 from streams.buffer import Task
 from streams.record import Reason
@@ -35,7 +37,7 @@ log = logging.getLogger(__name__)
 
 TENSORS, FACTS, REPORT, RELEASE = "learner.safetensors", "learner.json", "report.json", "release"
 CHECK_IMAGES = 8
-"""Images of the task a release is checked on; the exporter repeats them up to its largest batch."""
+"""Images a release is checked on; the exporter repeats them up to its largest batch and ships a few of them."""
 _PACKAGES = ("gapstream", "torch", "open_clip_torch", "timm", "numpy", "pillow")
 
 Report = Callable[[Progress], None]
@@ -91,7 +93,8 @@ class Learner:
 
         exporting = time.perf_counter()
         report(Progress("export", task.number))
-        refused = self._release(task, good, scores, staging)
+        held = [sample for sample, choice in zip(good, choices, strict=True) if choice == "hold"]
+        refused = self._release(task, held, scores, staging)
         add_phase(scores, "export", time.perf_counter() - exporting)
 
         report(Progress("commit", task.number))
@@ -130,7 +133,7 @@ class Learner:
             return None
         return self._method.update(data, report)
 
-    def _release(self, task: Task, good: Sequence[Sample], scores: dict[str, Any], staging: Path) -> str | None:
+    def _release(self, task: Task, held: Sequence[Sample], scores: dict[str, Any], staging: Path) -> str | None:
         """Publish into `staging`; gives why not, or None. Notes in `scores["release"]` what was measured."""
         old, limit = scores["old_classes"], self._config.release.max_old_class_drop
         module, refused = self._module, None
@@ -139,14 +142,10 @@ class Learner:
                 f"accuracy on the classes before this task fell from {old['before']:.1%} to {old['after']:.1%}, more "
                 f"than release.max_old_class_drop = {limit:.1%}"
             )
-        if not good or module is None:
+        if module is None:
             refused = "nothing was learned"
         scores["release"] = {"refused": refused}
         if refused is None and module is not None:
-            images = [
-                self._clip.preprocess(decode(s.read(), self._config.source.max_image_pixels))
-                for s in good[:CHECK_IMAGES]
-            ]
             facts = {
                 "task": task.number,
                 "method": self._config.method.name,
@@ -156,18 +155,26 @@ class Learner:
             }
             try:
                 release = self._exporter.release(
-                    module, self._clip.preprocess, facts, staging / RELEASE, np.stack(images)
+                    module, self._clip.preprocess, facts, staging / RELEASE, self._check_images(held)
                 )
                 scores["release"] |= {
                     "id": release.id,
                     "parity": asdict(release.parity),
                     "seconds": dict(release.seconds),
                 }
-            except ParityError as error:
+            except ReleaseError as error:
                 scores["release"]["refused"] = refused = str(error)
         if refused is not None:
             log.warning("no new release after task %d: %s; the one before serves on", task.number, refused)
         return refused
+
+    def _check_images(self, held: Sequence[Sample]) -> np.ndarray:
+        """Newly held-out images, float32 [n, 3, H, W], or noise: no image that was trained on may go into a release."""
+        preprocess, limit = self._clip.preprocess, self._config.source.max_image_pixels
+        if held:
+            return np.stack([preprocess(decode(sample.read(), limit)) for sample in held[:CHECK_IMAGES]])
+        noise = np.random.default_rng(0).integers(0, 256, (CHECK_IMAGES, preprocess.size, preprocess.size, 3), np.uint8)
+        return np.stack([preprocess(Image.fromarray(pixels)) for pixels in noise])
 
     def _facts(self) -> dict[str, Any]:
         """What every reported number is stored with (backbone, prompt, seed, versions)."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,10 +22,8 @@ from agent.clip import Clip
 from agent.methods.base import InferenceModule, LearnerState, Report, TaskData, task_generator
 from agent.methods.heads import CalibratedFusion, FaithfulFusion
 from agent.methods.student import Student
-from agent.values import GapStatistics, Progress, Update
-
-GAP_SAMPLES = 256
-"""Images the gap is measured on in each task; the same before and after, so that their spread cancels in the drift."""
+from agent.methods.training import ClassMeans, GapWatch, cosine, local_loss
+from agent.values import Progress, Update
 
 
 class MgClip:
@@ -35,9 +34,8 @@ class MgClip:
         self._seed = settings.seed
         self._settings = settings.mgclip
         self._student = Student(clip, settings.lora, settings.seed)
-        self._classes: list[str] = []
-        self._counts: list[int] = []
-        self._rows = torch.zeros(0, clip.embed_dim, device=clip.device)
+        self._visual = ClassMeans(clip)
+        """The classifier's rows: they begin as class means and are then trained."""
         self._epochs_fixed: int | None = None
 
     @property
@@ -46,7 +44,7 @@ class MgClip:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        return tuple(self._classes)
+        return tuple(self._visual.classes)
 
     def encode_names(self, names: Sequence[str]) -> Tensor:
         return self._student.encode_names(names)
@@ -57,80 +55,54 @@ class MgClip:
 
     def update(self, task: TaskData, report: Report) -> Update:
         started = time.perf_counter()
-        labels = task.labels.to(self._clip.device)
-        generator = task_generator(self._seed, task.number, "gap")
-        sample = torch.randperm(len(task), generator=generator)[:GAP_SAMPLES].sort().values
-        tokens = task.tokens.batch(sample)
-        untouched = gap.statistics(
-            self._clip.encode_tokens(tokens), self._clip.encode_names(task.classes), labels[sample]
-        )
-
-        def measure() -> GapStatistics:
-            return gap.statistics(self.encode_tokens(tokens), self.encode_names(task.classes), labels[sample])
-
-        before = measure()
-        training = self._preserve(task, labels, before, untouched, measure, report)
+        watch = GapWatch(self, self._clip, task, self._seed, self._settings.drift_relative_to)
+        training = self._preserve(task, watch, report)
         trained = time.perf_counter()
-        self._compensate(task, labels, report)
+        self._compensate(task, report)
         return Update(
             **training,
             samples=len(task),
-            gap_before=before,
-            gap_untouched=untouched,
-            drift_before=self._drift(before, untouched),
+            gap_before=watch.before,
+            gap_untouched=watch.untouched,
+            drift_before=watch.drift(watch.before),
             budget=self._settings.drift_budget,
             seconds={"train": trained - started, "compensate": time.perf_counter() - trained},
         )
 
-    def _drift(self, now: GapStatistics, untouched: GapStatistics) -> float | None:
-        return gap.drift(now, untouched, self._settings.drift_relative_to)
-
-    def _preserve(self, task, labels, before, untouched, measure, report) -> dict:
+    def _preserve(self, task: TaskData, watch: GapWatch, report: Report) -> dict[str, Any]:
         """Adapter training under the gap rule; the last state inside it is what stays."""
-        settings = self._settings
+        settings, student = self._settings, self._student
         paper = settings.schedule == "paper"
         epochs = settings.epochs if self._epochs_fixed is None or not paper else self._epochs_fixed
         steps = math.ceil(len(task) / settings.batch_size)
+        labels = task.labels.to(self._clip.device)
         ids = self._clip.tokenize(task.classes)
         order = task_generator(self._seed, task.number, "order")
-        optimizer = torch.optim.Adam(list(self._student.parameters()), lr=settings.lr)
-        inside, after, kept, run, loss, rolled_back = self._student.tensors(), before, 0, 0, None, False
+        optimizer = torch.optim.Adam(list(student.parameters()), lr=settings.lr)
+        inside, after, kept, run, loss, rolled_back = student.tensors(), watch.before, 0, 0, None, False
         drifts: list[float | None] = []
         # one name has nothing to be told apart from: its loss is zero whatever the adapters do
         for epoch in range(epochs if len(task.classes) > 1 else 0):
             for group in optimizer.param_groups:
-                group["lr"] = settings.lr * (0.01 + 0.99 * (1 + math.cos(math.pi * epoch / epochs)) / 2)
+                group["lr"] = settings.lr * cosine(epoch, epoch / epochs)
             total = torch.zeros((), device=labels.device)
             for step, index in enumerate(torch.randperm(len(task), generator=order).split(settings.batch_size), 1):
-                images = self._student.encode_tokens(task.tokens.batch(index))
-                logits = self._clip.logit_scale * images @ self._student.encode_ids(ids).T
-                step_loss = F.cross_entropy(logits, labels[index.to(labels.device)])
+                images = student.encode_tokens(task.tokens.batch(index))
+                names = student.encode_ids(ids)
+                step_loss = local_loss(images, names, labels[index.to(labels.device)], self._clip.logit_scale)
                 optimizer.zero_grad(set_to_none=True)
                 step_loss.backward()
                 optimizer.step()
                 total += step_loss.detach() * len(index)
                 if step % 4 == 0 or step == steps:
-                    seen = epoch * len(task) + min(step * settings.batch_size, len(task))
-                    last = drifts[-1] if drifts else self._drift(before, untouched)
-                    report(
-                        Progress(
-                            "train",
-                            task.number,
-                            epoch + 1,
-                            epochs,
-                            step,
-                            steps,
-                            seen,
-                            step_loss.item(),
-                            last,
-                            settings.drift_budget,
-                        )
-                    )
+                    place = (epoch + 1, epochs, step, steps, epoch * len(task) + step * settings.batch_size)
+                    drift = drifts[-1] if drifts else watch.drift(watch.before)
+                    report(Progress("train", task.number, *place, step_loss.item(), drift, settings.drift_budget))
             run += 1
-            statistics = measure()
-            drift = self._drift(statistics, untouched)
+            statistics = watch.measure()
+            drift = watch.drift(statistics)
             epoch_loss = (total / len(task)).item()
-            finite = math.isfinite(epoch_loss) and all(map(math.isfinite, (statistics.positive, statistics.centroid)))
+            finite = all(map(math.isfinite, (epoch_loss, statistics.positive, statistics.centroid)))
             drifts.append(drift if finite else math.inf)
             if paper and self._epochs_fixed is None and finite:
                 self._epochs_fixed = gap.paper_epochs(drifts, settings.drift_budget)
@@ -141,11 +113,11 @@ class MgClip:
             if not finite or crossed:
                 rolled_back = True
                 break
-            inside, after, kept, loss = self._student.tensors(), statistics, run, epoch_loss
+            inside, after, kept, loss = student.tensors(), statistics, run, epoch_loss
             if paper and self._epochs_fixed is not None and run >= self._epochs_fixed:
                 break
         if rolled_back:
-            self._student.load_tensors(inside)
+            student.load_tensors(inside)
         if paper and self._epochs_fixed is None and run == epochs and len(task.classes) > 1:
             self._epochs_fixed = epochs
         return {
@@ -155,7 +127,7 @@ class MgClip:
             "loss": loss,
             "rolled_back": rolled_back,
             "gap_after": after,
-            "drift_after": self._drift(after, untouched),
+            "drift_after": watch.drift(after),
             "details": {
                 "fusion": settings.fusion,
                 "schedule": settings.schedule,
@@ -165,36 +137,24 @@ class MgClip:
             },
         }
 
-    def _compensate(self, task: TaskData, labels: Tensor, report: Report) -> None:
-        """Rows per class: means of the features, running ones for a class that comes back, then local training."""
-        settings = self._settings
+    def _compensate(self, task: TaskData, report: Report) -> None:
+        """A row per class: means of the features, running ones for a class that comes back, then local training."""
+        settings, labels = self._settings, task.labels.to(self._clip.device)
         features = self._student.features(task.tokens)
-        counts = torch.bincount(labels, minlength=len(task.classes))
-        sums = torch.zeros(len(task.classes), features.shape[1], device=features.device).index_add_(0, labels, features)
-        for k, name in enumerate(task.classes):
-            new = int(counts[k])
-            if name in self._classes:
-                at = self._classes.index(name)
-                self._rows[at] = (self._rows[at] * self._counts[at] + sums[k]) / (self._counts[at] + new)
-                self._counts[at] += new
-            else:
-                self._classes.append(name)
-                self._counts.append(new)
-                self._rows = torch.cat([self._rows, sums[k : k + 1] / new])
+        self._visual.add(task, features)
         if len(task.classes) == 1:
             return
-        where = torch.tensor([self._classes.index(name) for name in task.classes], device=labels.device)
-        rows = self._rows[where].clone().requires_grad_()
+        where = torch.tensor([self._visual.classes.index(name) for name in task.classes], device=labels.device)
+        rows = self._visual.rows[where].clone().requires_grad_()
         optimizer = torch.optim.Adam([rows], lr=settings.visual_lr)
         order = task_generator(self._seed, task.number, "visual order")
         steps = settings.visual_epochs * math.ceil(len(task) / settings.visual_batch_size)
         step = 0
         for epoch in range(settings.visual_epochs):
             for index in torch.randperm(len(task), generator=order).split(settings.visual_batch_size):
-                lr = settings.visual_lr * (0.01 + 0.99 * (1 + math.cos(math.pi * step / steps)) / 2)
-                optimizer.param_groups[0]["lr"] = lr
+                optimizer.param_groups[0]["lr"] = settings.visual_lr * cosine(epoch, step / steps)
                 index = index.to(labels.device)
-                loss = F.cross_entropy(features[index] @ F.normalize(rows, dim=-1).T, labels[index])
+                loss = local_loss(features[index], F.normalize(rows, dim=-1), labels[index], 1.0)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
@@ -202,23 +162,21 @@ class MgClip:
             report(
                 Progress("compensate", task.number, epoch + 1, settings.visual_epochs, step, steps, loss=loss.item())
             )
-        self._rows[where] = rows.detach()
+        self._visual.rows[where] = rows.detach()
 
     def inference_module(self) -> InferenceModule:
-        if not self._classes:
+        if not self.classes:
             raise LookupError("no class has been learned yet; there is nothing to infer with")
         fusion = FaithfulFusion if self._settings.fusion == "faithful" else CalibratedFusion
-        names = self.encode_names(self._classes)
-        return fusion(self._student.merged_image_tower(), self.classes, names, self._rows, self._clip.logit_scale)
+        tower, names = self._student.merged_image_tower(), self.encode_names(self.classes)
+        return fusion(tower, self.classes, names, self._visual.rows, self._clip.logit_scale)
 
     def state(self) -> LearnerState:
-        tensors = {**self._student.tensors(), "rows": self._rows.clone()}
-        facts = {"classes": list(self._classes), "counts": list(self._counts), "epochs_fixed": self._epochs_fixed}
+        tensors = {**self._student.tensors(), "rows": self._visual.rows.clone()}
+        facts = {"classes": list(self.classes), "counts": list(self._visual.counts), "epochs_fixed": self._epochs_fixed}
         return LearnerState(tensors, facts)
 
     def load_state(self, state: LearnerState) -> None:
-        tensors, facts = dict(state.tensors), state.facts
-        self._student.load_tensors(tensors)
-        self._rows = tensors["rows"].to(self._clip.device).clone()
-        self._classes, self._counts = list(facts["classes"]), list(facts["counts"])
-        self._epochs_fixed = facts["epochs_fixed"]
+        self._student.load_tensors(state.tensors)
+        self._visual.load(state.facts["classes"], state.facts["counts"], state.tensors["rows"])
+        self._epochs_fixed = state.facts["epochs_fixed"]

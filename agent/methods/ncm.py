@@ -14,7 +14,7 @@ from agent.clip import Clip
 from agent.lora import merged
 from agent.methods.base import InferenceModule, LearnerState, Report, TaskData
 from agent.methods.heads import Classifier
-from agent.methods.training import ClassMeans, GapWatch, untrained
+from agent.methods.training import ClassMeans, GapWatch, untouched_features, untrained
 from agent.values import Update
 
 
@@ -54,7 +54,7 @@ class Ncm:
     def update(self, task: TaskData, report: Report) -> Update:
         started = time.perf_counter()
         watch = GapWatch(self, self._clip, task, self._seed)
-        self._means.add(task)
+        self._means.add(task, untouched_features(self._clip, task))
         return untrained(task, watch, started, report)
 
     def inference_module(self) -> InferenceModule:

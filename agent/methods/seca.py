@@ -30,7 +30,15 @@ from agent.clip import Clip
 from agent.lora import ADAPTED, merged
 from agent.methods.base import InferenceModule, LearnerState, Report, TaskData, Tokens, task_generator
 from agent.methods.heads import Classifier
-from agent.methods.training import ClassMeans, GapWatch, Training, divergence, local_loss, untrained
+from agent.methods.training import (
+    ClassMeans,
+    GapWatch,
+    Training,
+    divergence,
+    local_loss,
+    untouched_features,
+    untrained,
+)
 from agent.values import Update
 
 MAX_DISTILLATION = 9
@@ -78,7 +86,7 @@ class Seca:
         settings, scale, device = self._settings, self._clip.logit_scale, self._clip.device
         labels = task.labels.to(device)
         watch = GapWatch(self, self._clip, task, self._seed)
-        self._means.add(task)
+        self._means.add(task, untouched_features(self._clip, task))
         self._names = None
         here = torch.tensor([self.classes.index(name) for name in task.classes], device=device)
         words = self._clip.encode_names(self.classes)

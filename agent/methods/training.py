@@ -23,7 +23,8 @@ GAP_SAMPLES = 256
 class GapWatch:
     """The modality gap of `method` on the same images and names of a task, before, during and after an update."""
 
-    def __init__(self, method: Method, clip: Clip, task: TaskData, seed: int) -> None:
+    def __init__(self, method: Method, clip: Clip, task: TaskData, seed: int, relative_to: str = "separation") -> None:
+        self._relative_to = relative_to
         generator = task_generator(seed, task.number, "gap")
         self._sample = torch.randperm(len(task), generator=generator)[:GAP_SAMPLES].sort().values
         self._labels = task.labels[self._sample].to(clip.device)
@@ -36,8 +37,8 @@ class GapWatch:
         return self._statistics(self._method)
 
     def drift(self, now: GapStatistics) -> float | None:
-        """Change of the negative mean, relative to the untouched model's separation."""
-        return gap.drift(now, self.untouched, "separation")
+        """Change of the negative mean, see `agent.gap.drift`."""
+        return gap.drift(now, self.untouched, self._relative_to)
 
     def _statistics(self, model: Method | Clip) -> GapStatistics:
         images = torch.cat([model.encode_tokens(self._task.tokens.batch(part)) for part in self._sample.split(128)])
@@ -188,27 +189,29 @@ def divergence(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
     return F.kl_div(given, target, reduction="batchmean", log_target=True) * temperature**2
 
 
+def untouched_features(clip: Clip, task: TaskData, batch: int = 256) -> Tensor:
+    """Features float32 [N, D] of a task's images by the untouched model, L2-normalised, in order."""
+    return torch.cat([clip.encode_tokens(task.tokens.batch(part)) for part in torch.arange(len(task)).split(batch)])
+
+
 def admit(classes: list[str], task: TaskData) -> None:
     """Append the task's new names to the learned ones."""
     classes += [name for name in task.classes if name not in classes]
 
 
 class ClassMeans:
-    """Mean feature of the untouched model per class, over all its images so far."""
+    """Mean feature per class, over all its images so far."""
 
     def __init__(self, clip: Clip) -> None:
-        self._clip = clip
         self.classes: list[str] = []
         self.counts: list[int] = []
         self.rows = torch.zeros(0, clip.embed_dim, device=clip.device)
         """float32 [C, D], not normalised."""
 
-    def add(self, task: TaskData) -> None:
-        """Count the task's images in; a class that was there before moves as a running mean."""
-        labels = task.labels.to(self.rows.device)
-        sums = torch.zeros(len(task.classes), self.rows.shape[1], device=self.rows.device)
-        for index in torch.arange(len(task)).split(256):
-            sums.index_add_(0, labels[index], self._clip.encode_tokens(task.tokens.batch(index)))
+    def add(self, task: TaskData, features: Tensor) -> None:
+        """Count the task's images in: float32 [N, D]. A class that was there before moves as a running mean."""
+        sums = features.new_zeros(len(task.classes), features.shape[1])
+        sums.index_add_(0, task.labels.to(features.device), features)
         before = len(self.classes)
         admit(self.classes, task)
         new = len(self.classes) - before
@@ -221,4 +224,4 @@ class ClassMeans:
         self.rows = rows
 
     def load(self, classes: Sequence[str], counts: Sequence[int], rows: Tensor) -> None:
-        self.classes, self.counts, self.rows = list(classes), list(counts), rows.to(self._clip.device).clone()
+        self.classes, self.counts, self.rows = list(classes), list(counts), rows.to(self.rows.device).clone()
