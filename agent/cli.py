@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from agent.values import Commit
     from exporter.metrics import Metrics
+    from streams.archive import ArchiveSource
     from streams.source import DeadLetters, Source
 
 log = logging.getLogger(__name__)
@@ -84,6 +85,11 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], str]] 
     "report": ("write report.html from a state folder", _add_report, "agent.cli:report_command"),
     "produce": ("play an archive into a Kafka topic", _add_produce, "agent.commands_kafka:produce_command"),
     "dlq": ("list or replay the records that were set aside", _add_dlq, "agent.commands_kafka:dlq_command"),
+    "doctor": (
+        "look whether an agent can run, and say how to mend what is wrong",
+        _add_config,
+        "agent.doctor:doctor_command",
+    ),
     "config": ("print the configuration in force", _add_config_command, "agent.cli:config_command"),
 }
 """Name -> (help, adds the arguments, "module:function"). The function takes the parsed arguments and returns the exit
@@ -263,12 +269,17 @@ def open_stream(config: Config) -> tuple[Source, DeadLetters]:
         from agent.commands_kafka import open_kafka
 
         return open_kafka(config)
-    from streams.archive import ArchiveSource
     from streams.dead_letters import FileDeadLetters
 
+    return open_archive(config), FileDeadLetters(config.state.path / "dead_letters", config.state.dead_letter_bytes)
+
+
+def open_archive(config: Config) -> ArchiveSource:
+    """Raises ArchiveError."""
+    from streams.archive import ArchiveSource
+
     limits = config.source.model_dump(include={"max_image_bytes", "max_image_pixels", "max_label_chars"})
-    source = ArchiveSource(**config.source.archive.model_dump(exclude={"on_end"}), **limits)
-    return source, FileDeadLetters(config.state.path / "dead_letters", config.state.dead_letter_bytes)
+    return ArchiveSource(**config.source.archive.model_dump(exclude={"on_end"}), **limits)
 
 
 def log_to_stderr(config: Config) -> None:

@@ -27,12 +27,22 @@ if TYPE_CHECKING:
 
 def open_kafka(config: Config) -> tuple[KafkaSource, KafkaDeadLetters]:
     """The configured topics, and where their rejected records go. Raises StreamError."""
+    source = open_topics(config)
+    try:
+        return source, open_dead_letters(config, create=config.source.kafka.dead_letter_create)
+    except BaseException:
+        source.close()
+        raise
+
+
+def open_topics(config: Config) -> KafkaSource:
+    """Raises StreamError."""
     from streams.formats import Codec
-    from streams.kafka import Breaker, KafkaDeadLetters, KafkaSource
+    from streams.kafka import Breaker, KafkaSource
 
     section = config.source.kafka
     limits = config.source.model_dump(include={"max_image_bytes", "max_image_pixels", "max_label_chars"})
-    source = KafkaSource(
+    return KafkaSource(
         connection(config),
         section.topics,
         Codec(**limits),
@@ -42,12 +52,14 @@ def open_kafka(config: Config) -> tuple[KafkaSource, KafkaDeadLetters]:
             include={"group", "start", "on_lost", "merge_wait_s", "discover_s", "fetch_bytes", "stall_s"}
         ),
     )
-    try:
-        name, create = section.dead_letter_topic, section.dead_letter_create
-        return source, KafkaDeadLetters(connection(config), section.topics, name, create)
-    except BaseException:
-        source.close()
-        raise
+
+
+def open_dead_letters(config: Config, create: bool) -> KafkaDeadLetters:
+    """`create`: a topic that does not exist. Raises DeadLetterError."""
+    from streams.kafka import KafkaDeadLetters
+
+    section = config.source.kafka
+    return KafkaDeadLetters(connection(config), section.topics, section.dead_letter_topic, create)
 
 
 def connection(config: Config) -> Connection:

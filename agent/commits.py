@@ -172,6 +172,21 @@ class CommitStore:
             )
         return None
 
+    def verified(self) -> Commit | None:
+        """What CURRENT names, every file compared with its hash; None in a new folder. Changes nothing, needs no lock.
+
+        Raises StateError when it is damaged or missing.
+        """
+        number = self._target()
+        if number is None:
+            return None
+        try:
+            return self._read(number).commit
+        except _Damaged as reason:
+            raise StateError(
+                f"commit {number:06d} is damaged ({reason}); the agent will go on from the newest intact one before it"
+            ) from reason
+
     def sweep(self) -> None:
         """Delete what a killed agent left: unfinished folders, and commits that never became current."""
         target = self._target()

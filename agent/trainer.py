@@ -89,7 +89,7 @@ class Learner:
             self._module = self._method.inference_module()
         scores = self._evaluator.after(self._method, self._module, data, update, before, _last_report(parent), report)
         add_phase(scores, "decode", decoded - started)
-        scores |= self._facts()
+        scores |= self.facts()
 
         exporting = time.perf_counter()
         report(Progress("export", task.number))
@@ -176,7 +176,7 @@ class Learner:
         noise = np.random.default_rng(0).integers(0, 256, (CHECK_IMAGES, preprocess.size, preprocess.size, 3), np.uint8)
         return np.stack([preprocess(Image.fromarray(pixels)) for pixels in noise])
 
-    def _facts(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, Any]:
         """What every reported number is stored with (backbone, prompt, seed, versions)."""
         method = self._config.method
         return {

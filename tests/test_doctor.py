@@ -1,0 +1,130 @@
+"""The doctor finds what would keep an agent from running, says what to do, and touches nothing."""
+
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from agent import doctor
+from agent.cli import main
+from agent.commits import CommitStore
+from agent.config import Config
+from agent.doctor import Finding, examine
+from tests.fakes import ListSource, pipeline, records
+
+
+def settings(state: Path, **sections: dict) -> Config:
+    return Config.model_validate({"state": {"path": state}, "http": {"port": 0}, **sections})
+
+
+def findings(config: Config, last: str) -> dict[str, Finding]:
+    """The findings up to the first about `last`: what comes later loads a model."""
+    found = {}
+    for finding in examine(config):
+        found[finding.about] = finding
+        if finding.about == last:
+            return found
+    raise AssertionError(f"nothing was found about {last}, only about {', '.join(found)}")
+
+
+@pytest.fixture
+def archive(tmp_path) -> Path:
+    (tmp_path / "archive" / "ant").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "archive" / "ant" / "1.png")
+    return tmp_path / "archive"
+
+
+@pytest.fixture
+def learned(tmp_path) -> Path:
+    agent = pipeline(tmp_path / "state", ListSource(records("a", "b", "c")))
+    agent.run()
+    agent.commits.close()
+    return tmp_path / "state"
+
+
+def test_a_new_agent_has_no_problem_and_nothing_is_made(tmp_path):
+    config = settings(tmp_path / "deep" / "state", model={"threads": 1})
+
+    found = list(examine(config))
+
+    assert [finding.about for finding in found] == ["state", "commit", "disk", "http", "source", "learner", "release"]
+    assert {finding.level for finding in found} == {"ok"}
+    assert "mgclip on tinyclip" in found[5].text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_problem_is_printed_with_its_cure_and_is_exit_code_1(tmp_path, capsys, monkeypatch):
+    told = [Finding("disk", "problem", "3 MiB free", "free some space"), Finding("http", "ok", "127.0.0.1:9187")]
+    monkeypatch.setattr(doctor, "examine", lambda config: told)
+
+    assert main(["doctor"]) == 1
+
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("problem") and "3 MiB free" in lines[0] and "free some space" in lines[1]
+    assert lines[-1] == "1 problem(s)"
+
+
+def test_a_wrong_configuration_is_exit_code_78(capsys):
+    assert main(["doctor", "--set", "task.samples=many"]) == 78
+    assert "task.samples" in capsys.readouterr().err
+
+
+def test_a_running_agent_is_named_and_its_commit_looked_at_without_disturbing_it(learned):
+    running = CommitStore(learned, 3)
+    running.lock()
+    before = sorted(learned.rglob("*"))
+
+    found = findings(settings(learned), "disk")
+
+    assert "an agent is running" in found["state"].text
+    assert found["commit"].level == "ok" and "000001 is intact" in found["commit"].text
+    assert sorted(learned.rglob("*")) == before
+
+
+def test_a_damaged_commit_is_a_problem_and_stays_where_it_is(learned):
+    (learned / "commits" / "000001" / "learner.safetensors").write_text("rotten")
+
+    found = findings(settings(learned), "commit")["commit"]
+
+    assert found.level == "problem" and "learner.safetensors" in found.text
+    assert (learned / "commits" / "000001").is_dir()
+
+
+def test_a_state_folder_that_cannot_be_made_is_a_problem(tmp_path):
+    (tmp_path / "file").write_text("")
+    found = findings(settings(tmp_path / "file" / "state"), "state")["state"]
+    assert found.level == "problem" and "state.path" in found.cure
+
+
+@pytest.mark.parametrize(("free", "level"), [(2**20, "problem"), (2**30, "warning"), (2**40, "ok")])
+def test_free_space_is_held_against_what_may_be_needed(free, level, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**41, 2**41 - free, free))
+    assert findings(settings(tmp_path), "disk")["disk"].level == level
+
+
+def test_a_taken_port_is_a_problem(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        found = findings(settings(tmp_path, http={"port": taken.getsockname()[1]}), "http")["http"]
+    assert found.level == "problem" and "http.port" in found.cure
+
+
+def test_the_stream_of_another_commit_is_a_problem(learned, archive):
+    found = findings(settings(learned, source={"archive": {"path": archive}}), "source")["source"]
+    assert found.level == "problem" and "not the stream" in found.text
+
+
+def test_an_archive_that_is_not_there_is_a_problem(tmp_path):
+    found = findings(settings(tmp_path, source={"archive": {"path": tmp_path / "none.zip"}}), "source")["source"]
+    assert found.level == "problem" and "none.zip" in found.text
+
+
+def test_whatever_a_look_raises_is_a_finding():
+    def broken():
+        raise RuntimeError("CUDA error: out of memory")
+        yield
+
+    (found,) = doctor._looked_at("learner", broken)
+
+    assert found == Finding("learner", "problem", "RuntimeError: CUDA error: out of memory")
