@@ -316,6 +316,15 @@ class ArchiveSource:
             self._due += len(items) / self._rate
         return items
 
+    def listing(self) -> list[tuple[str, Entry] | None]:
+        """Class name and file of every record in stream order, None for a boundary mark; nothing is read.
+
+        Left out are records whose class name is unusable.
+        """
+        unusable = self._archive.unusable
+        items = [item for item in self._stream if item is None or item.class_name not in unusable]
+        return [item and (item.class_name, item.entry) for item in items]
+
     def throttle(self, full: bool) -> None:
         self._throttled = full
 
