@@ -78,6 +78,32 @@ def _add_dlq(parser: argparse.ArgumentParser) -> None:
     add_dlq(parser)
 
 
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    from agent.methods import METHODS
+
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = """\
+A method may carry settings, each with a colon before it: `seca:sg_akt=false` sets method.seca.sg_akt in that row only,
+a key with a dot is below [method]: `mgclip:epochs=2:lora.rank=4`. The same method with other settings is another row.
+`joint` is the upper bound: finetune with all tasks as one. The stream is cut at the ends of its groups of classes.
+Finished runs are kept in DIR/runs and not run again while all their settings stay the same."""
+    add = parser.add_argument
+    _add_config(parser)
+    add("--data", metavar="PATH", help="folder or zip with train/class name/image and test/... (or val/...)")
+    add("--methods", default=",".join([*METHODS, "joint"]), metavar="A,B:KEY=VALUE,...", help="(%(default)s)")
+    add("--seeds", type=_numbers, default=(0,), metavar="N,N,...", help="of training; a run each (0)")
+    add("--classes-per-task", type=int, metavar="N", help="(source.archive.classes_per_task, 2)")
+    add("--tasks", type=int, default=0, metavar="N", help="only the first so many (all)")
+    add("--order", metavar="SEED|FILE", help="of the classes: drawn with a seed, or a file (a name a line, or JSON)")
+    add("--per-class", type=int, metavar="N", help="only the first so many training images of a class (all)")
+    add("--probe", metavar="PATH", help="folder or zip of classes that are never learned, to measure retention on")
+    add("--out", type=Path, default=Path("build/bench"), metavar="DIR", help="for the results (%(default)s)")
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
 COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], str]] = {
     "run": ("learn a stream until it ends or SIGTERM comes", _add_config, "agent.cli:run_command"),
     "demo": ("learn the bundled stream and look at the result", _no_arguments, "agent.demo:demo_command"),
@@ -90,6 +116,7 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], str]] 
         _add_config,
         "agent.doctor:doctor_command",
     ),
+    "bench": ("compare methods on a stream of your own", _add_bench, "agent.bench:bench_command"),
     "config": ("print the configuration in force", _add_config_command, "agent.cli:config_command"),
 }
 """Name -> (help, adds the arguments, "module:function"). The function takes the parsed arguments and returns the exit
