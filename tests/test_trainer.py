@@ -91,7 +91,7 @@ def test_the_report_has_what_it_promises(learned):
     )
     assert set(promised.split()) <= report.keys()
     assert report["classes"] == ["cat", "ship", "dog", "truck"]
-    assert report["retention"] is None and report["fusion"] == "calibrated"
+    assert report["probe"]["of"] == "not learned yet" and report["retention"] > 0 and report["fusion"] == "calibrated"
     assert [len(row) for row in report["matrix"]] == [2, 2] and report["matrix"][0][1] is None
     assert 0 <= report["last"] <= 1 and 0 <= report["zero_shot"] <= 1
     for part in ("positive", "negative", "drift", "centroid"):
@@ -180,6 +180,14 @@ def test_a_release_that_forgets_too_much_is_refused_and_the_one_before_serves_on
     # then the learner goes on, and readers keep the release before
     assert commit.classes == ("cat", "ship", "dog", "truck")
     assert (commit.release / "model.onnx").read_bytes() == (first.release / "model.onnx").read_bytes()
+
+
+def test_smaller_forms_are_scored_on_held_out_images_and_reported(tmp_path):
+    bench = Bench(tmp_path, release={"precisions": ("int8",), "max_batch": 4})
+    outcome, commit = bench.learn(Learner(bench.config, None), bench.task(images_of("cat", "ship")))
+    measured = outcome.report["release"]["variants"]["int8"]
+    assert measured["parity"]["images"] == 4 and measured["accuracy_fp32"] == outcome.report["last"]
+    assert (commit.release / "model.int8.onnx").exists() == (measured["refused"] is None)
 
 
 def test_tokens_beyond_the_memory_bound_go_to_disk_and_leave_nothing_behind(learned, tmp_path):
