@@ -104,11 +104,24 @@ def _numbers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(","))
 
 
+def _add_rollback(parser: argparse.ArgumentParser) -> None:
+    _add_config(parser)
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("number", type=int, nargs="?", metavar="N", help="a commit, see `gapstream releases`")
+    which.add_argument("--newest", action="store_true", help="follow the newest release again")
+
+
 COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], str]] = {
     "run": ("learn a stream until it ends or SIGTERM comes", _add_config, "agent.cli:run_command"),
     "demo": ("learn the bundled stream and look at the result", _no_arguments, "agent.demo:demo_command"),
     "predict": ("classify images with the current release", _add_predict, "agent.cli:predict_command"),
     "report": ("write report.html from a state folder", _add_report, "agent.cli:report_command"),
+    "releases": ("list the releases readers can be sent to", _add_config, "agent.releases:releases_command"),
+    "rollback": (
+        "send readers to an older release; the learner goes on",
+        _add_rollback,
+        "agent.releases:rollback_command",
+    ),
     "produce": ("play an archive into a Kafka topic", _add_produce, "agent.commands_kafka:produce_command"),
     "dlq": ("list or replay the records that were set aside", _add_dlq, "agent.commands_kafka:dlq_command"),
     "doctor": (
@@ -247,6 +260,7 @@ def run_agent(
         rule = CutRule(**config.task.model_dump(exclude={"on_stop"}))
         known, done = (commit.seen, commit.tasks) if commit else ((), 0)
         worker = ProcessWorker(config, learner or TRAINER)
+        published = _publisher(config, commit, parts)
         pipeline = Pipeline(
             source=source,
             buffer=TaskBuffer(rule, spool, known, done + 1, source.positions),
@@ -265,6 +279,7 @@ def run_agent(
             ),
             config=resolved(config),
             commit=commit,
+            published=published,
         )
         if config.http.enabled:
             server = StatusServer(
@@ -288,6 +303,20 @@ def run_agent(
             )
         )
         return pipeline.run()
+
+
+def _publisher(config: Config, commit: Commit | None, parts: contextlib.ExitStack) -> Callable[[Commit], None]:
+    """What takes each release where `release.layout` wants it, beside the state folder; begins with that of `commit`,
+    which may have been left out when the agent was killed."""
+    if config.release.layout == "folder":
+        return lambda commit: None
+    from agent.releases import Publisher
+
+    publisher = Publisher(config.release, config.state.path)
+    parts.callback(publisher.close)
+    if commit is not None and commit.release is not None:
+        publisher(commit)
+    return publisher
 
 
 def open_stream(config: Config) -> tuple[Source, DeadLetters]:

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from agent.values import Commit, Outcome
+from exporter.release import RELEASE
 from streams.record import Offsets, Partition
 
 log = logging.getLogger(__name__)
@@ -44,6 +45,8 @@ Files = Mapping[str, tuple[int, str]]
 
 
 _RELEASE = "release/"
+NEWEST_RELEASE = Path("CURRENT/release")
+"""Where readers are sent unless an older release is pinned (agent.releases)."""
 
 
 @dataclass(frozen=True)
@@ -191,7 +194,8 @@ class CommitStore:
         """Delete what a killed agent left: unfinished folders, and commits that never became current."""
         target = self._target()
         with self._writing():
-            (self.path / "CURRENT.new").unlink(missing_ok=True)
+            for link in (self._pointer, self.path / RELEASE):
+                link.with_name(f"{link.name}.new").unlink(missing_ok=True)
             for folder in [*self._commits.glob("*.staging"), *self._commits.glob("*.pruned")]:
                 shutil.rmtree(folder)
             for number in self._numbers():
@@ -321,11 +325,9 @@ class CommitStore:
         return files
 
     def _point(self, number: int) -> None:
-        new = self.path / "CURRENT.new"
-        new.unlink(missing_ok=True)
-        new.symlink_to(Path("commits") / f"{number:06d}")
-        new.replace(self._pointer)
-        _sync(self.path)
+        point(self._pointer, Path("commits") / f"{number:06d}")
+        if not (self.path / RELEASE).is_symlink():
+            point(self.path / RELEASE, NEWEST_RELEASE)
 
     def _target(self) -> int | None:
         """Number CURRENT names, whether or not that commit is there."""
@@ -373,6 +375,15 @@ class CommitStore:
                 f"cannot write the state folder {self.path}: {error.strerror or error} ({error.filename}); nothing new "
                 "is committed; make it writable or free some space, then start again"
             ) from error
+
+
+def point(link: Path, target: Path) -> None:
+    """Make `link` a symlink to `target` by one rename that survives a power cut."""
+    new = link.with_name(f"{link.name}.new")
+    new.unlink(missing_ok=True)
+    new.symlink_to(target)
+    new.replace(link)
+    _sync(link.parent)
 
 
 def _check_present(folder: Path, files: Files) -> None:

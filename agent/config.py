@@ -459,8 +459,26 @@ class Evaluation(_Section):
     """Images scored at once."""
 
 
+class Triton(_Section):
+    """A model repository of the Triton server, with `layout = "triton"`."""
+
+    repository: Path = Path("models")
+    """The folder; best on the disk of `state.path`, where files are shared instead of copied."""
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")] = "gapstream"
+    """The model's name there."""
+    keep: int = Field(3, ge=1)
+    """Newest versions kept; a version is the number of its commit."""
+
+
 class Release(_Section):
     """The ONNX model that comes out."""
+
+    precisions: tuple[Literal["fp16", "int8"], ...] = ()
+    """Smaller forms beside fp32: `fp16` for GPUs, `int8` for CPUs. One that strays too far from fp32, or answers more
+    than a point fewer of the hold-out right, is left out, and the release says why."""
+    layout: Literal["folder", "triton"] = "folder"
+    """`folder`: only in the state folder; `triton`: also as a version in [release.triton]."""
+    triton: Triton = Triton()
 
     opset: int = Field(20, ge=18, le=23)
     """ONNX operator set of the graph."""

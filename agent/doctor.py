@@ -205,6 +205,7 @@ def _release(config: Config, commit: Commit | None) -> Iterator[Finding]:
     import onnxruntime
     import torch
 
+    from agent.releases import pinned
     from exporter.runtime import Classifier
 
     if commit is None or commit.release is None:
@@ -216,6 +217,9 @@ def _release(config: Config, commit: Commit | None) -> Iterator[Finding]:
     yield Finding(
         "release", "ok", f"{release.id}: {len(release.classes)} classes, passes its test on {classifier.provider}"
     )
+    if (number := pinned(config.state.path)) is not None:
+        text = f"readers are held at the release of commit {number}"
+        yield Finding("release", "warning", text, "`gapstream rollback --newest` lets them follow it again")
     if torch.cuda.is_available() and classifier.provider == "CPUExecutionProvider":
         text = "torch can use the GPU and onnxruntime cannot, so releases are checked and served on the CPU"
         yield Finding("release", "warning", text, "install onnxruntime-gpu for the CUDA version of this torch")

@@ -127,6 +127,8 @@ class Pipeline:
     clock: Callable[[], float] = time.time
     """Seconds since the epoch."""
     monotonic: Callable[[], float] = time.monotonic
+    published: Callable[[Commit], None] = lambda commit: None
+    """Told of every commit with a release; must return at once."""
 
     _task: Task | None = field(default=None, init=False)
     """In the worker's hands, or being settled."""
@@ -272,6 +274,8 @@ class Pipeline:
         assert self._task is not None
         self.commit = settlement.commit()
         log.info("commit %06d after %s: %d classes", self.commit.number, _name(self._task), len(self.commit.classes))
+        if self.commit.release is not None:
+            self.published(self.commit)
         self.buffer.committed(self._task)
         self.source.acknowledge(self.commit.offsets)
         self._task = self._settlement = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -25,7 +26,7 @@ from agent.holdout import HoldOut
 from agent.images import LoadedImages, TokensAt, load_tokens
 from agent.methods.base import LearnerState, TaskData
 from agent.values import LateRejection, Outcome, Progress, Update
-from exporter.onnx import OnnxExporter
+from exporter.onnx import Labelled, OnnxExporter
 from exporter.preprocess import decode
 from exporter.release import ReleaseError
 from streams.archive import ArchiveFolder
@@ -38,6 +39,8 @@ log = logging.getLogger(__name__)
 TENSORS, FACTS, REPORT, RELEASE = "learner.safetensors", "learner.json", "report.json", "release"
 CHECK_IMAGES = 8
 """Images a release is checked on; the exporter repeats them up to its largest batch and ships a few of them."""
+ACCURACY_IMAGES = 500
+"""Held-out images at most that the smaller forms of a release are scored on; they are in memory all at once."""
 _PACKAGES = ("gapstream", "torch", "open_clip_torch", "timm", "numpy", "pillow")
 
 Report = Callable[[Progress], None]
@@ -72,7 +75,9 @@ class Learner:
             cache_bytes=config.method.cache_bytes,
         )
         release = config.release
-        self._exporter = OnnxExporter(release.opset, release.max_batch, release.parity_atol, config.model.threads)
+        self._exporter = OnnxExporter(
+            release.opset, release.max_batch, release.parity_atol, config.model.threads, release.precisions
+        )
 
     def learn(self, task: Task, staging: Path, report: Report) -> Outcome:
         """Decode, predict, update, score, release, save: the next commit but its manifest, in `staging`."""
@@ -155,12 +160,18 @@ class Learner:
             }
             try:
                 release = self._exporter.release(
-                    module, self._clip.preprocess, facts, staging / RELEASE, self._check_images(held)
+                    module,
+                    self._clip.preprocess,
+                    facts,
+                    staging / RELEASE,
+                    self._check_images(held),
+                    self._accuracy_images(module.classes),
                 )
                 scores["release"] |= {
                     "id": release.id,
                     "parity": asdict(release.parity),
                     "seconds": dict(release.seconds),
+                    "variants": {name: asdict(variant) for name, variant in release.variants.items()},
                 }
             except ReleaseError as error:
                 scores["release"]["refused"] = refused = str(error)
@@ -175,6 +186,23 @@ class Learner:
             return np.stack([preprocess(decode(sample.read(), limit)) for sample in held[:CHECK_IMAGES]])
         noise = np.random.default_rng(0).integers(0, 256, (CHECK_IMAGES, preprocess.size, preprocess.size, 3), np.uint8)
         return np.stack([preprocess(Image.fromarray(pixels)) for pixels in noise])
+
+    def _accuracy_images(self, classes: Sequence[str]) -> list[Labelled]:
+        """Held-out images that the smaller forms are judged by, spread over all classes; none where none is made."""
+        if not self._config.release.precisions:
+            return []
+        number = {name: i for i, name in enumerate(classes)}
+        images = [image for image in self._holdout.images() if image.label in number]
+        images = images[:: max(1, math.ceil(len(images) / ACCURACY_IMAGES))]
+        size, limit = self._config.release.max_batch, self._config.source.max_image_pixels
+        parts = [images[start : start + size] for start in range(0, len(images), size)]
+        return [
+            (
+                self._clip.preprocess.batch([decode(image.read(), limit) for image in part]),
+                np.array([number[image.label] for image in part]),
+            )
+            for part in parts
+        ]
 
     def facts(self) -> dict[str, Any]:
         """What every reported number is stored with (backbone, prompt, seed, versions)."""

@@ -24,6 +24,8 @@ MANIFEST = "release.json"
 MODEL = "model.onnx"
 GOLDEN = "golden.npz"
 CURRENT = "CURRENT"
+RELEASE = "RELEASE"
+"""Symlink in a state folder to the release readers follow: the current commit's, or an older one that is pinned."""
 
 
 class ReleaseError(Exception):
@@ -174,13 +176,16 @@ def read(folder: Path) -> Release:
 
 
 def current(path: Path) -> Path:
-    """The release folder to serve from `path`: itself when it is one, or the one behind a state folder's CURRENT.
+    """The release folder to serve from `path`: itself when it is one, or the one behind a state folder's RELEASE (or
+    CURRENT, where a copy lacks that).
 
-    The answer names one commit, so it stays the same release when CURRENT moves on. Raises ReleaseError when nothing
-    has been released yet.
+    The answer stays the same release when these move on. Raises ReleaseError when nothing has been released yet.
     """
     if (path / MANIFEST).exists():
         return path.resolve()
+    pointer = path / RELEASE
+    if pointer.is_symlink() and pointer.exists():
+        return pointer.resolve()
     link = path / CURRENT
     if not link.exists():
         raise ReleaseError(f"no release in {path}: neither {MANIFEST} nor {CURRENT} is there; was a task learned yet?")

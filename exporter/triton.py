@@ -4,7 +4,7 @@
     <repository>/<name>/<version>/    model.onnx, labels.txt (line n: class of column n), release.json, golden.npz
 
 The number of classes grows from version to version, which one configuration cannot describe: config.pbtxt leaves the
-shapes to be completed from the model, and has only the latest version served.
+shapes to be completed from the model, and has one version served: the latest, or one that is pinned.
 """
 
 from __future__ import annotations
@@ -19,14 +19,25 @@ _CONFIG = """\
 name: "{name}"
 backend: "onnxruntime"
 max_batch_size: {max_batch}
-version_policy: {{ latest: {{ num_versions: 1 }} }}
+version_policy: {{ {policy} }}
 dynamic_batching: {{ }}
 """
 
 
-def publish(release: Release, repository: Path, name: str, version: int, *, keep: int = 3, max_batch: int = 64) -> Path:
+def publish(
+    release: Release,
+    repository: Path,
+    name: str,
+    version: int,
+    *,
+    keep: int = 3,
+    max_batch: int = 64,
+    pinned: int | None = None,
+) -> Path:
     """Put `release` into the repository as `version` (>= 1, larger than those before it) and delete all but the newest
     `keep`; returns the version's folder. Publishing a version again that is there changes nothing.
+
+    The newest version is served, or `pinned`, which must be `version` or there already and is not deleted.
 
     Triton's polling mode may read half of what is copied in place; here a version comes by one rename.
     """
@@ -37,14 +48,19 @@ def publish(release: Release, repository: Path, name: str, version: int, *, keep
     for left in (*model.glob(".staging-*"), *model.glob(".old-*")):  # by a process that died
         shutil.rmtree(left)
     folder = model / str(version)
+    config = model / "config.pbtxt"
+    policy = f"specific: {{ versions: [{pinned}] }}" if pinned else "latest: { num_versions: 1 }"
+    text = _CONFIG.format(name=name, max_batch=max_batch, policy=policy)
+    if not config.exists():
+        _replace(config, text)
     if not folder.exists():
-        _write(model / ".config.new", _CONFIG.format(name=name, max_batch=max_batch))
-        (model / ".config.new").rename(model / "config.pbtxt")
         staging = model / f".staging-{version}"
         _stage(release, staging)
         staging.rename(folder)
         _sync(model)
-    for old in sorted(versions(repository, name))[:-keep]:
+    if config.read_text(encoding="utf-8") != text:
+        _replace(config, text)
+    for old in set(versions(repository, name)[:-keep]) - {pinned}:
         gone = model / f".old-{old}"
         (model / str(old)).rename(gone)
         shutil.rmtree(gone)
@@ -84,6 +100,13 @@ def _copy(source: Path, target: Path) -> None:
 def _write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
     _sync(path)
+
+
+def _replace(path: Path, text: str) -> None:
+    new = path.with_name(".config.new")
+    _write(new, text)
+    new.rename(path)
+    _sync(path.parent)
 
 
 def _sync(path: Path) -> None:

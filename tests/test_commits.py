@@ -258,7 +258,7 @@ def test_what_a_killed_agent_left_is_swept(tmp_path):
     # then
     assert found == first
     assert sorted(path.name for path in (tmp_path / "commits").iterdir()) == ["000001"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["CURRENT", "commits", "lock"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["CURRENT", "RELEASE", "commits", "lock"]
 
 
 def test_a_folder_that_is_not_what_was_sealed_is_not_committed(tmp_path):

@@ -186,7 +186,7 @@ def test_smaller_forms_are_scored_on_held_out_images_and_reported(tmp_path):
     bench = Bench(tmp_path, release={"precisions": ("int8",), "max_batch": 4})
     outcome, commit = bench.learn(Learner(bench.config, None), bench.task(images_of("cat", "ship")))
     measured = outcome.report["release"]["variants"]["int8"]
-    assert measured["parity"]["images"] == 4 and measured["accuracy_fp32"] == outcome.report["last"]
+    assert measured["parity"]["images"] == 4 and 0.5 < measured["accuracy_fp32"] <= 1
     assert (commit.release / "model.int8.onnx").exists() == (measured["refused"] is None)
 
 
