@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,13 @@ def write(compared: Compared, out: Path) -> None:
 
 def accuracy(compared: Compared) -> str:
     """Accuracy on all classes so far over the tasks, a line per method, a dot for a method scored once."""
-    width, height, left, top, bottom, right = 860, 430, 52, 44, 46, 230
+    right = _margin(f"{results[0]['method']}  99.9" for results in compared)
+    height, left, top, bottom, inner = 430, 52, 44, 46, 580
+    width, tall = left + inner + right, height - top - bottom
     count = max(len(results[0]["accuracies"]) for results in compared)
     lines = [_means([result["accuracies"] for result in results]) for results in compared]
     known = [value for line in lines for value in line if value is not None]
     low, high, step = _scale(min(known), max(known))
-    inner, tall = width - left - right, height - top - bottom
 
     def x(index: int) -> float:
         return left + inner * (index / (count - 1) if count > 1 else 0.5)
@@ -57,8 +58,8 @@ def accuracy(compared: Compared) -> str:
         if len(points) < max(count, 2):
             parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="4" fill="{color}"/>' for a, b in points]
         last = next(value for value in reversed(line) if value is not None)
-        ends.append((points[-1][1], f"{results[0]['method']}  {100 * last:.1f}", color))
-    parts += _labels(left + inner + 12, ends, top, height - bottom)
+        ends.append((*reversed(points[-1]), f"{results[0]['method']}  {100 * last:.1f}", color))
+    parts += _labels(left + inner + 26, ends, top, height - bottom)
     return _svg(width, height, parts)
 
 
@@ -89,8 +90,9 @@ def matrices(compared: Compared) -> str:
 
 def gap_against_retention(compared: Compared) -> str:
     """Gap drift against zero-shot retention after the last task: a dot per run, the name at a method's mean."""
-    width, height, left, top, bottom, right = 860, 430, 60, 44, 52, 230
-    inner, tall = width - left - right, height - top - bottom
+    right = _margin(results[0]["method"] for results in compared)
+    height, left, top, bottom, inner = 430, 60, 44, 52, 580
+    width, tall = left + inner + right, height - top - bottom
     title = _text(left, 24, "Zero-shot retention against drift of the modality gap, %", weight=620, fill=INK, size=15)
     dots = [
         [(r["gap_drift"], r["retention"]) for r in results if r["gap_drift"] is not None and r["retention"] is not None]
@@ -123,9 +125,8 @@ def gap_against_retention(compared: Compared) -> str:
         ]
         if some:
             x, y = (statistics.fmean(axis) for axis in zip(*(place(*dot) for dot in some), strict=True))
-            parts.append(_line(x + 7, y, left + inner + 6, y, color=color, opacity=0.25))
-            ends.append((y, results[0]["method"], color))
-    parts += _labels(left + inner + 12, ends, top, height - bottom)
+            ends.append((y, x, results[0]["method"], color))
+    parts += _labels(left + inner + 26, ends, top, height - bottom)
     return _svg(width, height, parts)
 
 
@@ -151,19 +152,25 @@ def _look(number: int) -> tuple[str, str]:
     return COLORS[number % len(COLORS)], DASHES[number // len(COLORS) % len(DASHES)]
 
 
-def _labels(x: float, ends: Sequence[tuple[float, str, str]], top: float, bottom: float) -> list[str]:
-    """Names beside where their lines end, moved apart so that none covers another."""
+def _margin(names: Iterable[str]) -> float:
+    """Room for the longest name beside a picture."""
+    return 40 + 7.6 * max(map(len, names))
+
+
+def _labels(at: float, ends: Sequence[tuple[float, float, str, str]], top: float, bottom: float) -> list[str]:
+    """Names at x = `at`, each joined to its (y, x), moved apart so that none covers another."""
     apart = 16.0
     places: list[float] = []
     ordered = sorted(ends)
-    for wanted, _, _ in ordered:
+    for wanted, *_ in ordered:
         places.append(max(wanted, places[-1] + apart if places else top))
     for index in range(len(places) - 1, -1, -1):
         places[index] = min(places[index], bottom - apart * (len(places) - 1 - index))
-    return [
-        _text(x, place + 4, name, weight=620, fill=color)
-        for place, (_, name, color) in zip(places, ordered, strict=True)
-    ]
+    parts = []
+    for place, (y, x, name, color) in zip(places, ordered, strict=True):
+        parts.append(_line(x, y, at - 5, place, color=color, opacity=0.3))
+        parts.append(_text(at, place + 4, name, weight=620, fill=color))
+    return parts
 
 
 def _shade(value: float) -> str:
