@@ -114,6 +114,7 @@ def _add_rollback(parser: argparse.ArgumentParser) -> None:
 COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], str]] = {
     "run": ("learn a stream until it ends or SIGTERM comes", _add_config, "agent.cli:run_command"),
     "demo": ("learn the bundled stream and look at the result", _no_arguments, "agent.demo:demo_command"),
+    "serve": ("classify over HTTP with the newest release", _add_config, "agent.cli:serve_command"),
     "predict": ("classify images with the current release", _add_predict, "agent.cli:predict_command"),
     "report": ("write report.html from a state folder", _add_report, "agent.cli:report_command"),
     "releases": ("list the releases readers can be sent to", _add_config, "agent.releases:releases_command"),
@@ -211,6 +212,18 @@ def predict_command(arguments: argparse.Namespace) -> int:
         table.add_section()
     Console().print(table)
     return failed
+
+
+def serve_command(arguments: argparse.Namespace) -> None:
+    from exporter.serve import Server
+
+    config = config_from(arguments)
+    log_to_stderr(config)
+    limits = config.serve.model_dump()
+    server = Server(config.state.path, max_pixels=config.source.max_image_pixels, **limits)
+    log.info("answering on http://%s:%d/v1/classify", config.serve.host, server.port)
+    with stop_on_signals(threading.Event()):
+        server.run()
 
 
 def report_command(arguments: argparse.Namespace) -> None:

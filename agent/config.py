@@ -529,6 +529,29 @@ class Http(_Section):
     """Whether it listens at all."""
 
 
+class Serve(_Section):
+    """`gapstream serve`: classification over HTTP, a process of its own beside the agent."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; `0.0.0.0` is open to the network, without a login."""
+    port: int = Field(9188, ge=0, le=65535)
+    """0 picks a free one (logged)."""
+    precision: Literal["fp32", "fp16", "int8"] = "fp32"
+    """Form of the release that answers, see release.precisions; a release without it is served in fp32."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` is CUDA when onnxruntime can use it."""
+    threads: int = Field(0, ge=0)
+    """CPU threads for a batch; 0 is all cores."""
+    max_batch: int = Field(64, ge=1)
+    """Images answered at once: those that came while the batch before was answered."""
+    max_images: int = Field(64, ge=1)
+    """Images in one request."""
+    max_request_bytes: int = Field(32 * 2**20, ge=1)
+    """A larger request is refused."""
+    max_requests: int = Field(32, ge=1)
+    """Requests at once; one more is told to come again (503)."""
+
+
 class Config(_Section):
     model: Model = Model()
     source: Source = Source()
@@ -540,6 +563,7 @@ class Config(_Section):
     state: State = State()
     agent: Agent = Agent()
     http: Http = Http()
+    serve: Serve = Serve()
 
 
 def load(path: Path | None, env: Mapping[str, str], overrides: Mapping[str, str] | None = None) -> Config:

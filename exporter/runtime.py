@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from exporter import release as releases
-from exporter.preprocess import decode, upright_rgb
+from exporter.preprocess import Preprocess, decode, upright_rgb
 from exporter.release import Release, ReleaseError
 
 log = logging.getLogger(__name__)
@@ -82,6 +82,16 @@ class Prediction:
 
 
 @dataclass(frozen=True)
+class Prepared:
+    """An image as the network takes it, see `Classifier.prepare`."""
+
+    pixels: NDArray[np.float32]
+    """[3, H, W]"""
+    preprocess: Preprocess
+    """That made it."""
+
+
+@dataclass(frozen=True)
 class _Served:
     """A release and its session, swapped together so that no answer mixes two releases."""
 
@@ -128,17 +138,23 @@ class Classifier:
         """The onnxruntime execution provider that answers, such as `CPUExecutionProvider`."""
         return self._served.session.provider
 
-    def classify(self, images: Sequence[bytes | Image.Image], top: int = 5) -> list[Prediction]:
-        """Encoded or Pillow images -> the `top` classes of each (0: all), all by one release.
+    def prepare(self, image: bytes | Image.Image) -> Prepared:
+        """All of `classify` that needs only this image, to be done where and when it suits. Raises ImageError."""
+        preprocess = self.release.preprocess
+        return Prepared(self._pixels(image, preprocess), preprocess)
 
-        Raises ImageError for the first unusable image.
+    def classify(self, images: Sequence[bytes | Image.Image | Prepared], top: int = 5) -> list[Prediction]:
+        """Encoded, Pillow or prepared images -> the `top` classes of each (0: all), all by one release.
+
+        Raises ImageError for the first unusable image, ReleaseError for one that was prepared for a release with
+        another preprocessing.
         """
         served = self._served
         classes, preprocess = served.release.classes, served.release.preprocess
         predictions: list[Prediction] = []
         for start in range(0, len(images), self._max_batch):
             part = images[start : start + self._max_batch]
-            batch = preprocess.batch([self._rgb(image) for image in part])
+            batch = np.stack([self._pixels(image, preprocess) for image in part])
             for scores in served.session.run(batch).probabilities:
                 order = np.argsort(-scores, kind="stable")[: top or None]
                 labels = tuple(classes[index] for index in order)
@@ -182,8 +198,13 @@ class Classifier:
         if self._follower is not None:
             self._follower.join()
 
-    def _rgb(self, image: bytes | Image.Image) -> Image.Image:
-        return decode(image, self._max_pixels) if isinstance(image, bytes) else upright_rgb(image)
+    def _pixels(self, image: bytes | Image.Image | Prepared, preprocess: Preprocess) -> NDArray[np.float32]:
+        if not isinstance(image, Prepared):
+            rgb = decode(image, self._max_pixels) if isinstance(image, bytes) else upright_rgb(image)
+            return preprocess(rgb)
+        if image.preprocess != preprocess:
+            raise ReleaseError("the image was prepared for a release with another preprocessing; prepare it again")
+        return image.pixels
 
     def _load(self, release: Release) -> _Served:
         release.verify()

@@ -91,7 +91,7 @@ def test_another_rollback_replaces_the_first(state):
 
 def test_what_is_not_there_or_damaged_is_refused_and_readers_stay(state):
     before = served(state)
-    with pytest.raises(ReleaseError, match="no release in .*000007"):
+    with pytest.raises(ReleaseError, match=r"no release in .*000007"):
         pin(state, 7)
     (state / "commits" / "000001" / "release" / releases.MODEL).write_text("rotten")
     with pytest.raises(ReleaseError, match="damaged"):

@@ -1,0 +1,304 @@
+"""The HTTP service answers like the classifier, refuses what is too much, and never mixes or drops while it swaps."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from agent.cli import main
+from exporter import serve
+from exporter.runtime import Classifier, Prediction
+from exporter.serve import Batcher, ServeMetrics, Server
+from tests.test_runtime import State, Toy, picture, png
+
+TOP = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def state(tmp_path_factory) -> State:
+    """Commit 1 knows five classes, commit 2 seven; commit 2 is current."""
+    state = State(tmp_path_factory.mktemp("state"))
+    state.commit(Toy(5, seed=1))
+    state.commit(Toy(7, seed=2))
+    return state
+
+
+@contextmanager
+def serving(path: Path, **settings: Any) -> Iterator[Server]:
+    server = Server(path, threads=1, **settings)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        wait_for(lambda: ask(server, "/livez")[0] == 200)
+        yield server
+    finally:
+        server.stop()
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def server(state) -> Iterator[Server]:
+    with serving(state.path, max_request_bytes=100_000, max_images=3) as server:
+        wait_for(lambda: ask(server, "/readyz")[0] == 200)
+        yield server
+
+
+def wait_for(condition) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about within 20 s"
+        time.sleep(0.01)
+
+
+def ask(server: Server, path: str, body: bytes | None = None, kind: str = "image/png") -> tuple[int, Any]:
+    request = urllib.request.Request(f"http://127.0.0.1:{server.port}{path}", body, {"Content-Type": kind})
+    try:
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            status, text, found = answer.status, answer.read(), answer.headers
+    except urllib.error.HTTPError as error:
+        status, text, found = error.code, error.read(), error.headers
+    return status, json.loads(text) if found["Content-Type"] == "application/json" else text.decode()
+
+
+def classify(server: Server, *images: bytes, query: str = "") -> tuple[int, Any]:
+    if len(images) == 1:
+        return ask(server, f"/v1/classify{query}", images[0])
+    parts = b"".join(
+        b'--xyz\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n' + image + b"\r\n"
+        for image in images
+    )
+    return ask(server, f"/v1/classify{query}", parts + b"--xyz--\r\n", "multipart/form-data; boundary=xyz")
+
+
+def test_an_image_is_answered_as_by_the_classifier(server, state):
+    [expected] = Classifier(state.path).classify([png(picture(1))])
+
+    status, answer = classify(server, png(picture(1)))
+
+    assert status == 200 and answer["release"] == expected.release
+    [got] = answer["predictions"]
+    assert tuple(got["labels"]) == expected.labels
+    assert got["scores"] == pytest.approx(expected.scores, abs=1e-5)
+
+
+def test_several_images_are_answered_in_their_order_and_a_broken_one_in_its_place(server, state):
+    images = [png(picture(1)), b"no image", png(picture(2))]
+
+    status, answer = classify(server, *images, query="?top=0")
+
+    assert status == 200
+    first, broken, last = answer["predictions"]
+    assert broken["error"] == "unsupported_format"
+    for got, image in ((first, images[0]), (last, images[2])):
+        [expected] = Classifier(state.path).classify([image], top=0)
+        assert tuple(got["labels"]) == expected.labels and len(got["scores"]) == 7
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "kind", "status", "said"),
+    [
+        ("/v1/classify", b"no image", "image/png", 422, None),
+        ("/v1/classify", b"", "image/png", 400, "got nothing"),
+        ("/v1/classify?top=-1", b"x", "image/png", 400, "top=-1"),
+        ("/v1/classify", b"x" * 100_001, "image/png", 413, "100001 bytes, larger than the 100000"),
+        ("/v1/classify", b"x", "multipart/form-data", 400, "expected one to 3 files"),
+        ("/v1/classify", b"garbage", "multipart/form-data; boundary=xyz", 400, "expected one to 3"),
+        ("/v1/classify", b"--xyz--\r\n", "multipart/form-data; boundary=xyz", 400, "got no file"),
+    ],
+)
+def test_what_cannot_be_answered_is_refused_with_the_reason(path, body, kind, status, said, server):
+    got, answer = ask(server, path, body, kind)
+    assert got == status
+    assert said is None or said in answer["error"]
+
+
+def test_more_images_than_allowed_are_refused(server):
+    status, answer = classify(server, *[png(picture(1))] * 4)
+    assert status == 400 and "expected one to 3 files" in answer["error"]
+
+
+def test_a_body_that_hides_its_size_is_cut_off(server):
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+    connection.request("POST", "/v1/classify", iter([b"x" * 60_000] * 2), encode_chunked=True)
+    assert connection.getresponse().status == 413
+
+
+def test_a_client_that_never_sends_its_image_is_let_go(server, monkeypatch):
+    monkeypatch.setattr(serve, "READ_S", 0.05)
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as client:
+        client.sendall(b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\nabc")
+        assert client.recv(4096).startswith(b"HTTP/1.1 408")
+
+
+def test_labels_are_those_of_the_release_that_answers(server, state):
+    status, answer = ask(server, "/v1/labels")
+    release = Classifier(state.path).release
+    assert status == 200
+    assert (answer["release"], answer["classes"]) == (release.id, list(release.classes))
+
+
+def test_more_requests_than_allowed_are_told_to_come_again(state):
+    with serving(state.path, max_requests=1) as server:
+        wait_for(lambda: ask(server, "/readyz")[0] == 200)
+        # given one that is being read
+        with socket.create_connection(("127.0.0.1", server.port)) as slow:
+            slow.sendall(b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\nabc")
+            wait_for(lambda: "gapstream_serve_requests_in_flight 1.0" in ask(server, "/metrics")[1])
+
+            status, answer = classify(server, png(picture(1)))
+
+        assert status == 503 and "come again" in answer["error"]
+        # and when it has gone
+        wait_for(lambda: classify(server, png(picture(1)))[0] == 200)
+
+
+def test_it_is_alive_without_a_release_and_ready_as_soon_as_there_is_one(state, tmp_path, monkeypatch):
+    monkeypatch.setattr(serve, "FOLLOW_S", 0.02)
+    with serving(tmp_path / "state") as server:
+        wait_for(lambda: "was a task learned yet?" in str(ask(server, "/readyz")))
+        assert ask(server, "/readyz")[0] == ask(server, "/v1/labels")[0] == 503
+        assert classify(server, png(picture(1)))[0] == 503
+
+        (tmp_path / "state").symlink_to(state.path)
+
+        wait_for(lambda: ask(server, "/readyz")[0] == 200)
+        assert classify(server, png(picture(1)))[0] == 200
+
+
+def test_swaps_under_load_neither_drop_nor_mix_an_answer(state, monkeypatch):
+    monkeypatch.setattr(serve, "FOLLOW_S", 0.02)
+    image = png(picture(3))
+    expected = {}
+    for number in (1, 2):
+        [answer] = Classifier(state.path / "commits" / f"{number:06d}" / "release").classify([image], top=0)
+        expected[answer.release] = answer
+    done = threading.Event()
+
+    def client() -> list[tuple[int, Any]]:
+        answers = []
+        while not done.is_set():
+            answers.append(classify(server, image, image, query="?top=0"))
+        return answers
+
+    with serving(state.path) as server, ThreadPoolExecutor(4) as pool:
+        wait_for(lambda: ask(server, "/readyz")[0] == 200)
+        clients = [pool.submit(client) for _ in range(4)]
+        try:
+            for number in (1, 2, 1, 2):
+                state.point(number)
+                classes = {1: 5, 2: 7}[number]
+                wait_for(lambda classes=classes: len(ask(server, "/v1/labels")[1]["classes"]) == classes)
+        finally:
+            done.set()
+        answers = [answer for client in clients for answer in client.result()]
+
+    assert {answer["release"] for _, answer in answers} == expected.keys()
+    for status, answer in answers:
+        assert status == 200
+        for got in answer["predictions"]:
+            assert tuple(got["labels"]) == expected[answer["release"]].labels
+            assert got["scores"] == pytest.approx(expected[answer["release"]].scores, abs=1e-5)
+
+
+def test_what_waits_goes_through_the_model_together_and_everyone_gets_their_own():
+    sizes: list[int] = []
+    begun, go = threading.Event(), threading.Event()
+
+    def classify(images, top):
+        begun.set()
+        go.wait(20)
+        return [Prediction((image, "b", "c")[: top or None], (1.0, 0.0, 0.0)[: top or None], "r") for image in images]
+
+    batcher = Batcher(classify, 4, sizes.append)
+    # given one on its way through, and five behind it
+    first = batcher.submit(["a"], 1)
+    begun.wait(20)
+    rest = [batcher.submit([name], top) for name, top in zip("bcdef", (1, 2, 0, 1, 1), strict=True)]
+
+    go.set()
+
+    assert [len(future.result(20)[0].labels) for future in (first, *rest)] == [1, 1, 2, 3, 1, 1]
+    assert [future.result(20)[0].labels[0] for future in (first, *rest)] == list("abcdef")
+    assert sizes == [1, 4, 1]
+    batcher.close()
+
+
+def test_a_model_that_fails_is_an_error_for_its_batch_and_the_next_one_is_answered():
+    def classify(images, top):
+        if images == ["bad"]:
+            raise RuntimeError("out of memory")
+        return [Prediction(("a",), (1.0,), "r") for _ in images]
+
+    batcher = Batcher(classify, 4)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        batcher.submit(["bad"], 1).result(20)
+    assert batcher.submit(["good"], 1).result(20)[0].labels == ("a",)
+    batcher.close()
+
+
+def test_the_metrics_count_what_was_answered(state):
+    with serving(state.path) as server:
+        wait_for(lambda: ask(server, "/readyz")[0] == 200)
+        classify(server, png(picture(1)), b"no image")
+        classify(server, b"no image")
+
+        metrics = ask(server, "/metrics")[1]
+
+    for line in (
+        'gapstream_serve_requests_total{code="200"} 1.0',
+        'gapstream_serve_requests_total{code="422"} 1.0',
+        'gapstream_serve_images_total{result="ok"} 1.0',
+        'gapstream_serve_images_total{result="rejected"} 2.0',
+        "gapstream_serve_batch_images_count 1.0",
+    ):
+        assert line in metrics
+    assert 'classes="7"' in metrics and "gapstream_serve_release_timestamp_seconds" in metrics
+
+
+def test_every_metric_is_in_the_readme():
+    registry = CollectorRegistry()
+    ServeMetrics(registry)
+    readme = (TOP / "README.md").read_text(encoding="utf-8")
+    for family in registry.collect():
+        if family.name.startswith("gapstream_"):
+            name = family.name + {"counter": "_total", "info": "_info"}.get(family.type, "")
+            assert f"| `{name}` | {family.type} |" in readme
+            assert f"| {family.documentation} |" in readme
+
+
+def test_a_taken_port_exits_with_a_clear_message(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert main(["serve", "--set", f"serve.port={taken.getsockname()[1]}"]) == 1
+    assert "set serve.host and serve.port to a free address" in capsys.readouterr().err
+
+
+def test_the_command_answers_without_torch_and_ends_well_on_sigterm(state, tmp_path):
+    code = (
+        "import sys; from agent.cli import main; "
+        f"e = main(['serve', '--set', 'state.path={state.path}', '--set', 'serve.port=0', '--set', 'serve.threads=1']);"
+        "print(*sorted({'torch', 'open_clip', 'streams.kafka'} & set(sys.modules)), e)"
+    )
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=log, text=True)
+    try:
+        wait_for(lambda: "release " in (tmp_path / "log").read_text())
+    finally:
+        process.terminate()
+    assert process.communicate(timeout=20)[0].split() == ["0"]
+    assert process.returncode == 0
