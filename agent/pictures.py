@@ -58,7 +58,8 @@ def accuracy(compared: Compared) -> str:
         if len(points) < max(count, 2):
             parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="4" fill="{color}"/>' for a, b in points]
         last = next(value for value in reversed(line) if value is not None)
-        ends.append((*reversed(points[-1]), f"{results[0]['method']}  {100 * last:.1f}", color))
+        end_x, end_y = points[-1]
+        ends.append((end_y, end_x, f"{results[0]['method']}  {100 * last:.1f}", color))
     parts += _labels(left + inner + 26, ends, top, height - bottom)
     return _svg(width, height, parts)
 

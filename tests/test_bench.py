@@ -30,7 +30,7 @@ from agent.bench import (
 )
 from agent.cli import main
 from agent.clip import Clip, load_clip
-from agent.config import Config, ConfigError
+from agent.config import Config, ConfigError, load
 from agent.evaluation import Evaluator
 from agent.holdout import HoldOut
 from agent.methods import build
@@ -275,3 +275,15 @@ def test_mean_and_spread_leave_out_what_is_undefined() -> None:
     assert mean_and_spread([{"avg": 0.5}, {"avg": 0.7}, {"avg": None}], "avg") == pytest.approx((0.6, 0.1414), abs=1e-4)
     assert mean_and_spread([{"avg": 0.5}], "avg") == (0.5, None)
     assert mean_and_spread([{"avg": None}], "avg") == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "tasks"),
+    [("cifar100", 100, 10), ("cub200", 200, 10), ("imagenet-r", 200, 10), ("imagenet100", 100, 10)],
+)
+def test_the_settings_of_the_papers_can_be_read(name: str, classes: int, tasks: int) -> None:
+    config = load(Path(__file__).parents[1] / "deploy" / "papers" / f"{name}.toml", {})
+
+    archive = config.source.archive
+    assert len(set(archive.class_order)) == len(archive.class_order) == classes == tasks * archive.classes_per_task
+    assert config.model.name == "ViT-B-16" and config.model.pretrained == "openai"
