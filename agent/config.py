@@ -462,12 +462,12 @@ class Evaluation(_Section):
 class Triton(_Section):
     """A model repository of the Triton server, with `layout = "triton"`."""
 
-    repository: Path = Path("models")
-    """The folder; best on the disk of `state.path`, where files are shared instead of copied."""
+    repository: Annotated[Path | None, Unset] = None
+    """The folder that holds its models; best on the disk of `state.path`, where files are shared instead of copied."""
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")] = "gapstream"
     """The model's name there."""
-    keep: int = Field(3, ge=1)
-    """Newest versions kept; a version is the number of its commit."""
+    versions: int = Field(3, ge=1)
+    """Newest versions kept; a version has the number of its commit."""
 
 
 class Release(_Section):
@@ -490,6 +490,12 @@ class Release(_Section):
     max_old_class_drop: float = Field(0, ge=0, le=1)
     """Gate: refuse a release whose accuracy on the classes before the task fell by more than this (0.05 is five
     points); 0: no gate."""
+
+    @model_validator(mode="after")
+    def _somewhere(self) -> Release:
+        if self.layout == "triton" and self.triton.repository is None:
+            raise ValueError('triton.repository is empty; layout = "triton" needs the folder of a model repository')
+        return self
 
 
 class State(_Section):

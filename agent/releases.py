@@ -112,24 +112,26 @@ def publish(settings: Settings, state: Path, number: int, folder: Path) -> None:
 
     A release that is served there under the number of an earlier commit is not repeated. Raises ReleaseError, OSError.
     """
-    place = settings.triton
+    repository, name = settings.triton.repository, settings.triton.name
+    assert repository is not None
+    model = repository / name
     release, held = releases.read(folder), pinned(state)
-    (place.repository / place.name).mkdir(parents=True, exist_ok=True)
-    there = triton.versions(place.repository, place.name)
+    model.mkdir(parents=True, exist_ok=True)
+    there = triton.versions(repository, name)
     if held is not None and held not in (*there, number):
         publish(settings, state, held, state / RELEASE)
-        there = triton.versions(place.repository, place.name)
-    newest = releases.read(place.repository / place.name / str(there[-1])) if there else None
+        there = triton.versions(repository, name)
+    newest = releases.read(model / str(there[-1])) if there else None
     if newest is not None and number != held:
         if newest.id == release.id:
             number = there[-1]
         elif there[-1] >= number:
             raise ReleaseError(
-                f"{place.repository / place.name} has version {there[-1]} with another model, and commit {number} of "
+                f"{model} has version {there[-1]} with another model, and commit {number} of "
                 f"{state} is not newer; not published. Delete that folder, or set release.triton.name to another name"
             )
-    limits = {"keep": place.keep, "max_batch": settings.max_batch}
-    triton.publish(release, place.repository, place.name, number, **limits, pinned=held)
+    limits = {"keep": settings.triton.versions, "max_batch": settings.max_batch}
+    triton.publish(release, repository, name, number, **limits, pinned=held)
 
 
 class Publisher:

@@ -38,7 +38,7 @@ def state(tmp_path) -> Path:
 
 @pytest.fixture
 def settings(tmp_path) -> Release:
-    place = {"repository": tmp_path / "models", "name": "clip", "keep": 2}
+    place = {"repository": tmp_path / "models", "name": "clip", "versions": 2}
     return Config.model_validate({"release": {"layout": "triton", "triton": place}}).release
 
 
