@@ -193,7 +193,7 @@ def _run_all(waiting: Sequence[Run], listing: Listing, clip: Clip, config: Confi
         data = load_data(listing, clip, config, out, lambda done: bars.update(images, completed=done))
         overall = bars.add_task("runs", total=len(waiting))
         for run in waiting:
-            steps = data.joint() if run.spec.startswith(JOINT) else tuple(enumerate(data.tasks))
+            steps = data.joint() if run.spec.partition(":")[0] == JOINT else tuple(enumerate(data.tasks))
             bar = bars.add_task(run.title, total=len(steps))
 
             def report(doing: Doing, bar: Any = bar, title: str = run.title) -> None:
