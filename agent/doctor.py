@@ -68,19 +68,23 @@ def examine(config: Config) -> Iterator[Finding]:
         yield Finding("commit", "problem", str(error))
     yield _disk(config, commit)
     yield from _http(config, running)
-    yield from _looked_at("source", lambda: _source(config, commit))
-    yield from _looked_at("learner", lambda: _learner(config, commit))
-    yield from _looked_at("release", lambda: _release(config, commit))
+    kind = config.source.kind
+    cure = f"check [source.{kind}], and that what it names can be reached and read from here"
+    yield from _looked_at("source", cure, lambda: _source(config, commit))
+    cure = "check [model], [method] and the archives of [evaluation]"
+    yield from _looked_at("learner", cure, lambda: _learner(config, commit))
+    cure = "`gapstream rollback N` sends readers to an older one, see `gapstream releases`"
+    yield from _looked_at("release", cure, lambda: _release(config, commit))
 
 
-def _looked_at(about: str, look: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+def _looked_at(about: str, cure: str, look: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
     """What the look finds; what it raises is a finding too, of whatever class: libraries have their own."""
     try:
         yield from look()
     except Exception as error:
         kind = type(error)
         ours = kind.__module__.partition(".")[0] in ("agent", "exporter", "streams")
-        yield Finding(about, "problem", str(error) if ours else f"{kind.__name__}: {error}")
+        yield Finding(about, "problem", str(error) if ours else f"{kind.__name__}: {error}", cure)
 
 
 def _lock_holder(state: Path) -> str:
@@ -171,8 +175,8 @@ def _source(config: Config, commit: Commit | None) -> Iterator[Finding]:
             yield Finding("source", "problem", text, "set [source] back to that stream, or state.path to a new folder")
             return
         source.seek(commit.offsets if commit else {})
-        behind = sum(source.lag().values())
-        yield Finding("source", "ok", f"{where}: {len(source.positions)} partition(s), {behind} record(s) to read")
+        at = ", ".join(f"{topic}/{number}:{offset}" for (topic, number), offset in sorted(source.positions.items()))
+        yield Finding("source", "ok", f"{where}; read from {at or 'the beginning'}")
     if config.source.kind == "kafka":
         try:
             open_dead_letters(config, create=False).close()

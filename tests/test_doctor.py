@@ -125,6 +125,6 @@ def test_whatever_a_look_raises_is_a_finding():
         raise RuntimeError("CUDA error: out of memory")
         yield
 
-    (found,) = doctor._looked_at("learner", broken)
+    (found,) = doctor._looked_at("learner", "free some of it", broken)
 
-    assert found == Finding("learner", "problem", "RuntimeError: CUDA error: out of memory")
+    assert found == Finding("learner", "problem", "RuntimeError: CUDA error: out of memory", "free some of it")
