@@ -16,7 +16,7 @@ def findings(bootstrap: str, topic: str, commit: Commit | None = None, **kafka: 
     return list(_looked_at("source", "look there", lambda: _source(config, commit)))
 
 
-def test_it_is_told_where_a_topic_would_be_read_from_and_a_missing_dead_letter_topic_is_not_made(bootstrap, new_topic, producer, admin):
+def test_it_says_where_reading_begins_and_makes_no_dead_letter_topic(bootstrap, new_topic, producer, admin):
     topic = new_topic(partitions=2)
     for partition in (0, 1, 1):
         producer.send(topic, b"image", partition=partition).get(10)
