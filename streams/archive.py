@@ -323,7 +323,7 @@ class ArchiveSource:
         """
         unusable = self._archive.unusable
         items = [item for item in self._stream if item is None or item.class_name not in unusable]
-        return [item and (item.class_name, item.entry) for item in items]
+        return [None if item is None else (item.class_name, item.entry) for item in items]
 
     def throttle(self, full: bool) -> None:
         self._throttled = full
