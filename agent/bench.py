@@ -8,7 +8,6 @@ is not run again: what was interrupted starts over, what is finished stays.
 from __future__ import annotations
 
 import argparse
-import csv
 import ctypes
 import gc
 import hashlib
@@ -16,7 +15,6 @@ import json
 import logging
 import os
 import re
-import statistics
 import tempfile
 import threading
 import time
@@ -31,11 +29,12 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from agent import gap, methods, pictures
+from agent.bench_data import Data, Listing, Scored, list_images, load_data
+from agent.bench_table import terminal_table, write_tables
 from agent.cli import config_from
 from agent.clip import Clip, load_clip
 from agent.config import Config, ConfigError, resolved
@@ -46,54 +45,15 @@ from agent.evaluation import (
     last_accuracy,
     retention,
 )
-from agent.images import TokensAt, load_tokens
 from agent.methods.base import InferenceModule, Method, Report, TaskData
 from agent.values import Progress as Doing
 from agent.values import Update
-from exporter.preprocess import ImageError
-from streams.archive import ArchiveFolder, ArchiveSource, Entry
-from streams.record import Unusable
 
 log = logging.getLogger(__name__)
 
 JOINT = "joint"
 """The upper bound: `finetune` with all tasks as one. It needs the whole stream at once, so the agent cannot run it."""
 _PACKAGES = ("gapstream", "torch", "open_clip_torch", "timm", "numpy", "pillow")
-
-
-class BenchError(Exception):
-    """There is nothing to compare; the message says why."""
-
-
-@dataclass(frozen=True)
-class Column:
-    key: str
-    title: str
-    unit: float
-    """What a value is divided by before it is shown."""
-    digits: int
-
-
-COLUMNS = (
-    Column("avg", "Avg %", 0.01, 1),
-    Column("last", "Last %", 0.01, 1),
-    Column("forgetting", "Forgetting %", 0.01, 1),
-    Column("backward_transfer", "BWT %", 0.01, 1),
-    Column("retention", "Retention %", 0.01, 1),
-    Column("gap_drift", "Gap drift %", 0.01, 1),
-    Column("seconds", "Seconds", 1, 0),
-    Column("peak_memory_bytes", "Peak memory MB", 1e6, 0),
-    Column("trainable_parameters", "Trainable k", 1e3, 0),
-    Column("stored_parameters", "Stored k", 1e3, 0),
-)
-
-LEGEND = """\
-Avg: mean over tasks of the accuracy on all classes so far; Last: after the last task; forgetting: mean drop of the
-earlier tasks from their best; BWT: mean change of the earlier tasks since they were learned; retention: zero-shot
-accuracy on {probe} over the untouched model's; gap drift: change of the mean similarity to wrong names on the test
-images after the last task, relative to the untouched model's separation; seconds: learning, on {device}; peak memory:
-beyond the untouched model and the images, which all share; trainable: parameters given to an optimiser in a task;
-stored: numbers kept between tasks, after the last."""
 
 
 def bench_command(arguments: argparse.Namespace) -> None:
@@ -135,26 +95,32 @@ def settings(spec: str) -> list[str]:
 
 def _options(arguments: argparse.Namespace) -> list[str]:
     """The command's own options as KEY=VALUE."""
-    values = {
+    values: dict[str, Any] = {
         "source.archive.path": arguments.data,
         "source.archive.classes_per_task": arguments.classes_per_task,
         "source.archive.per_class": arguments.per_class,
         "evaluation.probe_archive": arguments.probe,
     }
-    set_here = [f"{key}={value}" for key, value in values.items() if value is not None]
-    return set_here if arguments.order is None else [*set_here, _order(arguments.order)]
+    if arguments.order is not None:
+        values |= _order(arguments.order)
+    return [f"{key}={value}" for key, value in values.items() if value is not None]
 
 
-def _order(text: str) -> str:
+def _order(text: str) -> dict[str, str]:
+    """The keys that make `--order` win over whatever order a configuration file has."""
+    order, file, seed = (f"source.archive.{name}" for name in ("class_order", "class_order_file", "seed"))
     if text.isdecimal():
-        return f"source.archive.seed={text}"
+        return {order: "", file: "", seed: text}
     if text.endswith(".json"):
-        content = json.loads(Path(text).read_text("utf-8"))
+        try:
+            content = json.loads(Path(text).read_text("utf-8"))
+        except ValueError:
+            content = None  # refused, with the reason, where the file is read
         if isinstance(content, dict):
             if "stream_order" not in content:
                 raise ConfigError(f"--order {text}: got an object without `stream_order`, expected class names in it")
-            return f"source.archive.class_order={json.dumps(content['stream_order'], ensure_ascii=False)}"
-    return f"source.archive.class_order_file={text}"
+            return {order: json.dumps(content["stream_order"], ensure_ascii=False), file: ""}
+    return {order: "", file: text}
 
 
 def bench(
@@ -182,7 +148,7 @@ def bench(
     compared = [[result for result in results if result["method"] == spec] for spec in rows]
     write_tables(compared, out)
     pictures.write(compared, out)
-    console.print(_terminal_table(compared))
+    console.print(terminal_table(compared))
     console.print(f"results in {out}: table.md, table.csv, accuracy.svg, matrices.svg, gap.svg, runs/")
 
 
@@ -205,156 +171,6 @@ def _run_all(waiting: Sequence[Run], listing: Listing, clip: Clip, config: Confi
             bars.remove_task(bar)
             bars.advance(overall)
             bars.console.print(f"{run.title}: Last {result['last']:.1%} after {result['seconds']:.0f} s of learning")
-
-
-@dataclass(frozen=True)
-class Listing:
-    """The images of a comparison, not read yet."""
-
-    tasks: tuple[tuple[tuple[str, Entry], ...], ...]
-    """(class name, file) of the training images of every task, in stream order."""
-    test: tuple[tuple[str, Entry], ...]
-    probe: tuple[tuple[str, Entry], ...]
-    digest: str
-    """Hex sha256 of all class names, file names, sizes and checksums, in order."""
-
-    @property
-    def images(self) -> int:
-        return sum(map(len, self.tasks)) + len(self.test) + len(self.probe)
-
-
-def list_images(config: Config, tasks: int = 0) -> Listing:
-    """The stream cut at its boundary marks, its test images (of the same archive without `evaluation.test_archive`),
-    and the probe. tasks: only the first so many; 0 is all. Raises BenchError and StreamError."""
-    settings, limits = config.evaluation, config.source
-    bounds: dict[str, Any] = {"max_image_bytes": limits.max_image_bytes, "max_label_chars": limits.max_label_chars}
-    archive = config.source.archive
-    groups: list[list[tuple[str, Entry]]] = [[]]
-    for item in ArchiveSource(**archive.model_dump(exclude={"on_end"}), **bounds).listing():
-        if item is None:
-            groups.append([])
-        else:
-            groups[-1].append(item)
-    groups = [group for group in groups if group]
-    groups = groups[:tasks] if tasks else groups
-    spelling = {name.casefold(): name for group in groups for name, _ in group}
-    test = ArchiveFolder(settings.test_archive or archive.path, settings.test_split, ("test", "val"), **bounds)
-    trained = {entry.path for group in groups for _, entry in group}
-    if not settings.test_archive and any(e.path in trained for name in test.classes for e in test.images(name)):
-        raise BenchError(
-            f"{test.path} has no split folder `test` or `val` beside its training images; expected "
-            "train/class name/image and test/class name/image, or evaluation.test_archive"
-        )
-    listed = [
-        (spelling[name.casefold()], entry)
-        for name in test.classes
-        if name.casefold() in spelling
-        for entry in test.images(name, settings.test_per_class)
-    ]
-    missing = sorted(set(spelling.values()) - {name for name, _ in listed})
-    if missing:
-        raise BenchError(f"{test.path} has no test images of {', '.join(missing[:5])}; every class needs some")
-    probed: list[tuple[str, Entry]] = []
-    if settings.probe_archive:
-        probe = ArchiveFolder(settings.probe_archive, settings.probe_split, ("test", "val"), **bounds)
-        probed = [(name, e) for name in probe.classes for e in probe.images(name, settings.probe_per_class)]
-    parts = (*groups, listed, probed)
-    facts = [[(name, entry.path, entry.size, entry.crc) for name, entry in part] for part in parts]
-    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-    return Listing(tuple(map(tuple, groups)), tuple(listed), tuple(probed), digest)
-
-
-@dataclass(frozen=True)
-class Scored:
-    """Images to score on, with the untouched model's embeddings."""
-
-    names: tuple[str, ...]
-    labels: Tensor
-    """int64 [N] on the CPU, index into `names`."""
-    tokens: TokensAt
-    untouched: Tensor
-    """float32 [N, D], L2-normalised, on the CPU."""
-
-    def of(self, names: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Index int64 [n] of the images of these names, and their labels int64 [n] as index into them."""
-        place = torch.full((len(self.names),), -1)
-        for i, name in enumerate(names):
-            if name in self.names:
-                place[self.names.index(name)] = i
-        labels = place[self.labels]
-        index = (labels >= 0).nonzero().squeeze(1)
-        return index, labels[index]
-
-
-@dataclass(frozen=True)
-class Data:
-    tasks: tuple[TaskData, ...]
-    test: Scored
-    probe: Scored | None
-    _tokens: TokensAt
-    """Of all training images, in stream order."""
-
-    def joint(self) -> tuple[tuple[int, TaskData], ...]:
-        """All tasks as one, to be scored where the last one is."""
-        classes = tuple(dict.fromkeys(name for task in self.tasks for name in task.classes))
-        labels = [torch.tensor([classes.index(name) for name in task.classes])[task.labels] for task in self.tasks]
-        return ((len(self.tasks) - 1, TaskData(1, classes, torch.cat(labels), self._tokens)),)
-
-
-def load_data(
-    listing: Listing, clip: Clip, config: Config, scratch: Path, advance: Callable[[int], None] = lambda done: None
-) -> Data:
-    """Decode every image of the listing once, in this order: tasks, test, probe. Images that cannot be decoded are left
-    out with a warning. Raises BenchError when a task has none left."""
-    parts = (*listing.tasks, listing.test, listing.probe)
-    entries = [item for part in parts for item in part]
-    loaded = load_tokens(
-        [partial(_read, entry) for _, entry in entries],
-        clip,
-        max_pixels=config.source.max_image_pixels,
-        # on a CPU in a file, so that memory stays bounded and what a method needs can be told apart
-        cache_bytes=config.method.cache_bytes if clip.device.type != "cpu" else 0,
-        scratch=scratch,
-        advance=advance,
-    )
-    for index, error in loaded.failed:
-        log.warning("image %s is left out: %s", entries[index][1].path, error)
-    ends = torch.tensor([len(part) for part in parts]).cumsum(0).tolist()
-    sections: list[list[int]] = [[] for _ in parts]
-    part = 0
-    for row, index in enumerate(loaded.kept):
-        while index >= ends[part]:
-            part += 1
-        sections[part].append(row)
-
-    def of(rows: Sequence[int]) -> tuple[tuple[str, ...], Tensor, TokensAt]:
-        labels = [entries[loaded.kept[row]][0] for row in rows]
-        names = tuple(dict.fromkeys(labels))
-        number = {name: i for i, name in enumerate(names)}
-        index = torch.tensor([number[label] for label in labels], dtype=torch.int64)
-        return names, index, TokensAt(loaded.tokens, torch.tensor(rows, dtype=torch.int64))
-
-    *learned, test, probe = sections
-    if not all(learned) or not test:
-        raise BenchError("a task or the test set has no image that can be decoded; see the warnings above")
-    return Data(
-        tuple(TaskData(number, *of(rows)) for number, rows in enumerate(learned, 1)),
-        _scored(*of(test), clip, config.evaluation.batch_size),
-        _scored(*of(probe), clip, config.evaluation.batch_size) if probe else None,
-        TokensAt(loaded.tokens, torch.tensor([row for rows in learned for row in rows])),
-    )
-
-
-def _scored(names: tuple[str, ...], labels: Tensor, tokens: TokensAt, clip: Clip, batch: int) -> Scored:
-    parts = [clip.encode_tokens(tokens.batch(index)).cpu() for index in torch.arange(len(labels)).split(batch)]
-    return Scored(names, labels, tokens, torch.cat(parts))
-
-
-def _read(entry: Entry) -> bytes:
-    try:
-        return entry.read()
-    except Unusable as error:
-        raise ImageError("undecodable", str(error)) from error
 
 
 @dataclass(frozen=True)
@@ -417,25 +233,25 @@ def run_one(
     matrix: list[list[float | None]] = [[None] * count for _ in range(count)]
     accuracies: list[float | None] = [None] * count
     history: list[dict[str, Any]] = []
-    trainable = 0
-    with peak_memory(clip.device) as peak:
-        for at, task in steps:
+    trainable = peak = 0
+    for at, task in steps:
+        with optimised() as parameters, peak_memory(clip.device) as measured:
             started = time.perf_counter()
-            with optimised() as parameters:
-                update = method.update(task, report)
+            update = method.update(task, report)
             _wait(clip.device)
             seconds = time.perf_counter() - started
-            trainable = max(trainable, sum(p.numel() for p in parameters.values()))
-            parameters.clear()
-            report(Doing("evaluate", task.number))
-            scores = _score(method, method.inference_module(), data, tasks, clip, run.config.evaluation.batch_size)
-            matrix[at], accuracies[at] = scores.pop("row"), scores["accuracy"]
-            history.append(
-                {"task": at + 1, "classes": list(task.classes), "samples": len(task), **scores}
-                | {"seconds": seconds, "scoring_seconds": time.perf_counter() - started - seconds}
-                | _facts(update)
-            )
-            advance()
+            peak = max(peak, measured())
+        trainable = max(trainable, sum(p.numel() for p in parameters.values()))
+        report(Doing("evaluate", task.number))
+        started = time.perf_counter()
+        scores = _score(method, method.inference_module(), data, tasks, clip, run.config.evaluation.batch_size)
+        matrix[at], accuracies[at] = scores.pop("row"), scores["accuracy"]
+        history.append(
+            {"task": at + 1, "classes": list(task.classes), "samples": len(task), **scores}
+            | {"seconds": seconds, "scoring_seconds": time.perf_counter() - started}
+            | _facts(update)
+        )
+        advance()
     state = method.state().tensors.values()
     kept = [entry["retention"] for entry in history if entry["retention"] is not None]
     result = {
@@ -457,7 +273,7 @@ def run_one(
         "retention_of": "probe" if data.probe else "not learned yet",
         "gap_drift": history[-1]["gap"]["drift"],
         "seconds": sum(entry["seconds"] for entry in history),
-        "peak_memory_bytes": peak(),
+        "peak_memory_bytes": peak,
         "trainable_parameters": trainable,
         "stored_parameters": sum(tensor.numel() for tensor in state),
         "stored_bytes": sum(tensor.nbytes for tensor in state),
@@ -576,7 +392,7 @@ def _own_memory() -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
             return 1024 * int(line.split()[1])
-    raise BenchError("/proc/self/status has no RssAnon; memory is measured on Linux 4.5 or newer")
+    raise OSError("/proc/self/status has no RssAnon; memory is measured on Linux 4.5 or newer")
 
 
 def _wait(device: torch.device) -> None:
@@ -588,67 +404,6 @@ def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {torch.get_num_threads()} threads"
-
-
-Compared = Sequence[Sequence[Mapping[str, Any]]]
-"""Results of the runs of one method spec after the other."""
-
-
-def write_tables(compared: Compared, out: Path) -> None:
-    """table.csv (raw values, mean and spread) and table.md (as shown) in `out`."""
-    with (out / "table.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["method", "seeds", *(f"{c.key}_{kind}" for c in COLUMNS for kind in ("mean", "spread"))])
-        for results in compared:
-            values = [value for column in COLUMNS for value in mean_and_spread(results, column.key)]
-            seeds = " ".join(str(result["seed"]) for result in results)
-            writer.writerow([results[0]["method"], seeds, *("" if value is None else value for value in values)])
-    head = ["Method", *(column.title for column in COLUMNS)]
-    lines = [head, ["---", *("--:" for _ in COLUMNS)], *([f"`{row[0]}`", *row[1:]] for row in _cells(compared))]
-    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    _write(out / "table.md", f"{text}\n\n{_legend(compared)}\n")
-
-
-def mean_and_spread(results: Sequence[Mapping[str, Any]], key: str) -> tuple[float | None, float | None]:
-    """Mean over the runs, and their sample standard deviation (None for fewer than two)."""
-    values = [result[key] for result in results if result[key] is not None]
-    if not values:
-        return None, None
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
-
-
-def _cells(compared: Compared) -> list[list[str]]:
-    return [[results[0]["method"], *(_cell(results, column) for column in COLUMNS)] for results in compared]
-
-
-def _cell(results: Sequence[Mapping[str, Any]], column: Column) -> str:
-    mean, spread = mean_and_spread(results, column.key)
-    if mean is None:
-        return "-"
-    text = f"{mean / column.unit:,.{column.digits}f}"
-    return f"{text} ± {spread / column.unit:,.{column.digits}f}" if spread else text
-
-
-def _legend(compared: Compared) -> str:
-    first = compared[0][0]
-    never = first["retention_of"] == "probe"
-    probe = "classes never learned" if never else "the classes not learned yet, last measured"
-    seeds = len(compared[0])
-    text = LEGEND.format(probe=probe, device=first["device_name"])
-    return text + (
-        f"\nMean ± standard deviation over {seeds} seeds; no ± where all agree."
-        if seeds > 1
-        else f" Seed {first['seed']}."
-    )
-
-
-def _terminal_table(compared: Compared) -> Table:
-    table = Table("method", caption=_legend(compared), caption_justify="left")
-    for column in COLUMNS:
-        table.add_column(column.title, justify="right")
-    for row in _cells(compared):
-        table.add_row(*row)
-    return table
 
 
 def _write(path: Path, text: str) -> None:

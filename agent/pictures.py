@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
 
-Compared = Sequence[Sequence[Mapping[str, Any]]]
-"""Results of the runs of one method spec after the other (see agent.bench)."""
+from agent.bench_table import Compared
 
 COLORS = ("#0b5cad", "#c2570c", "#2e7d4f", "#8a3ffc", "#a3123f", "#5b6470", "#b8860b", "#00838f", "#d0489e", "#6b4f3a")
 DASHES = ("", "7 4", "2 4")

@@ -14,20 +14,9 @@ from PIL import Image
 from rich.console import Console
 
 from agent import bench as module
-from agent.bench import (
-    BenchError,
-    Listing,
-    Run,
-    bench,
-    list_images,
-    load_data,
-    mean_and_spread,
-    optimised,
-    peak_memory,
-    run_one,
-    settings,
-    split_methods,
-)
+from agent.bench import Run, bench, optimised, peak_memory, run_one, settings, split_methods
+from agent.bench_data import BenchError, Listing, list_images, load_data
+from agent.bench_table import mean_and_spread
 from agent.cli import main
 from agent.clip import Clip, load_clip
 from agent.config import Config, ConfigError, load
