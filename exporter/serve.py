@@ -212,6 +212,8 @@ class Server:
                 f"cannot serve on {host}:{port} ({error.strerror or error}); set serve.host and serve.port to a free "
                 "address, or serve.port to 0 for any free port",
             ) from error
+        # asyncio sets it only on sockets made with IPPROTO_TCP; without it an answer waits 40 ms for the client's ACK.
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     @property
     def port(self) -> int:

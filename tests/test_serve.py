@@ -139,6 +139,17 @@ def test_a_body_that_hides_its_size_is_cut_off(server):
     assert connection.getresponse().status == 413
 
 
+def test_an_answer_on_a_kept_connection_does_not_wait_for_an_acknowledgement(server):
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+    seconds = []
+    for _ in range(20):
+        began = time.monotonic()
+        connection.request("POST", "/v1/classify", png(picture(1)))
+        assert connection.getresponse().read()
+        seconds.append(time.monotonic() - began)
+    assert min(seconds[1:]) < 0.035
+
+
 def test_a_client_that_never_sends_its_image_is_let_go(server, monkeypatch):
     monkeypatch.setattr(serve, "READ_S", 0.05)
     with socket.create_connection(("127.0.0.1", server.port), timeout=20) as client:
