@@ -193,6 +193,7 @@ def config_command(arguments: argparse.Namespace) -> None:
 def predict_command(arguments: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from exporter.preprocess import ImageError
     from exporter.runtime import Classifier
@@ -208,7 +209,7 @@ def predict_command(arguments: argparse.Namespace) -> int:
             failed = EXIT_ERROR
             continue
         for rank, (label, score) in enumerate(zip(prediction.labels, prediction.scores, strict=True)):
-            table.add_row("" if rank else str(path), label, f"{score:.1%}")
+            table.add_row(Text("" if rank else str(path)), Text(label), f"{score:.1%}")
         table.add_section()
     Console().print(table)
     return failed

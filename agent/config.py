@@ -62,7 +62,7 @@ class Model(_Section):
     """Sentence a class name is put into before the text tower reads it."""
     device: str = "auto"
     """`auto` (CUDA when there is one), `cpu`, `cuda`, `cuda:1`."""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of training: `auto` is bf16 autocast on CUDA that has it, `fp32` elsewhere (bitwise reproducible on a
     CPU); `bf16` and `fp16` force autocast."""
     threads: int = Field(0, ge=0)
@@ -428,7 +428,8 @@ class Method(_Section):
     seed: int = 0
     """All randomness of training comes from this, the task's number and nothing else."""
     cache_bytes: int = Field(2**30, ge=0)
-    """Memory for the frozen part's output of a task's images; what does not fit waits in a file on disk."""
+    """Memory for the frozen part's output of a task's images (what does not fit waits in a file on
+    disk), and as much again for that of test images (what does not fit is decoded again)."""
     lora: Lora = Lora()
     mgclip: MgClip = MgClip()
     finetune: Finetune = Finetune()
@@ -712,7 +713,7 @@ def _set(
         try:
             values[name] = tomllib.loads(f"list = {text}")["list"] if text.startswith("[") else _comma_separated(text)
         except tomllib.TOMLDecodeError:
-            mistakes.append(f"{key} ({origin}): got {text}, expected a list as in TOML, like [\"cat\", \"dog\"]")
+            mistakes.append(f'{key} ({origin}): got {text}, expected a list as in TOML, like ["cat", "dog"]')
             values[name] = ()
 
 

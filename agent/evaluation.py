@@ -260,7 +260,8 @@ class Evaluator:
 
         - `task`, `classes` (all learned, in order), `samples` (trained on), `test_images` (scored), `held_out` (in all)
         - `accuracy` (all classes seen), `zero_shot` (the untouched model on the same images and names),
-          `predict_before_learn`, `old_classes` {before, after} (classes of earlier tasks; before as the parent says)
+          `predict_before_learn`, `old_classes` {before, after} (classes of the newest release, before this task:
+          its accuracy then and now)
         - `matrix` [T][T], `avg`, `last`, `forgetting`, `backward_transfer`: over all tasks, see the formulas above
         - `retention` and `probe` {of, images, classes, untouched, now}: on the probe, else on the test archive's
           classes that are not learned yet (`of` says which); None without either
@@ -286,6 +287,7 @@ class Evaluator:
         accuracy = _accuracy(scores.values())
         zero_shot = _accuracy(untouched.values())
         accuracies = [entry["accuracy"] for entry in history] + [accuracy]
+        serving = max((i for i, entry in enumerate(history) if entry.get("released", True)), default=None)
         probe = self._score_probe(method, task.number, report)
         seconds = dict(update.seconds) if update else {}
         seconds["evaluate"] = before.seconds + time.perf_counter() - started
@@ -315,8 +317,8 @@ class Evaluator:
             "classes": list(method.classes),
             "held_out": len(self._holdout),
             "old_classes": {
-                "before": accuracies[-2] if history else None,
-                "after": _accuracy([scores[name] for name in scores if owner[name] < len(history)]),
+                "before": accuracies[serving] if serving is not None else None,
+                "after": _accuracy([scores[name] for name in scores if serving is not None and owner[name] <= serving]),
             },
             "matrix": matrix,
             "avg": average_incremental_accuracy(accuracies),

@@ -143,7 +143,8 @@ def _allocate(
     scratch.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix="tokens-", dir=scratch)
     try:
-        os.ftruncate(handle, count * dtype.itemsize)
+        # reserves the space: a disk that is full says so here, and not by a signal in the middle of a copy
+        os.posix_fallocate(handle, 0, count * dtype.itemsize)
         return torch.from_file(name, shared=True, size=count, dtype=dtype).reshape(shape)
     finally:
         os.close(handle)

@@ -323,7 +323,8 @@ class Pipeline:
         else:
             totals.update(f"rejected_{late.reason}" for late in outcome.rejected)
             if outcome.update is not None:
-                totals.update(training_samples=outcome.update.samples, training_steps=outcome.update.steps)
+                update = outcome.update
+                totals.update(training_samples=update.samples * update.epochs_run, training_steps=update.steps)
         return dict(totals)
 
 

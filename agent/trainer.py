@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -144,8 +144,8 @@ class Learner:
         module, refused = self._module, None
         if limit and old["before"] is not None and old["after"] is not None and old["before"] - old["after"] > limit:
             refused = (
-                f"accuracy on the classes before this task fell from {old['before']:.1%} to {old['after']:.1%}, more "
-                f"than release.max_old_class_drop = {limit:.1%}"
+                f"accuracy on the classes of the release that serves fell from {old['before']:.1%} to "
+                f"{old['after']:.1%}, more than release.max_old_class_drop = {limit:.1%}"
             )
         if module is None:
             refused = "nothing was learned"
@@ -175,6 +175,7 @@ class Learner:
                 }
             except ReleaseError as error:
                 scores["release"]["refused"] = refused = str(error)
+        scores["history"][-1]["released"] = refused is None
         if refused is not None:
             log.warning("no new release after task %d: %s; the one before serves on", task.number, refused)
         return refused
@@ -219,20 +220,23 @@ class Learner:
     def _save(self, staging: Path) -> None:
         state = self._method.state()
         save_file({k: v.detach().cpu().contiguous() for k, v in state.tensors.items()}, staging / TENSORS)
-        facts = {"method": self._config.method.name, "model": self._clip.identity, "facts": dict(state.facts)}
+        facts = {**self._learned_by(), "facts": dict(state.facts)}
         (staging / FACTS).write_text(json.dumps(facts, indent=1, ensure_ascii=False), encoding="utf-8")
+
+    def _learned_by(self) -> dict[str, Any]:
+        """What a checkpoint's numbers mean something under."""
+        method = self._config.method
+        return {"method": method.name, "lora": method.lora.model_dump(), "model": self._clip.identity}
 
     def _load(self, commit: Path) -> None:
         if not (commit / FACTS).exists():  # only rejected records so far
             return
         saved = json.loads((commit / FACTS).read_text(encoding="utf-8"))
-        wanted: dict[str, Any] = {"method": self._config.method.name, "model": self._clip.identity}
-        different = [key for key in ("sha256", "prompt") if saved["model"][key] != wanted["model"][key]]
-        if different or saved["method"] != wanted["method"]:
+        wanted = self._learned_by()
+        if _told_apart_by(saved) != _told_apart_by(wanted):
             raise LearnerError(
-                f"{commit} was learned by {saved['method']} on {_model(saved['model'])}, but the configuration says "
-                f"{wanted['method']} on {_model(wanted['model'])}. Nothing was changed: restore the configuration, or "
-                "set state.path to a new folder to start over"
+                f"{commit} was learned by {_told(saved)}, but the configuration says {_told(wanted)}. Nothing was "
+                "changed: restore the configuration, or set state.path to a new folder to start over"
             )
         self._method.load_state(LearnerState(load_file(commit / TENSORS), saved["facts"]))
 
@@ -268,6 +272,13 @@ def _late(sample: Sample, reason: str, detail: str) -> LateRejection:
     return LateRejection(sample.partition, sample.offset, Reason(reason), detail)
 
 
-def _model(identity: dict[str, str]) -> str:
-    name, pretrained, digest = identity["name"], identity["pretrained"], identity["sha256"][:12]
-    return f"{name} ({pretrained}, sha256 {digest}, prompt {identity['prompt']!r})"
+def _told_apart_by(learned: Mapping[str, Any]) -> tuple[Any, ...]:
+    return learned["method"], learned["lora"], learned["model"]["sha256"], learned["model"]["prompt"]
+
+
+def _told(learned: Mapping[str, Any]) -> str:
+    model, lora = learned["model"], learned["lora"]
+    return (
+        f"{learned['method']} (adapters of rank {lora['rank']}, alpha {lora['alpha']:g}) on {model['name']} "
+        f"({model['pretrained']}, sha256 {model['sha256'][:12]}, prompt {model['prompt']!r})"
+    )

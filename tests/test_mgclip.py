@@ -122,6 +122,19 @@ def test_the_budget_is_watched_in_every_task_not_only_the_first(clip):
     assert same(adapters(learner), kept)
 
 
+def test_where_the_budget_is_used_up_an_update_that_drifts_no_further_is_kept(clip):
+    # given a model that is beyond the budget, as after lowering it
+    learner = method(clip)
+    learner.update(tiny_task(clip, 1, ["red", "green"], 64), silent)
+    beyond = method(clip, drift_budget=1e-6, lr=1e-12)
+    beyond.load_state(learner.state())
+    # when an update hardly moves it
+    update = beyond.update(tiny_task(clip, 2, ["red", "green"], 8), silent)
+    # then it is rolled back only for drifting further
+    assert update.drift_before > 1e-6
+    assert update.rolled_back == (update.details["drifts"][0] > update.drift_before)
+
+
 def test_the_papers_schedule_fixes_the_epochs_on_the_first_task_and_rolls_back(clip):
     first, second = tiny_task(clip, 1, ["red", "green", "blue"]), tiny_task(clip, 2, ["black", "white"])
     slow = {"schedule": "paper", "epochs": 4, "lr": 1e-4}

@@ -1,13 +1,16 @@
 """MG-CLIP (Huang et al., ICCV 2025, arXiv 2507.09118): preserve the modality gap, then compensate it. No replay.
 
 Per task: (1) K/V adapters of both towers learn by cross entropy over the task's own class names only; what keeps the
-gap is stopping early, by the paper's rule on the first task or by a drift budget watched in every task. (2) With the
+gap is stopping early, by the paper's rule on the first task or by a drift budget watched in every task (under the
+paper's rule the first task keeps what its epochs up to the violation learned on a cosine over `epochs`, where the
+authors train it once more from the start). (2) With the
 towers frozen, a classifier row per class starts as the mean image feature and is trained over the task's rows only.
 (3) Predictions fuse both.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Sequence
@@ -24,6 +27,8 @@ from agent.methods.heads import CalibratedFusion, FaithfulFusion
 from agent.methods.student import Student
 from agent.methods.training import ClassMeans, GapWatch, cosine, local_loss
 from agent.values import Progress, Update
+
+log = logging.getLogger(__name__)
 
 
 class MgClip:
@@ -94,10 +99,9 @@ class MgClip:
                 step_loss.backward()
                 optimizer.step()
                 total += step_loss.detach() * len(index)
-                if step % 4 == 0 or step == steps:
-                    place = (epoch + 1, epochs, step, steps, epoch * len(task) + step * settings.batch_size)
-                    drift = drifts[-1] if drifts else watch.drift(watch.before)
-                    report(Progress("train", task.number, *place, step_loss.item(), drift, settings.drift_budget))
+                place = (epoch + 1, epochs, step, steps, epoch * len(task) + step * settings.batch_size)
+                drift = drifts[-1] if drifts else watch.drift(watch.before)
+                report(Progress("train", task.number, *place, step_loss.item(), drift, settings.drift_budget))
             run += 1
             statistics = watch.measure()
             drift = watch.drift(statistics)
@@ -109,7 +113,9 @@ class MgClip:
                 if self._epochs_fixed is not None and epoch > 0:
                     rolled_back = True
                     break
-            crossed = not paper and drift is not None and drift > settings.drift_budget
+            # where the budget is used up already, an update that drifts no further is inside it
+            bound = max(settings.drift_budget, watch.drift(watch.before) or 0)
+            crossed = not paper and drift is not None and drift > bound
             if not finite or crossed:
                 rolled_back = True
                 break
@@ -117,6 +123,10 @@ class MgClip:
             if paper and self._epochs_fixed is not None and run >= self._epochs_fixed:
                 break
         if rolled_back:
+            log.warning(
+                "task %d: epoch %d was rolled back (drift %s, budget %g); %d of %d epochs are kept",
+                task.number, run, drifts[-1], settings.drift_budget, kept, run,
+            )  # fmt: skip
             student.load_tensors(inside)
         if paper and self._epochs_fixed is None and run == epochs and len(task.classes) > 1:
             self._epochs_fixed = epochs
@@ -140,7 +150,7 @@ class MgClip:
     def _compensate(self, task: TaskData, report: Report) -> None:
         """A row per class: means of the features, running ones for a class that comes back, then local training."""
         settings, labels = self._settings, task.labels.to(self._clip.device)
-        features = self._student.features(task.tokens)
+        features = self._student.features(task.tokens, tick=lambda: report(Progress("compensate", task.number)))
         self._visual.add(task, features)
         if len(task.classes) == 1:
             return

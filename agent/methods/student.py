@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -77,11 +77,14 @@ class Student:
         return torch.cat(parts) if parts else torch.zeros(0, self.clip.embed_dim, device=self.clip.device)
 
     @torch.no_grad()
-    def features(self, tokens: Tokens, index: Tensor | None = None, batch: int = 256) -> Tensor:
-        """Normalised image features float32 [N, D] of a task's images (or of those at `index`), in order."""
-        index = torch.arange(len(tokens)) if index is None else index
+    def features(self, tokens: Tokens, tick: Callable[[], None], batch: int = 128) -> Tensor:
+        """Normalised image features float32 [N, D] of a task's images, in order; `tick` is called after every batch."""
         weights = self.image.weights()
-        return torch.cat([self.encode_tokens(tokens.batch(part), weights) for part in index.split(batch)])
+        parts = []
+        for part in torch.arange(len(tokens)).split(batch):
+            parts.append(self.encode_tokens(tokens.batch(part), weights))
+            tick()
+        return torch.cat(parts)
 
     @torch.no_grad()
     def merged_image_tower(self) -> nn.Module:

@@ -114,9 +114,8 @@ class Training:
         self._optimizer.step()
         self._total = self._total.to(loss.device) + loss.detach() * images
         self._seen += images
-        if self._step % 4 == 0 or self._step == self._steps:
-            place = (self._run, self.epochs, self._step, self._steps, self._seen)
-            self._report(Progress("train", self._task.number, *place, loss.item(), self._watch.drift(self._after)))
+        place = (self._run, self.epochs, self._step, self._steps, self._seen)
+        self._report(Progress("train", self._task.number, *place, loss.item(), self._watch.drift(self._after)))
 
     def keep(self) -> bool:
         """At the end of an epoch: keep its effect. False when it is not finite: the last finite state is back; stop."""
