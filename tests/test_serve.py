@@ -24,6 +24,7 @@ from agent.cli import main
 from exporter import serve
 from exporter.runtime import Classifier, Prediction
 from exporter.serve import Batcher, ServeMetrics, Server
+from tests.test_deploy import program
 from tests.test_runtime import State, Toy, picture, png
 
 TOP = Path(__file__).parent.parent
@@ -313,3 +314,21 @@ def test_the_command_answers_without_torch_and_ends_well_on_sigterm(state, tmp_p
         process.terminate()
     assert process.communicate(timeout=20)[0].split() == ["0"]
     assert process.returncode == 0
+
+
+def test_the_unit_is_valid_and_its_command_exists(tmp_path):
+    analyze = program("systemd-analyze", "systemd")
+    command = tmp_path / "gapstream"
+    command.write_text("#!/bin/sh\n")
+    command.chmod(0o755)
+    unit = (TOP / "deploy/systemd/gapstream-serve.service").read_text(encoding="utf-8")
+    assert "\nExecStart=/opt/gapstream/bin/gapstream serve --config " in unit
+    (tmp_path / "gapstream-serve.service").write_text(unit.replace("/opt/gapstream/bin/gapstream", str(command)))
+    done = subprocess.run(
+        [analyze, "verify", "--man=no", tmp_path / "gapstream-serve.service"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    complaints = [line for line in (done.stdout + done.stderr).splitlines() if "gapstream" in line]
+    assert done.returncode == 0 and complaints == []
