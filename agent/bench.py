@@ -38,18 +38,10 @@ from agent.bench_table import terminal_table, write_tables
 from agent.cli import config_from
 from agent.clip import Clip, load_clip
 from agent.config import Config, ConfigError, resolved
-from agent.evaluation import (
-    average_incremental_accuracy,
-    backward_transfer,
-    forgetting,
-    last_accuracy,
-    retention,
-)
+from agent.evaluation import average_incremental_accuracy, backward_transfer, forgetting, last_accuracy, retention
 from agent.methods.base import InferenceModule, Method, Report, TaskData
 from agent.values import Progress as Doing
 from agent.values import Update
-
-log = logging.getLogger(__name__)
 
 JOINT = "joint"
 """The upper bound: `finetune` with all tasks as one. It needs the whole stream at once, so the agent cannot run it."""
@@ -225,7 +217,8 @@ def run_one(
     - `retention`: the last one measured; `retention_of`: `probe`, or `not learned yet` (the stream's later classes)
     - `gap_drift`, `seconds`, `peak_memory_bytes`, `trainable_parameters`, `stored_parameters`: the table's columns
     - `history`: per task learned, the above where it has a meaning there, the update's facts and seconds of scoring
-    - `spec`, `method`, `model`, `data`, `versions`, ...: what the result depends on; `config`: every key
+    - `method` is the spec, `settings` are its keys; with `model`, `data`, `versions`, ... all that the result depends
+      on; `config`: every key
     """
     method = methods.build(clip, run.config.method)
     tasks = [task.classes for task in data.tasks]

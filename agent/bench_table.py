@@ -86,7 +86,7 @@ def _cell(results: Sequence[Mapping[str, Any]], column: Column) -> str:
 def _legend(compared: Compared) -> str:
     first = compared[0][0]
     never = first["retention_of"] == "probe"
-    probe = "classes never learned" if never else "the classes not learned yet, last measured"
+    probe = "classes never learned" if never else "the classes not learned yet (where last measured)"
     seeds = len(compared[0])
     text = LEGEND.format(probe=probe, device=first["device_name"])
     return text + (

@@ -238,6 +238,24 @@ def test_wrong_arguments_are_a_configuration_mistake(tmp_path: Path, capsys: pyt
     assert "stream_order" in capsys.readouterr().err
 
 
+def test_an_order_on_the_command_line_wins_over_the_files(config: Config, tmp_path: Path) -> None:
+    # given a configuration with a class order, which does not fit the data, and a JSON object with one that does
+    file = tmp_path / "bench.toml"
+    file.write_text('[source.archive]\nclass_order = ["something else"]\n[model]\nthreads = 1\n')
+    order = tmp_path / "order.json"
+    order.write_text(json.dumps({"stream_order": ["white", "blue", "green", "red"]}))
+    out = tmp_path / "out"
+
+    code = main(
+        ["bench", "--config", str(file), "--data", str(tmp_path / "data"), "--order", str(order)]
+        + ["--methods", "zeroshot", "--tasks", "1", "--out", str(out)]
+    )
+
+    assert code == 0
+    [run] = results(out).values()
+    assert [sorted(task) for task in run["tasks"]] == [["blue", "white"]]
+
+
 def test_parameters_are_counted_where_an_optimiser_steps_them() -> None:
     used, unused = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(5))
     with optimised() as parameters:
