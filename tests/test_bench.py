@@ -246,10 +246,8 @@ def test_an_order_on_the_command_line_wins_over_the_files(config: Config, tmp_pa
     order.write_text(json.dumps({"stream_order": ["white", "blue", "green", "red"]}))
     out = tmp_path / "out"
 
-    code = main(
-        ["bench", "--config", str(file), "--data", str(tmp_path / "data"), "--order", str(order)]
-        + ["--methods", "zeroshot", "--tasks", "1", "--out", str(out)]
-    )
+    options = {"--config": file, "--data": tmp_path / "data", "--order": order, "--methods": "zeroshot", "--tasks": 1}
+    code = main(["bench", *(str(part) for pair in options.items() for part in pair), "--out", str(out)])
 
     assert code == 0
     [run] = results(out).values()
