@@ -48,6 +48,11 @@ _VERIFY_S = 0.25
 _STUCK_S = 60
 _FAILURES = 5
 _BACKOFF_S = 0.5
+_RETRY_S = 5
+_PUT_S = 0.05
+_PATIENCE_S = 2
+_OVERHEAD = 500
+_HEADER_OVERHEAD = 150
 _SAFE = "Nothing is lost: a restart continues at the last commit"
 _UNKNOWN_TOPIC = UnknownTopicOrPartitionError.errno
 
@@ -673,13 +678,15 @@ class KafkaDeadLetters:
         self._connection = connection
         self._names = {topic: name.format(topic=topic) for topic in topics}
         self._max_pending = max_pending_bytes
-        self._unsent: deque[Rejected] = deque()
+        self._unsent: deque[tuple[Rejected, int]] = deque()
         self._pending: deque[tuple[Any, Rejected, int]] = deque()
-        self._pending_bytes = 0
+        self._waiting_bytes = 0
         self._failure = ""
+        self._retry_at = 0.0
+        self._coming: Future[KafkaProducer] | None = None
         try:
             self._limits = self._topics_ready(create)
-            self._producer = self._new_producer()
+            self._producer: KafkaProducer | None = self._new_producer()
         except StreamError:
             raise
         except Exception as error:
@@ -687,26 +694,34 @@ class KafkaDeadLetters:
             raise DeadLetterError(f"no dead-letter topic {names} on {connection}: {_short(error)}") from error
 
     def put(self, rejected: Rejected) -> None:
-        """Send without waiting. Raises DeadLetterError when too much waits for an answer."""
+        """Send, without waiting for the answer. Raises DeadLetterError when too much waits for one."""
         self._settle()
-        if self._pending_bytes > self._max_pending:
+        if self._waiting_bytes > self._max_pending:
+            with contextlib.suppress(DeadLetterDelayed):
+                self.flush(_PATIENCE_S)
+        if self._waiting_bytes > self._max_pending:
             raise DeadLetterError(
-                f"{self._pending_bytes} bytes of dead letters wait for {self._connection} "
+                f"{self._waiting_bytes} bytes of dead letters wait for {self._connection} "
                 f"({self._failure or 'no answer'}), at most {self._max_pending} may; stopping. {_SAFE}"
             )
-        self._send(rejected, self._limits[rejected.partition.topic])
+        size = _weight(rejected)
+        self._waiting_bytes += size
+        self._unsent.append((rejected, size))
+        if time.monotonic() >= self._retry_at:
+            self._send_all(time.monotonic() + _PUT_S)
 
     def flush(self, timeout_s: float) -> None:
         """Returns when every letter is acknowledged. Raises DeadLetterDelayed while some are not."""
         deadline = time.monotonic() + timeout_s
         self._settle()
         while self._pending or self._unsent:
-            for _ in range(len(self._unsent)):
-                rejected = self._unsent.popleft()
-                self._send(rejected, self._limits[rejected.partition.topic])
+            sent = self._send_all(deadline)
+            left = max(0.0, deadline - time.monotonic())
             if self._pending:
                 with contextlib.suppress(KafkaError):  # `_settle` looks at the outcome
-                    self._pending[0][0].get(max(0.0, deadline - time.monotonic()))
+                    self._pending[0][0].get(left)
+            elif not sent:
+                time.sleep(min(left, 0.1))
             self._settle()
             if time.monotonic() >= deadline:
                 break
@@ -718,44 +733,88 @@ class KafkaDeadLetters:
 
     def close(self) -> None:
         """Without a `flush` before it, letters may be lost."""
-        with contextlib.suppress(KafkaError):
-            self._producer.close(timeout=2)
+        if self._coming is not None:
+            self._coming.add_done_callback(lambda coming: coming.exception() or _abandon(coming.result()))
+        if self._producer is not None:
+            _abandon(self._producer)
 
-    def _send(self, rejected: Rejected, max_bytes: int) -> None:
-        letter = dead_letter(rejected, max_bytes)
-        size = len(letter.key or b"") + len(letter.value or b"") + 1024
-        topic = self._names[rejected.partition.topic]
+    def _send_all(self, deadline: float) -> bool:
+        """Send what waits to be sent, until `deadline` has passed or one cannot be sent; False for the latter."""
+        while self._unsent:
+            producer = self._connected(deadline)
+            if producer is None or not self._send(producer, *self._unsent[0]):
+                self._retry_at = time.monotonic() + _RETRY_S
+                return False
+            self._unsent.popleft()
+            if time.monotonic() >= deadline:
+                break
+        return True
+
+    def _send(self, producer: KafkaProducer, rejected: Rejected, size: int) -> bool:
+        topic = rejected.partition.topic
+        letter = dead_letter(rejected, self._limits[topic])
         try:
-            future = self._producer.send(topic, letter.value, letter.key, list(letter.headers))
+            future = producer.send(self._names[topic], letter.value, letter.key, list(letter.headers))
         except KafkaError as error:
             self._failure = _short(error)
-            self._unsent.append(rejected)
-            return
+            return False
         self._pending.append((future, rejected, size))
-        self._pending_bytes += size
+        return True
 
     def _settle(self) -> None:
         """Forget the letters that are acknowledged; what failed waits to be sent again, shorter if it was too long."""
         while self._pending and self._pending[0][0].is_done:
-            future, rejected, size = self._pending.popleft()
-            self._pending_bytes -= size
-            if future.exception is None:
-                continue
-            self._failure = _short(future.exception)
-            if isinstance(future.exception, MessageSizeTooLargeError):
-                topic = rejected.partition.topic
-                self._limits[topic] = max(8192, self._limits[topic] // 2)
-            self._renew(rejected)
+            future, rejected, size = self._pending[0]
+            if future.exception is not None:
+                self._failure = _short(future.exception)
+                if isinstance(future.exception, MessageSizeTooLargeError):
+                    topic = rejected.partition.topic
+                    self._limits[topic] = max(8192, self._limits[topic] // 2)
+                self._renew()
+                return
+            self._pending.popleft()
+            self._waiting_bytes -= size
 
-    def _renew(self, rejected: Rejected) -> None:
-        """A producer that gave a letter up may refuse all that follow: start again with a new one."""
-        self._unsent.append(rejected)
-        self._unsent.extend(other for future, other, _ in self._pending if not (future.is_done and future.succeeded()))
+    def _renew(self) -> None:
+        """A producer that gave a letter up may refuse all that follow: start again with a new one, when one is needed.
+
+        It may take as long as the broker is away to make one.
+        """
+        failed = []
+        for future, rejected, size in self._pending:
+            if future.is_done and future.succeeded():
+                self._waiting_bytes -= size
+            else:
+                failed.append((rejected, size))
+        self._unsent.extendleft(reversed(failed))
         self._pending.clear()
-        self._pending_bytes = 0
-        with contextlib.suppress(KafkaError):
-            self._producer.close(timeout=0)
-        self._producer = self._new_producer()
+        if self._producer is not None:
+            _abandon(self._producer)
+        self._producer = None
+
+    def _connected(self, deadline: float) -> KafkaProducer | None:
+        """A producer, made in a thread of its own where there is none; None when it is not there by `deadline`."""
+        if self._producer is not None:
+            return self._producer
+        if self._coming is None:
+            self._coming = Future()
+            threading.Thread(target=self._make, args=(self._coming,), name="dead-letters", daemon=True).start()
+        try:
+            error = self._coming.exception(max(0.0, deadline - time.monotonic()))
+        except TimeoutError:
+            return None
+        if error is None:
+            self._producer = self._coming.result()
+        else:
+            self._failure = _short(error)
+        self._coming = None
+        return self._producer
+
+    def _make(self, coming: Future[KafkaProducer]) -> None:
+        try:
+            coming.set_result(self._new_producer())
+        except Exception as error:  # for `_connected`; the letters wait for the next one
+            coming.set_exception(error)
 
     def _new_producer(self) -> KafkaProducer:
         return KafkaProducer(
@@ -763,7 +822,7 @@ class KafkaDeadLetters:
             acks="all",
             enable_idempotence=True,
             max_request_size=2**30,
-            max_block_ms=1000,
+            max_block_ms=500,
             linger_ms=5,
             metrics_enabled=False,
         )
@@ -788,6 +847,19 @@ class KafkaDeadLetters:
             return {topic: _longest_message(admin, name) for topic, name in self._names.items()}
         finally:
             admin.close()
+
+
+def _abandon(producer: KafkaProducer) -> None:
+    """End it at once. Its own `close` leaves the sender at work where something is still unsent."""
+    try:
+        producer.close(timeout=0)
+    except KafkaError:
+        producer._sender.force_close()
+
+
+def _weight(rejected: Rejected) -> int:
+    """Memory that a letter takes while it waits, in bytes, about."""
+    return 1024 + len(rejected.detail) + (_memory(rejected.raw) if rejected.raw else 0)
 
 
 def _longest_message(admin: KafkaAdminClient, topic: str) -> int:
@@ -818,6 +890,16 @@ def _rejections(where: Partition, lost: Unreadable) -> list[Rejected]:
     reason = Reason.TOO_LARGE if isinstance(lost.error, BatchTooLarge) else Reason.UNDECODABLE
     detail = f"its batch ({lost.offset} to {lost.next_offset - 1}) cannot be read: {_short(lost.error)}"
     return [Rejected(where, offset, reason, detail) for offset in range(lost.offset, lost.next_offset)]
+
+
+def _memory(raw: Raw) -> int:
+    """Bytes a message takes, about: what it carries, and the objects around it."""
+    return (
+        _OVERHEAD
+        + len(raw.key or b"")
+        + len(raw.value or b"")
+        + sum(len(name) + len(value or b"") + _HEADER_OVERHEAD for name, value in raw.headers)
+    )
 
 
 def _listed(partitions: Iterable[Partition]) -> str:

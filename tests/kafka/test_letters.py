@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 from kafka import KafkaConsumer, KafkaProducer
 from kafka.admin import KafkaAdminClient
+from kafka.errors import KafkaTimeoutError
+from kafka.future import Future as KafkaFuture
 
 from streams.connection import Connection
 from streams.formats import Codec, original
@@ -15,6 +20,7 @@ from streams.kafka import KafkaDeadLetters, KafkaSource
 from streams.letters import letters, replay
 from streams.record import Partition, Raw, Reason, Rejected
 from streams.source import DeadLetterDelayed, DeadLetterError
+from tests.kafka.agents import wait_until
 from tests.kafka.conftest import start_broker
 
 
@@ -136,6 +142,127 @@ def test_while_the_broker_is_away_flush_says_so_and_later_delivers(tmp_path: Any
         offsets = [one.origin.offset for one in letters(where, ["t.dlq"])]
         assert offsets[:2] == [0, 1] and len(offsets) == len(set(offsets))
         box.close()
+    finally:
+        broker.kill()
+
+
+class Answer(KafkaFuture):  # type: ignore[misc]
+    def get(self, timeout: float) -> None: ...
+
+
+class FakeProducer:
+    """Stands in for the client's."""
+
+    made: list[FakeProducer]
+    answers: list[Exception]
+    """To the letters to come, of all producers; without one a letter is acknowledged."""
+    away: list[Exception]
+    """Raised by the producers to come, one each."""
+
+    def __init__(self, **settings: Any) -> None:
+        if self.away:
+            raise self.away.pop(0)
+        self.made.append(self)
+        self.sent: list[bytes | None] = []
+        self.refuses: Exception | None = None
+        self.closed = False
+
+    def send(self, topic: str, value: bytes | None, key: bytes | None, headers: Any) -> Any:
+        if self.refuses:
+            raise self.refuses
+        self.sent.append(value)
+        future = Answer()
+        if self.answers:
+            future.failure(self.answers.pop(0))
+        else:
+            future.success(None)
+        return future
+
+    def close(self, timeout: float) -> None:
+        self.closed = True
+
+
+@pytest.fixture
+def producers(monkeypatch: pytest.MonkeyPatch) -> Any:
+    own = type("Own", (FakeProducer,), {"made": [], "answers": [], "away": []})
+    monkeypatch.setattr("streams.kafka.KafkaProducer", own)
+    monkeypatch.setattr("streams.kafka.KafkaDeadLetters._topics_ready", lambda *_: {"t": 10**6})
+    return own
+
+
+def test_a_letter_given_up_while_the_broker_is_away_waits_for_a_new_producer(producers: Any) -> None:
+    # given a broker that stays away for longer than the client tries, and than a new client needs to give up
+    box = KafkaDeadLetters(Connection(["x:1"]), ["t"])
+    producers.answers += [KafkaTimeoutError("expired")]
+    producers.away += [KafkaTimeoutError("Unable to bootstrap")] * 2
+    # when letters are put and the agent wants to commit
+    box.put(rejected("t", 0, Raw(b"k", b"a")))
+    box.put(rejected("t", 1, Raw(b"k", b"b")))
+    with pytest.raises(DeadLetterDelayed, match=r"2 dead letters wait for x:1 \(KafkaTimeoutError"):
+        box.flush(0.05)
+    # then they are kept, in order, for when it is back
+    box.flush(5)
+    first, second = producers.made
+    assert first.closed and second.sent == [b"a", b"b"]
+    box.close()
+    assert second.closed
+
+
+def test_letters_that_cannot_be_sent_hold_up_nothing_and_count_against_the_bound(producers: Any) -> None:
+    box = KafkaDeadLetters(Connection(["x:1"]), ["t"], max_pending_bytes=50_000)
+    (producer,) = producers.made
+    producer.refuses = KafkaTimeoutError("no metadata")
+    tried = []
+    producer.send = lambda *_: tried.append(1) or FakeProducer.send(producer, *_)
+
+    for offset in range(20):
+        box.put(rejected("t", offset, Raw(b"k", b"v")))
+    assert len(tried) == 1
+    with pytest.raises(DeadLetterDelayed, match="20 dead letters wait"):
+        box.flush(0.05)
+    assert len(tried) <= 3
+    with pytest.raises(DeadLetterError, match="at most 50000"):
+        for offset in range(20, 100):
+            box.put(rejected("t", offset, Raw(b"k", b"v")))
+
+    producer.refuses = None
+    box.flush(5)
+    assert len(producer.sent) < 50 and box._waiting_bytes == 0
+
+
+def test_a_broker_away_for_longer_than_the_client_tries_costs_no_letter(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Hasty(KafkaProducer):  # type: ignore[misc]
+        def __init__(self, **settings: Any) -> None:
+            super().__init__(**settings, delivery_timeout_ms=1000, request_timeout_ms=500)
+
+    monkeypatch.setattr("streams.kafka.KafkaProducer", Hasty)
+    monkeypatch.setattr("streams.connection.CONNECT_S", 1)
+    broker = start_broker(tmp_path / "broker")
+    try:
+        where = Connection([broker.bootstrap])
+        admin = KafkaAdminClient(bootstrap_servers=broker.bootstrap)
+        admin.create_topics({"t": {"num_partitions": 1, "replication_factor": 1}}, wait_for_metadata=True)
+        admin.close()
+        box = KafkaDeadLetters(where, ["t"])
+        broker.kill()
+        deadline = time.monotonic() + 8
+        for offset in itertools.count():
+            box.put(rejected("t", offset, Raw(b"k", b"v")))
+            began = time.monotonic()
+            with pytest.raises(DeadLetterDelayed):
+                box.flush(0.2)
+            assert time.monotonic() - began < 1.5
+            if time.monotonic() > deadline:
+                break
+        assert box._producer is None or box._coming is None
+        broker.start()
+        box.flush(60)
+        offsets = [one.origin.offset for one in letters(where, ["t.dlq"])]
+        assert set(offsets) == set(range(offset + 1))
+        box.close()
+        wait_until(lambda: not any("producer" in thread.name for thread in threading.enumerate()), 10)
     finally:
         broker.kill()
 
