@@ -215,6 +215,7 @@ class Pipeline:
             self.metrics.committed(made, outcome)
             return made
 
+        self.source.judged(len(task.samples), len(outcome.rejected))
         return _Settlement(_late_letters(task, outcome, self.spool), commit)
 
     def _quarantine(self, task: Task, why: str) -> _Settlement:

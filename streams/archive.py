@@ -331,6 +331,9 @@ class ArchiveSource:
     def acknowledge(self, offsets: Offsets) -> None:
         """Nobody else looks at an archive's position."""
 
+    def judged(self, samples: int, rejected: int) -> None:
+        """Nothing to do: an archive ends however much of it is rejected."""
+
     def lag(self) -> dict[tuple[str, int], int]:
         return {self._partition: len(self._stream) - self._at}
 

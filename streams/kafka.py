@@ -64,7 +64,7 @@ class Breaker:
         """Opens for `pause_s` when of the last `window` records more than `share` were rejected; 1.0: never."""
         self.share = share
         self.pause_s = pause_s
-        self._window = window
+        self.window = window
         self._seen: deque[tuple[int, int]] = deque()
         self._records = self._rejected = 0
 
@@ -73,11 +73,11 @@ class Breaker:
         self._seen.append((records, rejected))
         self._records += records
         self._rejected += rejected
-        while self._records - self._seen[0][0] >= self._window:
+        while self._records - self._seen[0][0] >= self.window:
             old_records, old_rejected = self._seen.popleft()
             self._records -= old_records
             self._rejected -= old_rejected
-        if self._records < self._window or self._rejected <= self.share * self._records:
+        if self._records < self.window or self._rejected <= self.share * self._records:
             return False
         self._seen.clear()
         self._records = self._rejected = 0
@@ -126,6 +126,8 @@ class KafkaSource:
         self._stall_s = stall_s
         self._fetcher = fetcher
         self._breaker = breaker or Breaker()
+        self._late_breaker = Breaker(self._breaker.share, self._breaker.window, self._breaker.pause_s)
+        self._opened_late = False
         self._merge: Merge[tuple[Item | Claim, int]] = Merge(merge_wait_s)
         self._positions: dict[Partition, int] = {}
         self._ends: dict[Partition, int] = {}
@@ -240,6 +242,10 @@ class KafkaSource:
         with self._changed:
             self._committed = dict(offsets)
 
+    def judged(self, samples: int, rejected: int) -> None:
+        if self._late_breaker.saw(samples, rejected):
+            self._opened_late = True
+
     def lag(self) -> dict[tuple[str, int], int]:
         ends, positions = self._ends.copy(), self._positions.copy()
         return {
@@ -315,6 +321,9 @@ class KafkaSource:
     def _step(self) -> None:
         now = self._beat = time.monotonic()
         self._copy_commit()
+        if self._opened_late:
+            self._opened_late = False
+            self._hold()
         if now >= self._next_discovery:
             self._discover()
             self._next_discovery = time.monotonic() + self._discover_s
@@ -349,13 +358,16 @@ class KafkaSource:
                     self._positions[where] = message.offset
                     break
                 self._twice.discard((where, message.offset))
-                entries += [(0, (rejected, 0)) for rejected in _rejections(where, message)]
+                lost = _rejections(where, message)
+                entries += [(0, (rejected, _OVERHEAD)) for rejected in lost]
+                total += _OVERHEAD * len(lost)
                 self._positions[where] = message.next_offset
                 continue
             offset, timestamp_ms, key, value, headers = message
-            size = len(value) if value else 0
+            raw = Raw(key, value, headers)
+            size = _memory(raw)
             total += size
-            item = decode(where, offset, Raw(key, value, headers), timestamp_ms / 1000 if timestamp_ms >= 0 else None)
+            item = decode(where, offset, raw, timestamp_ms / 1000 if timestamp_ms >= 0 else None)
             entries.append((timestamp_ms, (item, size)))
             self._positions[where] = offset + 1
         self._merging[where] += total
@@ -420,7 +432,9 @@ class KafkaSource:
             waiting, size = ahead.popleft()
             item = waiting.result() if isinstance(waiting, Future) else waiting
             self._beat = time.monotonic()
-            self._put([item], len(item.image) if isinstance(item, Record) else size)
+            self._put(
+                [item], size + (len(item.image) if isinstance(waiting, Future) and isinstance(item, Record) else 0)
+            )
 
     def _fetching(self, claim: Claim) -> Future[Record | Rejected]:
         """The record of a claim, in a thread that ends with the process however long the other side takes."""
@@ -449,15 +463,19 @@ class KafkaSource:
             self._ready_bytes += size
             self._changed.notify_all()
         if self._breaker.saw(len(items), sum(type(item) is Rejected for item in items)):
-            self._holding = (
-                f"more than {self._breaker.share:.0%} of the last records were rejected; nothing is read for "
-                f"{self._breaker.pause_s:.0f} s. See the reasons in the dead letters, and the [source] limits"
-            )
-            log.error("%s", self._holding)
-            until = time.monotonic() + self._breaker.pause_s
-            while (left := until - time.monotonic()) > 0 and not self._stopping.wait(min(left, 1)):
-                self._beat = time.monotonic()
-            self._holding = ""
+            self._hold()
+
+    def _hold(self) -> None:
+        """The breaker opened: read nothing for a while."""
+        self._holding = (
+            f"more than {self._breaker.share:.0%} of the last records were rejected; nothing is read for "
+            f"{self._breaker.pause_s:.0f} s. See the reasons in the dead letters, and the [source] limits"
+        )
+        log.error("%s", self._holding)
+        until = time.monotonic() + self._breaker.pause_s
+        while (left := until - time.monotonic()) > 0 and not self._stopping.wait(min(left, 1)):
+            self._beat = time.monotonic()
+        self._holding = ""
 
     def _pause_the_full(self) -> None:
         """A partition far ahead in time waits for the others outside our memory."""
@@ -734,7 +752,7 @@ class KafkaDeadLetters:
     def close(self) -> None:
         """Without a `flush` before it, letters may be lost."""
         if self._coming is not None:
-            self._coming.add_done_callback(lambda coming: coming.exception() or _abandon(coming.result()))
+            self._coming.add_done_callback(_abandon_late)
         if self._producer is not None:
             _abandon(self._producer)
 
@@ -855,6 +873,11 @@ def _abandon(producer: KafkaProducer) -> None:
         producer.close(timeout=0)
     except KafkaError:
         producer._sender.force_close()
+
+
+def _abandon_late(coming: Future[KafkaProducer]) -> None:
+    if coming.exception() is None:
+        _abandon(coming.result())
 
 
 def _weight(rejected: Rejected) -> int:

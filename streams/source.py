@@ -38,6 +38,9 @@ class Source(Protocol):
     def acknowledge(self, offsets: Offsets) -> None:
         """Tell the outside (lag tools) what is committed. Never read back; a failure is logged, not fatal."""
 
+    def judged(self, samples: int, rejected: int) -> None:
+        """Of `samples` that were handed out, decoding them for learning found `rejected` that cannot be used."""
+
     def lag(self) -> dict[tuple[str, int], int]:
         """Records not yet read, per (topic, partition); empty where unknown."""
 

@@ -113,6 +113,7 @@ class ListSource:
         self.skipped: dict[str, int] = {}
         self.fingerprint = fingerprint
         self.acknowledged: list[dict[Partition, int]] = []
+        self.judgements: list[tuple[int, int]] = []
         self.closed = False
         self.throttled = False
         self._batch = batch
@@ -143,6 +144,9 @@ class ListSource:
 
     def acknowledge(self, offsets: Offsets) -> None:
         self.acknowledged.append(dict(offsets))
+
+    def judged(self, samples: int, rejected: int) -> None:
+        self.judgements.append((samples, rejected))
 
     def lag(self) -> dict[tuple[str, int], int]:
         return {}

@@ -139,6 +139,7 @@ def test_rejected_records_are_dead_lettered_before_the_commit_that_passes_them(t
         (1, Reason.TRUNCATED),
     ]
     assert letters.acknowledged[1].raw.value == b"late b"
+    assert source.judgements == [(3, 1)]
     assert commit.totals["rejected_truncated"] == 2
 
 

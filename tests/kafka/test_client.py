@@ -18,9 +18,10 @@ from kafka.record.memory_records import MemoryRecords, MemoryRecordsBuilder
 from streams.batches import Message, Unreadable, _PartitionRecords
 from streams.claims import Fetcher
 from streams.connection import Connection
-from streams.kafka import KafkaSource
+from streams.kafka import Breaker, KafkaSource
 from streams.record import Item, Partition, Reason, Record, Rejected
 from streams.source import PositionError, StreamError
+from tests.kafka.agents import wait_until
 from tests.kafka.test_source import CODEC, JPEG, read
 
 HERE = Partition("t", 0)
@@ -211,3 +212,26 @@ def test_images_elsewhere_come_in_their_place_with_the_right_reasons(
     nowhere, _ = scripted([claim(0, urls[0])])
     (item,) = read(nowhere, 1)
     assert isinstance(item, Rejected) and item.reason == Reason.FETCH_FORBIDDEN
+
+
+def test_messages_without_a_value_fill_the_memory_too(scripted: Callable[..., Any]) -> None:
+    empty = [[Message(offset, 7, None, None, ()) for offset in range(at, at + 10)] for at in range(0, 500, 10)]
+    source, _ = scripted(*empty, fetch_bytes=10_000)
+    wait_until(lambda: source._ready_bytes >= 10_000, 10)
+    assert sum(len(items) for items, _ in source._ready) <= 20
+    assert offsets(read(source, 500)) == list(range(500)) and source._ready_bytes == 0
+
+    heavy = Message(0, 7, b"k" * 3000, JPEG, (("label", b"cat"), ("note", bytes(4000))))
+    full, _ = scripted([heavy], [message(1)], fetch_bytes=7000)
+    wait_until(lambda: full._ready, 10)
+    assert full._ready_bytes > 7000
+
+
+def test_the_breaker_opens_for_what_only_decoding_finds(scripted: Callable[..., Any]) -> None:
+    source, _ = scripted([message(0)], breaker=Breaker(window=100, pause_s=60))
+    assert offsets(read(source, 1)) == [0]
+    source.judged(5000, 4000)  # not nearly everything
+    source.judged(90, 90)
+    assert not source.holding
+    source.judged(100, 99)
+    wait_until(lambda: "were rejected" in source.holding, 10)

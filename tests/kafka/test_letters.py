@@ -146,7 +146,7 @@ def test_while_the_broker_is_away_flush_says_so_and_later_delivers(tmp_path: Any
         broker.kill()
 
 
-class Answer(KafkaFuture):  # type: ignore[misc]
+class Answer(KafkaFuture):
     def get(self, timeout: float) -> None: ...
 
 
@@ -233,7 +233,7 @@ def test_letters_that_cannot_be_sent_hold_up_nothing_and_count_against_the_bound
 def test_a_broker_away_for_longer_than_the_client_tries_costs_no_letter(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Hasty(KafkaProducer):  # type: ignore[misc]
+    class Hasty(KafkaProducer):
         def __init__(self, **settings: Any) -> None:
             super().__init__(**settings, delivery_timeout_ms=1000, request_timeout_ms=500)
 
