@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from datetime import datetime
@@ -22,6 +23,7 @@ from pydantic import (
     Field,
     SecretStr,
     ValidationError,
+    ValidationInfo,
     model_validator,
 )
 from pydantic.fields import FieldInfo
@@ -114,6 +116,18 @@ def _places(prefixes: tuple[str, ...]) -> tuple[str, ...]:
         if scheme not in ("https", "http", "s3", "file") or not separator or len(rest) < 2 or not rest.endswith("/"):
             raise ValueError(f"got {prefix!r}, expected https://host/, http://host/, s3://bucket/ or file:///folder/")
     return prefixes
+
+
+def _dead_letter_topic(name: str, info: ValidationInfo) -> str:
+    rest = name.replace("{topic}", "")
+    if not re.fullmatch(r"[\w.-]+", rest, re.ASCII):
+        text = "letters, digits, `.`, `_` and `-`, and {topic} for the topic the records came from"
+        raise ValueError(f"got {name!r}, expected a topic's name of its own: {text}")
+    topics = info.data.get("topics", ())
+    if both := [topic for topic in topics if name.replace("{topic}", topic) in topics]:
+        read = name.replace("{topic}", both[0])
+        raise ValueError(f"got {name!r}, so the rejected of {both[0]} would go to {read}, which is read itself")
+    return name
 
 
 class KafkaSecurity(_Section):
@@ -217,7 +231,7 @@ class Kafka(_Section):
     """Memory for what was fetched and is not on the spool yet, about."""
     stall_s: float = Field(120, ge=60)
     """The agent stops when the Kafka client does not come back for so long."""
-    dead_letter_topic: str = "{topic}.dlq"
+    dead_letter_topic: Annotated[str, AfterValidator(_dead_letter_topic)] = Field("{topic}.dlq", validate_default=True)
     """Where rejected records go; `{topic}` is the topic they came from."""
     dead_letter_create: bool = True
     """Create it where it does not exist (one partition, the cluster's defaults)."""
