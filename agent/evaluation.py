@@ -43,6 +43,8 @@ PREDICTED = 512
 """Training samples of a task that are predicted before they are learned: a standard error of at most 2.2 points."""
 CANDIDATES = 64
 EXAMPLES = 12
+MATRIX_ROWS = 100
+"""Newest rows of the accuracy matrix that a report keeps."""
 EXAMPLE_PIXELS = 96
 """Longest side of an example image."""
 
@@ -113,6 +115,12 @@ def retention(pairs: Iterable[tuple[float | None, float | None]]) -> float | Non
     pairs: (now, untouched) per set. A set on which the untouched model is never right is left out. None without a set.
     """
     return _mean(np.array([now / then for now, then in pairs if now is not None and then]))
+
+
+def _mean_change(before: Sequence[float | None], now: Sequence[float | None]) -> float | None:
+    """Mean of now - before over the columns both have."""
+    length = min(len(before), len(now))
+    return _mean(_row(now[:length]) - _row(before[:length]))
 
 
 def _row(values: Sequence[float | None]) -> np.ndarray:
@@ -262,7 +270,8 @@ class Evaluator:
         - `accuracy` (all classes seen), `zero_shot` (the untouched model on the same images and names),
           `predict_before_learn`, `old_classes` {before, after} (classes of the newest release, before this task:
           its accuracy then and now)
-        - `matrix` [T][T], `avg`, `last`, `forgetting`, `backward_transfer`: over all tasks, see the formulas above
+        - `matrix` [T][T] (rows before the newest 100 are empty), `avg`, `last`, `forgetting`, `backward_transfer`: over
+          all tasks, see the formulas above; `first`, `best` [T]: a[i][i] and the largest a[t][i] so far
         - `retention` and `probe` {of, images, classes, untouched, now}: on the probe, else on the test archive's
           classes that are not learned yet (`of` says which); None without either
         - `gap` {positive, negative, centroid: {before, after, untouched}, drift: {before, after, budget}}
@@ -283,7 +292,13 @@ class Evaluator:
 
         tasks = range(len(history) + 1)
         row = [_accuracy([scores[name] for name in scores if owner[name] == i]) for i in tasks]
-        matrix = [[*old, *[None] * (len(tasks) - len(old))] for old in (parent or {}).get("matrix", ())] + [row]
+        kept = [[*old, *[None] * (len(tasks) - len(old))] if old else [] for old in (parent or {}).get("matrix", ())]
+        # The full matrix grows with the square of the tasks: of old rows only what the metrics need stays, per column.
+        matrix = [[] for _ in kept[: -MATRIX_ROWS + 1]] + kept[-MATRIX_ROWS + 1 :] + [row]
+        first, best = (list((parent or {}).get(key, ())) for key in ("first", "best"))
+        drop, change = _mean_change(row, best), _mean_change(first, row)
+        first.append(row[-1])
+        best = [max((v for v in pair if v is not None), default=None) for pair in zip_longest(best, row)]
         accuracy = _accuracy(scores.values())
         zero_shot = _accuracy(untouched.values())
         accuracies = [entry["accuracy"] for entry in history] + [accuracy]
@@ -298,7 +313,7 @@ class Evaluator:
             "accuracy": accuracy,
             "zero_shot": zero_shot,
             "predict_before_learn": before.accuracy,
-            "forgetting": forgetting(matrix),
+            "forgetting": drop,
             "retention": retention([(probe["now"], probe["untouched"])]) if probe else None,
             "gap": _gap(update),
             "seconds": seconds,
@@ -323,7 +338,9 @@ class Evaluator:
             "matrix": matrix,
             "avg": average_incremental_accuracy(accuracies),
             "last": last_accuracy(accuracies),
-            "backward_transfer": backward_transfer(matrix),
+            "first": first,
+            "best": best,
+            "backward_transfer": change,
             "probe": probe,
             "history": [*history, entry],
             "examples": self._examples(before.answers, answers, method.classes, owner, history, task.number),

@@ -374,6 +374,27 @@ def test_images_are_encoded_once_within_the_memory_bound_and_the_bound_changes_n
     assert again.encoded > kept.encoded
 
 
+def test_a_long_stream_keeps_its_newest_rows_and_the_metrics_of_the_whole_matrix(monkeypatch) -> None:
+    # given six tasks whose accuracies go up and down, and a report that keeps three rows
+    monkeypatch.setattr("agent.evaluation.MATRIX_ROWS", 3)
+    clip, right = FakeClip(), right_names()
+    names = list(right)[:4]
+    wrong = direction(0.0, 0.0, -1.0)
+    method, parent, full, changed = FakeMethod(clip), None, [], False
+    scorer = evaluator(clip, FakeFolder(**{name: [image(name, i) for i in range(4)] for name in names}))
+    for number, forgotten in enumerate([(), (), (0,), (1,), (0, 1), ()], 1):
+        labels = [names[number - 1]] if number <= len(names) else [names[0]]
+        rows = {name: right[name] for name in names[:number]} | {names[i]: wrong for i in forgotten}
+        parent = learn(scorer, method, task(clip, number, labels), rows, parent)
+        full = [[*old, None] for old in full] + [parent["matrix"][-1]]
+        # then the numbers are the formulas' over all rows
+        for key, formula in (("forgetting", forgetting), ("backward_transfer", backward_transfer)):
+            assert parent[key] == (None if number == 1 else pytest.approx(formula(full)))
+        changed = changed or bool(parent["forgetting"])
+    assert [bool(row) for row in parent["matrix"]] == [False] * 3 + [True] * 3
+    assert changed, "the example must forget something"
+
+
 def test_retention_compares_zero_shot_on_the_probe_with_the_untouched_model() -> None:
     # given a probe of which the untouched model knows two of three classes, and an update that loses one of the two
     clip, right = FakeClip(), right_names()
