@@ -72,7 +72,11 @@ class _PartitionRecords(Fetcher.PartitionRecords):
             except Exception as error:
                 if batch.magic < 2:
                     raise
-                yield Unreadable(max(self.next_fetch_offset, batch.base_offset), batch.next_offset, error)
+                first = max(self.next_fetch_offset, batch.base_offset)
+                end = max(first + 1, _end(batch, records))
+                yield Unreadable(first, end, error)
+                self.next_fetch_offset = end
+                continue
             # What compaction removed at the batch's end is passed as well.
             self.next_fetch_offset = batch.next_offset
         self.drain()
@@ -95,6 +99,28 @@ class _PartitionRecords(Fetcher.PartitionRecords):
             yield Message(
                 record.offset, -1 if record.timestamp is None else record.timestamp, record.key, record.value, ()
             )
+
+
+def _end(batch: Any, records: Any) -> int:
+    """Offset after a batch that cannot be read. One that fails its checksum may lie about it: the next one is believed
+    more, and without it the smaller of the two numbers that say how much the batch has."""
+    counted = batch.base_offset + batch.records_count
+    if batch.validate_crc():
+        return batch.next_offset
+    if (following := _readable_base(records)) is not None and following > batch.base_offset:
+        return min(following, max(batch.next_offset, counted))
+    return min(batch.next_offset, counted)
+
+
+def _readable_base(records: Any) -> int | None:
+    """Where the batch that comes next begins, if it passes its checksum."""
+    if records._next_slice is None:
+        return None
+    try:
+        following = DefaultRecordBatch(records._next_slice)
+        return following.base_offset if following.magic == 2 and following.validate_crc() else None
+    except (struct.error, IndexError):
+        return None
 
 
 def messages(batch: Any) -> Iterator[Message]:

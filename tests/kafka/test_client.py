@@ -176,6 +176,24 @@ def test_a_batch_with_a_wrong_checksum_or_length_costs_only_itself() -> None:
     assert len(unchecked.take()) == 3  # whatever the byte was, nothing is raised
 
 
+LAST_OFFSET_DELTA, COUNT = 23, 57
+"""Where a batch has how far its offsets go, and how many records it has; both under its checksum."""
+
+
+@pytest.mark.parametrize("field", [LAST_OFFSET_DELTA, COUNT])
+@pytest.mark.parametrize("says", [2**31 - 1, 1000, -5])
+@pytest.mark.parametrize("last", [False, True])
+def test_what_a_broken_batch_says_of_its_length_is_not_believed(field: int, says: int, last: bool) -> None:
+    data = batches(b"a", b"b", b"c")
+    size = len(data) // 3
+    struct.pack_into(">i", data, size + field, says)
+    if last:
+        del data[2 * size :]
+    first, lost, *others = _PartitionRecords(0, TopicPartition("t", 0), MemoryRecords(bytes(data))).take()
+    assert first.value == b"a" and (lost.offset, lost.next_offset) == (1, 2)
+    assert [message.value for message in others] == ([] if last else [b"c"])
+
+
 def test_topics_may_be_added_and_removed_between_commits_but_not_created_again(scripted: Callable[..., Any]) -> None:
     source, _ = scripted()
     assert source.fingerprint == "kafka t=id"
