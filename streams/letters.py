@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,9 @@ class Letter:
     timestamp_s: float
     """When it was set aside, seconds since the epoch."""
     raw: Raw
+    partition: Any
+    """Where it lies itself, as the client has it."""
+    offset: int
 
 
 def letters(connection: Connection, topics: Sequence[str]) -> Iterator[Letter]:
@@ -41,23 +45,26 @@ def replay(
 ) -> Counter[str]:
     """Send the messages behind the dead letters to where they came from; returns counts by outcome.
 
-    Only letters with one of `reasons` (empty: all), one for each origin, and only those after the last replay with the
-    same reasons, which `group` remembers, unless `again`. A header that had no value is sent with an empty one.
+    Only letters with one of `reasons` (empty: all), one for each origin, and only those after the last replay of their
+    reason, which `group` remembers, unless `again`. A header that had no value is sent with an empty one.
     Outcomes: `sent`, `twice` (same origin), `incomplete` (parts were too large to be kept, or the message had neither
     key nor value). Raises StreamError; then nothing is remembered.
     """
     counts: Counter[str] = Counter()
     seen: set[tuple[object, int]] = set()
-    memory = f"{group}.replay.{'-'.join(sorted(reasons)) or 'all'}"
     settings = connection.settings() | {"acks": "all", "enable_idempotence": True, "max_request_size": 2**30}
     with connecting(connection):
         producer = KafkaProducer(**settings, allow_auto_create_topics=False)
     try:
-        with _Reader(connection, topics, memory) as reader:
+        with _Reader(connection, topics, f"{group}.replay") as reader:
             futures = []
-            for letter in reader.letters({} if again else reader.remembered()):
+            before = reader.remembered()
+            starts = {} if again else {where: _start(memory, reasons) for where, memory in before.items()}
+            for letter in reader.letters(starts):
                 place = (letter.origin.partition, letter.origin.offset)
                 if reasons and letter.origin.reason not in reasons:
+                    continue
+                if not again and letter.offset < _replayed(before[letter.partition], letter.origin.reason):
                     continue
                 if place in seen:
                     counts["twice"] += 1
@@ -75,12 +82,25 @@ def replay(
             producer.flush()
             for future in futures:
                 future.get(0)
-            reader.remember()
+            reader.remember(before, reasons)
     except KafkaError as error:
         raise StreamError(f"dead letters could not all be sent again on {connection}: {error}; try again") from error
     finally:
         producer.close()
     return counts
+
+
+Memory = Mapping[str, int]
+"""Of one partition: for each reason the offset up to which its letters were sent again, under ALL that of every one."""
+ALL = "all"
+
+
+def _replayed(memory: Memory, reason: str) -> int:
+    return max(memory.get(reason, 0), memory.get(ALL, 0))
+
+
+def _start(memory: Memory, reasons: Collection[str]) -> int:
+    return min(_replayed(memory, reason) for reason in reasons or (ALL,))
 
 
 class _Reader:
@@ -120,12 +140,17 @@ class _Reader:
     def __exit__(self, *_: object) -> None:
         self._consumer.close(autocommit=False)
 
-    def remembered(self) -> dict[Any, int]:
-        found = {place: self._consumer.committed(place) for place in self._ends}
-        return {place: offset for place, offset in found.items() if offset is not None}
+    def remembered(self) -> dict[Any, Memory]:
+        """Of every partition; what somebody else committed under the group counts for nothing."""
+        found = {place: self._consumer.committed(place, metadata=True) for place in self._ends}
+        return {place: _memory(answer.metadata if answer else "") for place, answer in found.items()}
 
-    def remember(self) -> None:
-        self._consumer.commit({place: OffsetAndMetadata(end, "", -1) for place, end in self._ends.items()})
+    def remember(self, before: Mapping[Any, Memory], reasons: Collection[str]) -> None:
+        commits = {}
+        for place, end in self._ends.items():
+            now = {**before[place], **dict.fromkeys(reasons, end)} if reasons else {ALL: end}
+            commits[place] = OffsetAndMetadata(end, json.dumps(now), -1)
+        self._consumer.commit(commits)
 
     def letters(self, starts: dict[Any, int]) -> Iterator[Letter]:
         for place in self._ends:
@@ -147,6 +172,14 @@ class _Reader:
                         continue
                     raw = Raw(message.key, message.value, message.headers)
                     try:
-                        yield Letter(origin(raw), message.timestamp_ms / 1000, raw)
+                        yield Letter(origin(raw), message.timestamp_ms / 1000, raw, place, message.offset)
                     except ValueError:
                         continue  # somebody else's message
+
+
+def _memory(metadata: str) -> Memory:
+    try:
+        found = json.loads(metadata)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -120,6 +120,30 @@ def test_replay_sends_each_record_again_once(
     assert sent == [Raw(b"k", b"v", (("label", b"cat"), ("x", b"")))] * 2
 
 
+def test_what_was_replayed_for_one_reason_is_not_replayed_with_all_the_others(
+    set_aside: Any, bootstrap: str, new_topic: Any
+) -> None:
+    topic = new_topic()
+    box = set_aside(topic)
+    raw = Raw(b"k", b"v")
+    reasons = [Reason.BOMB, Reason.EMPTY, Reason.STALE]
+    for offset, reason in enumerate(reasons):
+        box.put(rejected(topic, offset, raw, reason))
+    box.flush(10)
+
+    def sent(*reasons: str) -> int:
+        return replay(Connection([bootstrap]), [f"{topic}.dlq"], reasons, topic)["sent"]
+
+    assert sent("bomb") == 1
+    assert sent("bomb", "empty") == 1
+    assert sent() == 1
+    assert [sent(), sent("bomb"), sent("empty", "stale")] == [0, 0, 0]
+    box.put(rejected(topic, 3, raw, Reason.BOMB))
+    box.put(rejected(topic, 4, raw, Reason.EMPTY))
+    box.flush(10)
+    assert [sent("empty"), sent("empty"), sent(), sent()] == [1, 0, 1, 0]
+
+
 def test_while_the_broker_is_away_flush_says_so_and_later_delivers(tmp_path: Any) -> None:
     broker = start_broker(tmp_path / "broker")
     try:
