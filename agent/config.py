@@ -529,7 +529,7 @@ class Agent(_Section):
 
     poll_timeout_s: float = Field(0.5, gt=0, le=5)
     """How long one look at the stream waits for records; signals are noticed in between."""
-    stop_timeout_s: float = Field(8, gt=0)
+    stop_timeout_s: float = Field(5, gt=0)
     """After SIGTERM or SIGINT the trainer has so long before it is killed (nothing is lost: the task is read again)."""
     on_task_failure: Literal["stop", "quarantine"] = "stop"
     """A task that failed twice stops the agent with nothing committed, or is dead-lettered as a whole."""

@@ -56,7 +56,7 @@ class Rules:
     """At a clean stop, learn what was read before."""
     quarantine: bool = False
     """Dead-letter a task that was given up, and go on; else stop with TaskFailed."""
-    stop_timeout_s: float = 8.0
+    stop_timeout_s: float = 5.0
 
 
 class Metrics(Protocol):

@@ -48,6 +48,7 @@ _VERIFY_S = 0.25
 _STUCK_S = 60
 _FAILURES = 5
 _BACKOFF_S = 0.5
+_CLOSE_S = 2.5
 _RETRY_S = 5
 _PUT_S = 0.05
 _PATIENCE_S = 2
@@ -147,8 +148,9 @@ class KafkaSource:
         self._beat = time.monotonic()
         self._holding = ""
         self._again: frozenset[str] = frozenset()
+        self._unread: dict[str, str] = {}
         self.positions: Offsets = {}
-        """Where `seek` began, for every partition there was."""
+        """Where `seek` began, for every partition there was; and where topics stopped that are not read any more."""
         self._skipped: Counter[str] = Counter()
         try:
             with connecting(connection):
@@ -161,8 +163,10 @@ class KafkaSource:
 
     @property
     def fingerprint(self) -> str:
-        """The topics with the identity their cluster gave them when they were created."""
-        return "kafka " + " ".join(f"{topic}={self._ids[topic]}" for topic in sorted(self._ids))
+        """The topics with the identity their cluster gave them when they were created, also those read before."""
+        return "kafka " + " ".join(
+            f"{topic}={identity}" for topic, identity in sorted((self._unread | self._ids).items())
+        )
 
     def continues(self, fingerprint: str) -> bool:
         """Whether a commit under `fingerprint` can be gone on from: topics may have been added or removed.
@@ -180,14 +184,16 @@ class KafkaSource:
                 'offsets mean nothing there; source.kafka.on_lost = "skip" reads it from its beginning'
             )
         self._again = frozenset(again)
+        self._unread = {topic: identity for topic, identity in known.items() if topic not in self._ids}
         return True
 
     def seek(self, offsets: Offsets) -> None:
         """Begin to read. Raises PositionError, StreamError."""
         known = {where: offset for where, offset in offsets.items() if where.topic not in self._again}
         ours = {where: offset for where, offset in known.items() if where in self._partitions}
-        for topic in {where.topic for where in known} - set(self._topics):
-            log.warning("the last commit has offsets of topic %s, which is not read any more", topic)
+        unread = {where: offset for where, offset in known.items() if where.topic in self._unread}
+        for topic in sorted({where.topic for where in unread}):
+            log.info("topic %s is not read any more; its offsets are kept, should it be read again", topic)
         gone = [where for where in known if where.topic in self._ids and where not in self._partitions]
         if gone:
             raise PositionError(
@@ -206,7 +212,7 @@ class KafkaSource:
             raise StreamError(f"no positions on {self._connection}: {_short(error)}") from error
         at = ", ".join(f"{where.topic}/{where.number}:{offset}" for where, offset in sorted(self._positions.items()))
         log.info("reading %s from %s", at, self._connection)
-        self.positions = dict(self._positions)
+        self.positions = unread | self._positions
         self._beat = time.monotonic()
         self._thread = threading.Thread(target=self._read, name="kafka-source", daemon=True)
         self._thread.start()
@@ -268,16 +274,22 @@ class KafkaSource:
         self._stopping.set()
         with self._changed:
             self._changed.notify_all()
-        if self._thread:
-            self._thread.join(5)
-            if self._thread.is_alive():
-                log.warning("the Kafka client did not stop within 5 s and is left behind")
-                return
-        self._client.close()
+        if self._thread is None:
+            self._client.close()
+            return
+        self._thread.join(_CLOSE_S)
+        if self._thread.is_alive():
+            log.warning("the Kafka client did not stop within %.1f s and is left behind; nothing is lost", _CLOSE_S)
 
     # From here on: the reader's thread.
 
     def _read(self) -> None:
+        try:
+            self._read_on()
+        finally:
+            self._client.close()
+
+    def _read_on(self) -> None:
         failures, last = 0, time.monotonic()
         broken = False
         while not self._stopping.is_set():
@@ -308,6 +320,8 @@ class KafkaSource:
                 broken = True
             self._stopping.wait(wait)
             self._beat = time.monotonic()
+        if broken:
+            return
         try:
             self._copy_commit(wait=True)
         except Exception as error:
@@ -604,7 +618,7 @@ class _Client:
             raise
 
     def close(self) -> None:
-        for part in (lambda: self._consumer.close(autocommit=False, timeout_ms=2000), self._admin.close):
+        for part in (lambda: self._consumer.close(autocommit=False, timeout_ms=500), self._admin.close):
             try:
                 part()
             except Exception as error:
@@ -666,7 +680,7 @@ class _Client:
     def commit(self, offsets: Offsets, wait: bool) -> None:
         wanted = {TopicPartition(*where): OffsetAndMetadata(offset, "", -1) for where, offset in offsets.items()}
         if wait:
-            self._consumer.commit(wanted, timeout_ms=2000)
+            self._consumer.commit(wanted, timeout_ms=1500)
         else:
             self._consumer.commit_async(wanted, callback=self._committed)
 

@@ -27,7 +27,7 @@ class Source(Protocol):
 
     @property
     def positions(self) -> Offsets:
-        """Where `seek` began, for every partition there was."""
+        """Where `seek` began, for every partition there was, and what else the next commit has to remember."""
 
     def poll(self, timeout_s: float) -> Sequence[Item]:
         """Items that arrived, perhaps none; returns within about `timeout_s`. Must be called also while throttled."""

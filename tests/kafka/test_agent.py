@@ -197,6 +197,34 @@ def test_killed_agents_trainers_and_brokers_leave_the_model_of_an_undisturbed_ru
         broker.kill()
 
 
+def test_a_stop_takes_no_ten_seconds_however_long_the_broker_is_away(tmp_path: Path) -> None:
+    # given an agent that cannot set a task's records aside, because the broker is gone
+    broker = start_broker(tmp_path / "broker")
+    try:
+        admin = KafkaAdminClient(bootstrap_servers=broker.bootstrap)
+        admin.create_topics({"t": {"num_partitions": 1, "replication_factor": 1}}, wait_for_metadata=True)
+        admin.close()
+        producer = KafkaProducer(bootstrap_servers=broker.bootstrap)
+        producer.send("t", jpeg(0), b"0", [("label", b"busy 2")])
+        producer.send("t", jpeg(1), b"1", [("label", b"raise")])
+        producer.send("t", None, b"mark", [("gapstream.control", b"flush")])
+        producer.close()
+        settings = {"agent__on_task_failure": "quarantine", "source__kafka__group": "g"}
+        with Agent(tmp_path / "state", broker.bootstrap, ["t"], **settings) as agent:
+            wait_until(lambda: "busy now" in agent.log.read_text(), 60)
+            broker.kill()
+            wait_until(lambda: "cannot be set aside; nothing is committed" in agent.log.read_text(), 60)
+            # when it is told to stop
+            began = time.monotonic()
+            status = agent.stop()
+            # then it does, and says nothing of a failure
+            assert time.monotonic() - began < 10
+            assert status == 0 and "Traceback" not in agent.log.read_text().rpartition("stopping")[2]
+            assert current(tmp_path / "state") is None
+    finally:
+        broker.kill()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_an_update_of_minutes_holds_up_neither_the_stream_nor_the_metrics(

@@ -231,6 +231,30 @@ def test_a_topic_created_again_is_noticed_at_the_start_and_while_running(
     skipping.close()
 
 
+def test_a_topic_that_is_not_read_for_a_while_goes_on_where_it_was(
+    open_source: Open, producer: KafkaProducer, new_topic: Any, bootstrap: str
+) -> None:
+    # given a commit of two topics
+    one, other = new_topic(), new_topic()
+    send(producer, one, ["a0", "a1"])
+    send(producer, other, ["b0", "b1"])
+    before = open_source(one, other)
+    offsets = {Partition(one, 0): 2, Partition(other, 0): 1}
+    # when the agent runs with one of them, and then with both again
+    alone, again = (KafkaSource(Connection([bootstrap]), topics, CODEC, group="") for topics in ([one], [one, other]))
+    try:
+        assert alone.continues(before.fingerprint)
+        alone.seek(offsets)
+        assert alone.positions == offsets and alone.lag().keys() <= {(one, 0)}
+        assert again.continues(alone.fingerprint)
+        again.seek(alone.positions)
+        # then nothing of the other is read a second time
+        assert labels(read(again, 1)) == ["b1"]
+    finally:
+        alone.close()
+        again.close()
+
+
 def test_a_topic_that_is_not_there_and_a_cluster_that_does_not_answer_say_so(open_source: Open) -> None:
     with pytest.raises(StreamError, match="no topic absent"):
         open_source("absent")
