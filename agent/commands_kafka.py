@@ -140,11 +140,14 @@ def produce_command(arguments: argparse.Namespace) -> int:
     before = signal.signal(signal.SIGINT, lambda *_: stop.set())
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        total = None if arguments.tasks else sum(archive.lag().values())
-        bar = progress.add_task(f"playing into {topic}", total=total)
+        total = 0 if arguments.tasks else sum(archive.lag().values())
+        if arguments.no_boundaries:
+            total -= archive.listing().count(None)
+        bar = progress.add_task(f"playing into {topic}", total=None)
 
         def report(played: Played) -> None:
-            progress.update(bar, completed=played.records + played.boundaries)
+            left = None if arguments.tasks else total - played.skipped.total()
+            progress.update(bar, completed=played.records + played.boundaries, total=left)
 
         items = _items(archive, arguments.tasks, not arguments.no_boundaries)
         try:
@@ -157,6 +160,9 @@ def produce_command(arguments: argparse.Namespace) -> int:
     print(
         f"{played.records} records ({played.bytes / 1e6:.1f} MB) and {played.boundaries} marks acknowledged by {topic}"
     )
+    if played.skipped:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in played.skipped.most_common())
+        print(f"{played.skipped.total()} images skipped: {reasons}")
     return 0
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kafka import KafkaProducer
 from kafka.admin import KafkaAdminClient
@@ -13,7 +14,7 @@ from kafka.errors import KafkaError, KafkaTimeoutError, TopicAlreadyExistsError
 
 from streams.connection import CONNECT_S, Connection, connecting
 from streams.formats import encode_control, encode_image
-from streams.record import Control, Item, Record
+from streams.record import Item, Record, Rejected
 from streams.source import StreamError
 
 _IN_FLIGHT = 1000
@@ -22,12 +23,14 @@ _REPORT_S = 0.1
 
 @dataclass
 class Played:
-    """What has been acknowledged so far."""
+    """What has been acknowledged so far, and what was left out."""
 
     records: int = 0
     bytes: int = 0
     """Of images."""
     boundaries: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+    """Images that cannot be used and were not sent, by reason."""
 
 
 def create_topic(connection: Connection, topic: str, partitions: int, replication: int = -1) -> bool:
@@ -61,7 +64,7 @@ def play(
     compression: str | None = None,
     clock: Callable[[], float] = time.time,
 ) -> Played:
-    """Send every Record and Control of `items` to `topic` and wait until they are acknowledged; skip the Rejected.
+    """Send every Record and Control of `items` to `topic` and wait until they are acknowledged; count the Rejected.
 
     The key of a record is its class name and number, so that records spread over the partitions; timestamps rise
     through a mark, so that readers of several partitions see it at its place. `rate`: records a second, 0 is as fast as
@@ -97,6 +100,9 @@ def play(
             if now - reported > _REPORT_S:
                 report(played)
                 reported = now
+            if isinstance(item, Rejected):
+                played.skipped[item.reason] += 1
+                continue
             last_ms = max(last_ms, int(now * 1000))
             slots.acquire()
             if isinstance(item, Record):
@@ -108,14 +114,11 @@ def play(
                 sent += 1
                 if rate and (ahead := sent / rate - (clock() - began)) > 0:
                     stop.wait(ahead)
-            elif isinstance(item, Control):
+            else:
                 _, marks = encode_control(item.kind)
                 future = producer.send(topic, None, b"mark", marks, timestamp_ms=last_ms + 1)
                 future.add_callback(acknowledged, boundary=True)
                 last_ms += 2
-            else:
-                slots.release()
-                continue
             future.add_errback(failed)
         producer.flush()
         if failures:

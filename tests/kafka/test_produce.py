@@ -13,7 +13,7 @@ from streams.archive import ArchiveSource
 from streams.connection import Connection
 from streams.kafka import KafkaSource
 from streams.produce import create_topic, play
-from streams.record import Control, ControlKind, Partition, Record
+from streams.record import Control, ControlKind, Partition, Reason, Record
 from streams.source import StreamError
 from tests.bad_images import encoded, picture
 from tests.kafka.test_source import CODEC, read
@@ -42,6 +42,7 @@ def test_what_is_played_comes_back_in_order_with_its_marks(bootstrap: str, new_t
 
     good = [item for item in items if isinstance(item, Record | Control)]
     assert (played.records, played.boundaries, seen[-1]) == (19, 2, 19)
+    assert played.skipped == {Reason.UNSUPPORTED_FORMAT: 1}
     source = KafkaSource(where, [topic], CODEC, group="", merge_wait_s=0.2)
     source.seek({})
     back = read(source, 21)
@@ -89,6 +90,10 @@ def test_the_commands_play_run_into_rejection_list_and_replay(
     topic = new_topic()
     settings = ["--set", f"source.kafka.bootstrap_servers={bootstrap}", "--set", f"source.kafka.topics={topic}"]
     images = archive(tmp_path / "images")
+    assert main(["produce", str(images), "--no-boundaries", *settings]) == 0
+    said = capsys.readouterr()
+    assert "19 records" in said.out and "\n1 images skipped: 1 unsupported_format" in said.out
+    assert "19/19" in said.err
     assert main(["produce", str(images), "--tasks", "1", "--order", "classes", *settings]) == 0
     assert "1 marks acknowledged" in capsys.readouterr().out
     assert main(["dlq", *settings]) == 1
