@@ -120,7 +120,7 @@ def test_a_silent_partition_holds_the_others_back_only_for_the_wait(
 def test_without_a_commit_reading_begins_where_it_is_told(
     start: str, open_source: Open, producer: KafkaProducer, new_topic: Any
 ) -> None:
-    topic = new_topic()
+    topic = new_topic(**{"retention.ms": "-1"})  # the broker looks every second
     send(producer, topic, ["old"], timestamp_ms=1_600_000_000_000)
     send(producer, topic, ["middle"], timestamp_ms=1_700_000_000_000)
     source = open_source(topic, start="2023-01-01T00:00:00Z" if start == "time" else start)
