@@ -855,6 +855,7 @@ class KafkaDeadLetters:
             enable_idempotence=True,
             max_request_size=2**30,
             max_block_ms=500,
+            reconnect_backoff_max_ms=2000,
             linger_ms=5,
             metrics_enabled=False,
         )

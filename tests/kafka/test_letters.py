@@ -271,7 +271,7 @@ def test_a_broker_away_for_longer_than_the_client_tries_costs_no_letter(
         admin.close()
         box = KafkaDeadLetters(where, ["t"])
         broker.kill()
-        deadline = time.monotonic() + 8
+        deadline = time.monotonic() + 5
         for offset in itertools.count():
             box.put(rejected("t", offset, Raw(b"k", b"v")))
             began = time.monotonic()
@@ -280,7 +280,6 @@ def test_a_broker_away_for_longer_than_the_client_tries_costs_no_letter(
             assert time.monotonic() - began < 1.5
             if time.monotonic() > deadline:
                 break
-        assert box._producer is None or box._coming is None
         broker.start()
         box.flush(60)
         offsets = [one.origin.offset for one in letters(where, ["t.dlq"])]
