@@ -692,7 +692,7 @@ class _Client:
 class KafkaDeadLetters:
     """Sends rejected records to the dead-letter topic of the topic they came from. Used from one thread.
 
-    Delivery is idempotent while this object lives; after a crash the same coordinates may come twice.
+    After a crash, or an outage longer than the client goes on trying, the same coordinates may come twice.
     """
 
     def __init__(
