@@ -52,11 +52,8 @@ class TextClassifier(Classifier):
         return torch.softmax(self.scale * embedding @ self.names.T, dim=-1)
 
 
-class FaithfulFusion(Classifier):
-    """MG-CLIP's published prediction: (softmax(softmax(scale * text)) + 4 softmax(visual cosine)) / 5.
-
-    The published code softmaxes the text branch twice (its model already returns probabilities); kept to agree with it.
-    """
+class Fusion(Classifier):
+    """Class names [C, D] (normalised) and visual rows [C, D], joined by a subclass's `score`."""
 
     names: Tensor
     rows: Tensor
@@ -66,6 +63,13 @@ class FaithfulFusion(Classifier):
         self._rows("names", names)
         self._rows("rows", F.normalize(rows, dim=-1))
         self.scale = scale
+
+
+class FaithfulFusion(Fusion):
+    """MG-CLIP's published prediction: (softmax(softmax(scale * text)) + 4 softmax(visual cosine)) / 5.
+
+    The published code softmaxes the text branch twice (its model already returns probabilities); kept to agree with it.
+    """
 
     def score(self, embedding: Tensor) -> Tensor:
         text = torch.softmax(torch.softmax(self.scale * embedding @ self.names.T, dim=-1), dim=-1)
@@ -73,21 +77,12 @@ class FaithfulFusion(Classifier):
         return (text + 4 * visual) / 5
 
 
-class CalibratedFusion(Classifier):
+class CalibratedFusion(Fusion):
     """(softmax(scale * text) + 2 softmax(scale * visual)) / 3: each branch softmaxed once, at CLIP's own temperature.
 
     The published fusion's probabilities are nearly flat (they rank like text probability plus 4 x visual cosine); here
     they are usable as scores. The weight was chosen on training images that were not trained on.
     """
-
-    names: Tensor
-    rows: Tensor
-
-    def __init__(self, tower: nn.Module, classes: tuple[str, ...], names: Tensor, rows: Tensor, scale: float) -> None:
-        super().__init__(tower, classes)
-        self._rows("names", names)
-        self._rows("rows", F.normalize(rows, dim=-1))
-        self.scale = scale
 
     def score(self, embedding: Tensor) -> Tensor:
         text = torch.softmax(self.scale * embedding @ self.names.T, dim=-1)
