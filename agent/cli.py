@@ -251,6 +251,7 @@ def run_agent(
     from agent.commits import CommitStore
     from agent.notify import supervised
     from agent.pipeline import Pipeline, Rules, resume
+    from agent.releases import pinned
     from agent.worker import TRAINER, ProcessWorker
     from exporter.http import StatusServer
     from exporter.metrics import Metrics
@@ -259,6 +260,7 @@ def run_agent(
 
     registry = CollectorRegistry()
     metrics = (make_metrics or Metrics)(registry)
+    metrics.readers(lambda: pinned(config.state.path))
     with contextlib.ExitStack() as parts:
         commits = CommitStore(config.state.path, config.state.keep_commits)
         parts.callback(commits.close)
@@ -304,6 +306,7 @@ def run_agent(
                 ready=lambda: _why_not_ready(worker.ready, pipeline.commit),
                 status=metrics.status,
                 heartbeat=metrics.heartbeat,
+                pictures=metrics.pictures,
             )
             parts.callback(server.stop)
             server.start()

@@ -29,7 +29,8 @@ class StatusServer:
     /readyz              the same with `ready()`
     /status.json         `status()` without its key `report`
     /report.json         that report, null before the first commit
-    /                    the status page, which polls the two above
+    /pictures.json       `pictures()`: small pictures of the newest rejected records
+    /                    the status page, which asks for the three above
 
     The callables are called from request threads; `heartbeat("http", now)` about twice a second while it serves.
     Raises OSError at construction when the address cannot be had.
@@ -44,6 +45,7 @@ class StatusServer:
         ready: Callable[[], list[str]],
         status: Callable[[], dict[str, Any]],
         heartbeat: Callable[[str, float], None] | None = None,
+        pictures: Callable[[], dict[int, str | None]] = dict,
     ) -> None:
         def state() -> dict[str, Any]:
             return {key: value for key, value in status().items() if key != "report"}
@@ -61,6 +63,7 @@ class StatusServer:
             "/readyz": lambda _: _health(ready()),
             "/status.json": lambda _: (HTTPStatus.OK, JSON, _json(state())),
             "/report.json": lambda _: (HTTPStatus.OK, JSON, _json(status().get("report"))),
+            "/pictures.json": lambda _: (HTTPStatus.OK, JSON, _json(pictures())),
         }
         try:
             self._server = _Server((host, port), type("Handler", (_Handler,), {"routes": routes}))

@@ -16,7 +16,7 @@ import platform
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
@@ -26,6 +26,7 @@ from prometheus_client import CollectorRegistry, Counter, Enum, Gauge, Histogram
 
 from exporter.release import ReleaseError
 from exporter.release import read as read_release
+from exporter.thumbnails import Thumbnails
 
 log = logging.getLogger(__name__)
 
@@ -75,10 +76,14 @@ class Metrics:
         self._by_topic: dict[str, tuple[Counter, Counter]] = {}
         """Children of the record and byte counters, since looking one up costs more than counting."""
         self._last_rejected: deque[dict[str, Any]] = deque(maxlen=LAST_REJECTED)
+        self._thumbnails = Thumbnails()
         self._last_poll: float | None = None
         self._heartbeats: dict[str, float] = {}
         self._skipped_before: dict[str, int] = {}
         self._counted = {"tasks": 0.0, "training_samples": 0.0, "training_steps": 0.0}
+        self._released = 0
+        """Number of the commit that has the newest release."""
+        self._pinned: Callable[[], int | None] = lambda: None
 
         def counter(name: str, text: str, label: str = "", values: tuple[str, ...] = ()) -> Counter:
             made = Counter(name, text, [label] if label else [], namespace="gapstream", registry=registry)
@@ -152,6 +157,10 @@ class Metrics:
         self._offset = gauge("committed_offset", "Next offset after everything committed", "topic", "partition")
         self._releases = counter("releases", "Releases after an update", "result", ("published", "refused"))
         self._release_s = measured("release_timestamp_seconds", "When the current release was made")
+        served = gauge("served_commit_number", "Commit whose release readers follow; 0 before the first")
+        served.set_function(self._served)
+        held = gauge("release_pinned", "1 while readers are held at one release (gapstream rollback), else 0")
+        held.set_function(lambda: float(self._pinned() is not None))
         self._parity = measured("release_parity_max_abs_error", "Largest difference between torch and onnxruntime")
         self._agreement = measured("release_parity_agreement_ratio", "Share of images with the same first answer")
 
@@ -183,8 +192,7 @@ class Metrics:
             else:
                 self._seconds.append([int(now), 1])
         if hasattr(item, "reason"):
-            self.rejected(item.reason)
-            self._remember_rejected(item, now)
+            self.rejected(item, now)
 
     def polled(self, now: float) -> None:
         """The source was polled at `now` (seconds since the epoch)."""
@@ -230,7 +238,6 @@ class Metrics:
 
     def committed(self, commit: Any, outcome: Any) -> None:
         """An update is committed: everything its report says becomes the current value."""
-        now = time.time()
         update = outcome.update
         if update is not None:
             self._rollbacks.inc(int(update.rolled_back))
@@ -239,9 +246,7 @@ class Metrics:
             self._phase_seconds.labels(phase).observe(seconds)
         self._releases.labels("refused" if outcome.release_refused else "published").inc()
         self._commit_bytes.set(sum(size for size, _ in outcome.files.values()))
-        self._committed.set(now)
-        for late in outcome.rejected:
-            self._remember_rejected(late, now)
+        self._committed.set(time.time())
         self._current(commit)
         self._epoch.set(0)
         with self._lock:
@@ -253,11 +258,23 @@ class Metrics:
         self._committed.set(commit.path.stat().st_mtime)
         self._current(commit)
 
-    def rejected(self, reason: str) -> None:
-        """A record was rejected after its intake (`consumed` counts those rejected at once)."""
-        self._rejected.labels(reason).inc()
+    def rejected(self, item: Any, now: float) -> None:
+        """A record was rejected, at its intake (`consumed` tells that by itself) or later."""
+        self._rejected.labels(item.reason).inc()
+        entry = {
+            "time": now,
+            "topic": item.partition.topic,
+            "partition": item.partition.number,
+            "offset": item.offset,
+            "reason": str(item.reason),
+            "detail": item.detail,
+        }
         with self._lock:
             self._consumed["rejected"] += 1
+            number = entry["number"] = self._consumed["rejected"]
+            self._last_rejected.append(entry)
+            if item.raw is not None and item.raw.value:
+                self._thumbnails.add(number, item.raw.value)
 
     def dead_lettered(self, ok: bool) -> None:
         """A rejected record was set aside, or could not be."""
@@ -273,9 +290,16 @@ class Metrics:
         with self._lock:
             self._heartbeats[loop] = now
 
+    def readers(self, pinned: Callable[[], int | None]) -> None:
+        """`pinned` says which commit's release readers are held at, None while they follow the newest. Another process
+        decides that, so it is asked at every scrape."""
+        self._pinned = pinned
+
     def status(self) -> dict[str, Any]:
         """Everything the status page shows, as a JSON-able copy. `report` is the current commit's or None."""
         now = time.time()
+        pictured = self._thumbnails.numbers
+        readers = {"commit": self._served(), "pinned": self._pinned() is not None}
         with self._lock:
             window = [count for second, count in self._seconds if second > now - RATE_WINDOW_S]
             return {
@@ -290,8 +314,19 @@ class Metrics:
                     "spool": dict(self._spool),
                     "lag": dict(self._lag),
                 },
-                "rejected": list(reversed(self._last_rejected)),
+                "rejected": [
+                    {**entry, "picture": entry["number"] in pictured} for entry in reversed(self._last_rejected)
+                ],
+                "readers": readers,
             }
+
+    def pictures(self) -> dict[int, str | None]:
+        """What the newest rejected records look like: their `number` in the status -> data URI, or None where nothing
+        can be seen. Those with `picture` are in it sooner or later. May take seconds."""
+        return self._thumbnails.pictures()
+
+    def _served(self) -> int:
+        return self._pinned() or self._released
 
     def _go_on(self, state: str) -> None:
         if self._status["state"] != "draining":
@@ -312,6 +347,7 @@ class Metrics:
             self._counted[name] = max(total, self._counted[name])
         self._set_report(commit.report)
         if commit.release is not None:
+            self._released = commit.number
             self._set_release(commit.release)
         with self._lock:
             self._status["report"] = dict(commit.report)
@@ -364,18 +400,6 @@ class Metrics:
             self._drift.set(drift)
             if budget:
                 self._budget_used.set(drift / budget)
-
-    def _remember_rejected(self, item: Any, now: float) -> None:
-        entry = {
-            "time": now,
-            "topic": item.partition.topic,
-            "partition": item.partition.number,
-            "offset": item.offset,
-            "reason": str(item.reason),
-            "detail": item.detail,
-        }
-        with self._lock:
-            self._last_rejected.append(entry)
 
 
 def _set(gauge: Gauge, value: float | None) -> None:

@@ -9,6 +9,8 @@ import subprocess
 import time
 import urllib.parse
 import urllib.request
+from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ from agent.config import load
 from agent.values import Commit
 from exporter.http import StatusServer
 from exporter.metrics import Metrics
+from exporter.serve import ServeMetrics
 from streams.record import Partition, Record
 
 DEPLOY = Path(__file__).parent.parent / "deploy"
@@ -33,12 +36,16 @@ def program(name: str, package: str) -> str:
     return path
 
 
-def exposed() -> set[str]:
-    """Every metric and series name of an agent."""
+def registry_of(made: Callable[[CollectorRegistry], object]) -> CollectorRegistry:
     registry = CollectorRegistry()
-    Metrics(registry)
+    made(registry)
+    return registry
+
+
+def exposed() -> set[str]:
+    """Every metric and series name of an agent and of a server."""
     names = set()
-    for family in registry.collect():
+    for family in chain(*(registry_of(made).collect() for made in (Metrics, ServeMetrics))):
         suffixes = {
             "counter": ["_total"],
             "histogram": ["", "_bucket", "_sum", "_count"],

@@ -78,6 +78,15 @@ def test_status_is_json_and_leaves_the_report_to_its_own_path(server, metrics):
     assert json.loads(get(server, "/report.json")[2]) is None
 
 
+def test_pictures_are_asked_for_only_on_their_own_path(registry):
+    server = StatusServer("127.0.0.1", 0, registry, list, list, dict, pictures=lambda: {7: "data:image/jpeg;base64,AA"})
+    server.start()
+    try:
+        assert json.loads(get(server, "/pictures.json")[2]) == {"7": "data:image/jpeg;base64,AA"}
+    finally:
+        server.stop()
+
+
 def test_the_page_needs_nothing_from_elsewhere(server):
     code, headers, body = get(server, "/")
     assert code == 200

@@ -13,7 +13,8 @@ from exporter.metrics import REASONS, STATES, Metrics
 from exporter.preprocess import Preprocess
 from exporter.release import Parity, Release
 from exporter.release import write as write_release
-from streams.record import Control, ControlKind, Partition, Reason, Record, Rejected
+from streams.record import Control, ControlKind, Partition, Raw, Reason, Record, Rejected
+from tests.bad_images import png_of
 
 PARTITION = Partition("birds", 0)
 
@@ -135,9 +136,7 @@ def test_every_phase_of_an_update_leads_to_a_known_state(metrics):
 
 
 def test_a_commit_makes_its_report_current(metrics, registry, tmp_path):
-    late = LateRejection(PARTITION, 5, Reason.UNDECODABLE, "not an image")
-
-    metrics.committed(commit(tmp_path), outcome(tmp_path, rejected=(late,)))
+    metrics.committed(commit(tmp_path), outcome(tmp_path))
 
     def value(name, **labels):
         return registry.get_sample_value("gapstream_" + name, labels)
@@ -156,7 +155,50 @@ def test_a_commit_makes_its_report_current(metrics, registry, tmp_path):
     status = metrics.status()
     assert status["commit"]["number"] == 2
     assert status["report"]["last"] == 0.75
-    assert status["rejected"][0]["reason"] == "undecodable"
+
+
+def test_a_record_rejected_after_its_intake_is_counted_and_remembered_once(metrics, registry, tmp_path):
+    late = LateRejection(PARTITION, 5, Reason.UNDECODABLE, "not an image")
+
+    metrics.rejected(Rejected(PARTITION, 5, late.reason, late.detail, Raw(None, b"x")), now=100.0)
+    metrics.committed(commit(tmp_path), outcome(tmp_path, rejected=(late,)))
+
+    assert registry.get_sample_value("gapstream_rejected_records_total", {"reason": "undecodable"}) == 1
+    assert [entry["offset"] for entry in metrics.status()["rejected"]] == [5]
+
+
+def test_the_newest_rejected_records_that_carry_bytes_get_a_picture_or_none(metrics):
+    metrics.consumed(
+        Rejected(PARTITION, 1, Reason.MISSING_LABEL, "no label", Raw(None, png_of(8, 8, bytes(72)))), now=1
+    )
+    metrics.consumed(Rejected(PARTITION, 2, Reason.UNSUPPORTED_FORMAT, "text", Raw(None, b"text")), now=2)
+    metrics.consumed(Rejected(PARTITION, 3, Reason.FETCH_FAILED, "gone", None), now=3)
+
+    entries = {entry["offset"]: entry for entry in metrics.status()["rejected"]}
+    pictures = metrics.pictures()
+
+    assert {offset: entry["picture"] for offset, entry in entries.items()} == {1: True, 2: True, 3: False}
+    assert pictures[entries[1]["number"]].startswith("data:image/jpeg;base64,")
+    assert pictures[entries[2]["number"]] is None
+    assert len(pictures) == 2
+    json.dumps(metrics.status())
+
+
+def test_readers_are_at_the_newest_release_unless_they_are_held(metrics, registry, tmp_path):
+    def shown():
+        names = ("gapstream_served_commit_number", "gapstream_release_pinned")
+        return [registry.get_sample_value(name) for name in names]
+
+    assert shown() == [0, 0]
+    metrics.committed(commit(tmp_path, 2, release=tmp_path), outcome(tmp_path))
+    assert shown() == [2, 0]
+
+    held = [1]
+    metrics.readers(lambda: held[0])
+    assert shown() == [1, 1]
+    assert metrics.status()["readers"] == {"commit": 1, "pinned": True}
+    held[0] = None
+    assert shown() == [2, 0]
 
 
 def test_while_draining_an_update_does_not_change_the_state(metrics, tmp_path):

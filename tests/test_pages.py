@@ -9,7 +9,8 @@ from agent.report import write_report
 from agent.values import Commit, Progress
 from exporter.http import StatusServer
 from exporter.metrics import Metrics
-from streams.record import Partition, Reason, Record, Rejected
+from streams.record import Partition, Raw, Reason, Record, Rejected
+from tests.bad_images import encoded, picture
 from tests.browser import browser
 from tests.test_report import made_up_state
 
@@ -29,7 +30,7 @@ def metrics():
 
 @pytest.fixture
 def server(metrics):
-    server = StatusServer("127.0.0.1", 0, CollectorRegistry(), list, list, metrics.status)
+    server = StatusServer("127.0.0.1", 0, CollectorRegistry(), list, list, metrics.status, pictures=metrics.pictures)
     server.start()
     yield server
     server.stop()
@@ -78,6 +79,48 @@ def test_the_status_page_shows_what_happens_and_follows_a_commit(tab, metrics, s
     assert text(tab, "accuracy-now").startswith("90.0 %")
     assert "2 tasks learned, commit 2 is current" in text(tab, "lead")
     assert tab.evaluate("document.querySelectorAll('#accuracy path').length") == 3
+    assert tab.errors == []
+
+
+@pytest.mark.parametrize(("width", "dark"), [(1200, False), (390, True)])
+def test_rejected_records_are_pictured_where_something_can_be_seen(tab, metrics, server, tmp_path, width, dark):
+    # given an image without a label, one that ends early, and what is none
+    cut = encoded(picture(size=(200, 300)), "JPEG")[:9000]
+    for offset, (reason, data) in enumerate(
+        [
+            (Reason.MISSING_LABEL, encoded(picture(size=(300, 200)), "PNG")),
+            (Reason.TRUNCATED, cut),
+            (Reason.UNSUPPORTED_FORMAT, b"<!DOCTYPE html>"),
+        ]
+    ):
+        metrics.consumed(Rejected(PARTITION, offset, reason, "x" * 300, Raw(None, data)), time.time())
+
+    # when
+    tab.size(width, 900, dark)
+    tab.open(f"http://127.0.0.1:{server.port}/")
+    tab.wait("document.querySelectorAll('#rejected img').length === 2")
+
+    # then each is beside its reason, small, and nothing runs over the edge
+    rows = "[...document.querySelectorAll('#rejected li')]"
+    reasons = tab.evaluate(f"{rows}.map(row => row.querySelector('b').innerText)")
+    sizes = tab.evaluate(f"{rows}.map(row => row.querySelector('img')?.naturalHeight ?? 0)")
+    assert list(zip(reasons, sizes, strict=True)) == [
+        ("unsupported format", 0),
+        ("truncated", 96),
+        ("missing label", 64),
+    ]
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    assert tab.errors == []
+
+
+def test_the_status_page_says_where_readers_are_held(tab, metrics, server, tmp_path):
+    held = [1]
+    metrics.readers(lambda: held[0])
+    metrics.restored(commit(tmp_path, 2))
+    tab.open(f"http://127.0.0.1:{server.port}/")
+    tab.wait("document.getElementById('readers').innerText.startsWith('Readers are held at the release of commit 1.')")
+    held[0] = None
+    tab.wait("document.getElementById('readers').hidden")
     assert tab.errors == []
 
 
