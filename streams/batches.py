@@ -23,6 +23,9 @@ from kafka.protocol.consumer import IsolationLevel
 from kafka.record.default_records import DefaultRecordBatch
 from kafka.record.util import decode_varint
 
+from streams.connection import short
+from streams.record import Partition, Reason, Rejected
+
 MAX_INFLATED = 128 * 2**20
 """Bytes a batch may have once decompressed. A producer's batches have 1 MiB or less, and images hardly compress."""
 
@@ -49,6 +52,13 @@ class Unreadable:
     offset: int
     next_offset: int
     error: Exception
+
+
+def rejections(where: Partition, lost: Unreadable) -> list[Rejected]:
+    """One for each record of a batch that cannot be read; there is nothing of them to keep but where they were."""
+    reason = Reason.TOO_LARGE if isinstance(lost.error, BatchTooLarge) else Reason.UNDECODABLE
+    detail = f"its batch ({lost.offset} to {lost.next_offset - 1}) cannot be read: {short(lost.error)}"
+    return [Rejected(where, offset, reason, detail) for offset in range(lost.offset, lost.next_offset)]
 
 
 def guard(consumer: KafkaConsumer) -> None:

@@ -1,4 +1,7 @@
-"""How to reach and be let into a Kafka cluster. Secrets come as text or as the file that holds them; none is shown."""
+"""How to reach and be let into a Kafka cluster. Secrets come as text or as the file that holds them; none is shown.
+
+And the few things every client of ours needs: what went wrong in short, how a producer is ended, what a topic takes.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kafka import KafkaProducer
+from kafka.admin import ConfigResource, ConfigResourceType, KafkaAdminClient
 from kafka.errors import KafkaError
 from kafka.net.sasl.oauth import AbstractTokenProvider
 
 from streams.source import StreamError
+
+log = logging.getLogger(__name__)
 
 Secret = str | Path | None
 """A secret, or the file that holds it, read whenever a client is made."""
@@ -98,6 +105,31 @@ def connecting(connection: Connection) -> Iterator[None]:
     finally:
         for logger in loggers:
             logger.removeFilter(listen)
+
+
+def short(error: Any) -> str:
+    """What went wrong, with its kind, in at most 500 characters."""
+    text = str(error)
+    return (text if type(error).__name__ in text else f"{type(error).__name__}: {text}")[:500]
+
+
+def abandon(producer: KafkaProducer) -> None:
+    """End it at once. Its own `close` leaves the sender at work where something is still unsent."""
+    try:
+        producer.close(timeout=0)
+    except KafkaError:
+        producer._sender.force_close()
+
+
+def longest_message(admin: KafkaAdminClient, topic: str) -> int:
+    """`max.message.bytes` of a topic; the brokers' usual value where we may not ask."""
+    try:
+        wanted = ConfigResource(ConfigResourceType.TOPIC, topic, {"max.message.bytes": None})
+        found = admin.describe_configs([wanted], config_filter="all")
+        return int(found["topic"][topic]["max.message.bytes"]["value"]) - 512
+    except (KafkaError, KeyError, ValueError, TypeError) as error:
+        log.debug("max.message.bytes of %s: %s", topic, error)
+        return 1_000_000
 
 
 def revealed(secret: Secret) -> str | None:

@@ -16,9 +16,9 @@ import binascii
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from streams.record import (
     Control,
@@ -59,13 +59,23 @@ class Claim:
     raw: Raw
 
 
+class Fetcher(Protocol):
+    """Gets the image behind a URL, see streams.claims."""
+
+    def fetch(self, url: str) -> bytes: ...
+
+
 class Codec:
     """Decodes messages within given limits. Never raises: what cannot be used comes out as Rejected."""
 
-    def __init__(self, *, max_image_bytes: int, max_image_pixels: int, max_label_chars: int) -> None:
+    def __init__(
+        self, *, max_image_bytes: int, max_image_pixels: int, max_label_chars: int, labelled: bool = True
+    ) -> None:
+        """`labelled` False: images need no class name, and one they have is not looked at."""
         self._max_bytes = max_image_bytes
         self._max_pixels = max_image_pixels
         self._max_label = max_label_chars
+        self._labelled = labelled
 
     def decode(self, partition: Partition, offset: int, raw: Raw, timestamp_s: float | None) -> Item | Claim:
         """The item a message stands for; of an image only the header is looked at."""
@@ -91,6 +101,18 @@ class Codec:
         except Unusable as why:
             return Rejected(partition, offset, why.reason, why.detail, raw)
         return Record(partition, offset, label, image, timestamp_s, raw)
+
+    def fetched(self, claim: Claim, fetcher: Fetcher | None) -> Record | Rejected:
+        """The record of a claim; its image is fetched here. Without a `fetcher` no image may be elsewhere."""
+        try:
+            if fetcher is None:
+                raise Unusable(Reason.FETCH_FORBIDDEN, f"{claim.url[:500]!r}: no prefix is allowed")
+            return self.redeem(claim, fetcher.fetch(claim.url))
+        except Unusable as why:
+            return Rejected(claim.partition, claim.offset, why.reason, why.detail, claim.raw)
+        except Exception as error:
+            detail = f"{claim.url[:500]!r}: {type(error).__name__}: {str(error)[:400]}"
+            return Rejected(claim.partition, claim.offset, Reason.FETCH_FAILED, detail, claim.raw)
 
     def redeem(self, claim: Claim, image: bytes) -> Record | Rejected:
         """The record of a claim whose image has been fetched. Its hash and size are checked here."""
@@ -128,6 +150,8 @@ class Codec:
         )
 
     def _label(self, headers: Mapping[str, bytes | None], envelope: Mapping[str, Any] | None) -> str:
+        if not self._labelled:
+            return ""
         found: Any = headers.get("label")
         if found is not None:
             return canonical_label(found, self._max_label)
@@ -262,12 +286,12 @@ def dead_letter(rejected: Rejected, max_bytes: int) -> Raw:
     if nulls:
         notes["gapstream.errors.null-headers"] = ",".join(nulls)
     key, value, headers = raw.key, raw.value, raw.headers
-    if _size(key, value, headers) + 512 + _DETAIL_BYTES > max_bytes and value is not None:
+    if message_size(key, value, headers) + 512 + _DETAIL_BYTES > max_bytes and value is not None:
         notes["gapstream.errors.dropped"] = "value"
         notes["gapstream.errors.value-bytes"] = len(value)
         notes["gapstream.errors.value-sha256"] = hashlib.sha256(value).hexdigest()
         value = None
-    if _size(key, value, headers) + 512 + _DETAIL_BYTES > max_bytes:
+    if message_size(key, value, headers) + 512 + _DETAIL_BYTES > max_bytes:
         notes["gapstream.errors.dropped"] = "key, value and headers"
         key, headers = None, ()
     if key is None and value is None:
@@ -282,7 +306,8 @@ def _text(text: str) -> bytes:
     return text.encode("utf-8", "backslashreplace")  # JSON can spell half a surrogate pair
 
 
-def _size(key: bytes | None, value: bytes | None, headers: tuple[tuple[str, bytes | None], ...]) -> int:
+def message_size(key: bytes | None, value: bytes | None, headers: Sequence[tuple[str, bytes | None]]) -> int:
+    """Bytes a message takes, about and at least."""
     written = sum(len(name.encode()) + len(content or b"") + 10 for name, content in headers)
     return len(key or b"") + len(value or b"") + written
 

@@ -19,7 +19,7 @@ from itertools import islice
 from typing import Any, Literal
 
 from kafka import KafkaConsumer, KafkaProducer, OffsetAndMetadata, TopicPartition
-from kafka.admin import ConfigResource, ConfigResourceType, KafkaAdminClient
+from kafka.admin import KafkaAdminClient
 from kafka.errors import (
     KafkaError,
     KafkaTimeoutError,
@@ -31,12 +31,12 @@ from kafka.errors import (
     UnknownTopicOrPartitionError,
 )
 
-from streams.batches import BatchTooLarge, Unreadable, guard
+from streams.batches import Unreadable, guard, rejections
 from streams.claims import Fetcher
-from streams.connection import Connection, connecting
+from streams.connection import Connection, abandon, connecting, longest_message, short
 from streams.formats import Claim, Codec, dead_letter
 from streams.merge import Merge
-from streams.record import Item, Offsets, Partition, Raw, Reason, Record, Rejected, Unusable
+from streams.record import Item, Offsets, Partition, Raw, Record, Rejected
 from streams.source import DeadLetterDelayed, DeadLetterError, PositionError, StreamError
 
 log = logging.getLogger(__name__)
@@ -159,7 +159,7 @@ class KafkaSource:
         except StreamError:
             raise
         except Exception as error:
-            raise StreamError(f"cannot read {', '.join(topics)} from {connection}: {_short(error)}") from error
+            raise StreamError(f"cannot read {', '.join(topics)} from {connection}: {short(error)}") from error
 
     @property
     def fingerprint(self) -> str:
@@ -209,7 +209,7 @@ class KafkaSource:
         except StreamError:
             raise
         except Exception as error:
-            raise StreamError(f"no positions on {self._connection}: {_short(error)}") from error
+            raise StreamError(f"no positions on {self._connection}: {short(error)}") from error
         at = ", ".join(f"{where.topic}/{where.number}:{offset}" for where, offset in sorted(self._positions.items()))
         log.info("reading %s from %s", at, self._connection)
         self.positions = unread | self._positions
@@ -309,12 +309,12 @@ class KafkaSource:
                 if failures >= _FAILURES and not isinstance(error, RetriableError):
                     self._fail(
                         StreamError(
-                            f"the Kafka client failed {failures} times, last with {_short(error)}; stopping. {_SAFE}"
+                            f"the Kafka client failed {failures} times, last with {short(error)}; stopping. {_SAFE}"
                         )
                     )
                     return
                 wait = _BACKOFF_S * 2 ** min(failures, 6)
-                log.warning("the Kafka client failed (%s); a new one is made in %.0f s", _short(error), wait)
+                log.warning("the Kafka client failed (%s); a new one is made in %.0f s", short(error), wait)
             if not broken:
                 self._client.close()
                 broken = True
@@ -325,7 +325,7 @@ class KafkaSource:
         try:
             self._copy_commit(wait=True)
         except Exception as error:
-            log.warning("the last commit's offsets were not copied to group %s: %s", self._group, _short(error))
+            log.warning("the last commit's offsets were not copied to group %s: %s", self._group, short(error))
 
     def _fail(self, error: StreamError) -> None:
         with self._changed:
@@ -372,7 +372,7 @@ class KafkaSource:
                     self._positions[where] = message.offset
                     break
                 self._twice.discard((where, message.offset))
-                lost = _rejections(where, message)
+                lost = rejections(where, message)
                 entries += [(0, (rejected, _OVERHEAD)) for rejected in lost]
                 total += _OVERHEAD * len(lost)
                 self._positions[where] = message.next_offset
@@ -453,20 +453,11 @@ class KafkaSource:
     def _fetching(self, claim: Claim) -> Future[Record | Rejected]:
         """The record of a claim, in a thread that ends with the process however long the other side takes."""
         coming: Future[Record | Rejected] = Future()
-        fetch = threading.Thread(target=lambda: coming.set_result(self._fetch(claim)), name="image-fetch", daemon=True)
+        fetch = threading.Thread(
+            target=lambda: coming.set_result(self._codec.fetched(claim, self._fetcher)), name="image-fetch", daemon=True
+        )
         fetch.start()
         return coming
-
-    def _fetch(self, claim: Claim) -> Record | Rejected:
-        try:
-            if self._fetcher is None:
-                raise Unusable(Reason.FETCH_FORBIDDEN, f"{claim.url[:500]!r}: no prefix is allowed")
-            return self._codec.redeem(claim, self._fetcher.fetch(claim.url))
-        except Unusable as why:
-            return Rejected(claim.partition, claim.offset, why.reason, why.detail, claim.raw)
-        except Exception as error:
-            detail = f"{claim.url[:500]!r}: {_short(error)}"
-            return Rejected(claim.partition, claim.offset, Reason.FETCH_FAILED, detail, claim.raw)
 
     def _put(self, items: list[Item], size: int) -> None:
         with self._changed:
@@ -622,7 +613,7 @@ class _Client:
             try:
                 part()
             except Exception as error:
-                log.debug("closing the Kafka client: %s", _short(error))
+                log.debug("closing the Kafka client: %s", short(error))
 
     def describe(self, topics: Iterable[str]) -> list[dict[str, Any]]:
         return self._admin.describe_topics(list(topics))
@@ -686,7 +677,7 @@ class _Client:
 
     def _committed(self, offsets: Any, answer: Any) -> None:
         if isinstance(answer, Exception):
-            log.warning("offsets were not copied to group %s: %s; lag tools are behind", self._group, _short(answer))
+            log.warning("offsets were not copied to group %s: %s; lag tools are behind", self._group, short(answer))
 
 
 class KafkaDeadLetters:
@@ -723,7 +714,7 @@ class KafkaDeadLetters:
             raise
         except Exception as error:
             names = ", ".join(self._names.values())
-            raise DeadLetterError(f"no dead-letter topic {names} on {connection}: {_short(error)}") from error
+            raise DeadLetterError(f"no dead-letter topic {names} on {connection}: {short(error)}") from error
 
     def put(self, rejected: Rejected) -> None:
         """Send, without waiting for the answer. Raises DeadLetterError when too much waits for one."""
@@ -768,7 +759,7 @@ class KafkaDeadLetters:
         if self._coming is not None:
             self._coming.add_done_callback(_abandon_late)
         if self._producer is not None:
-            _abandon(self._producer)
+            abandon(self._producer)
 
     def _send_all(self, deadline: float) -> bool:
         """Send what waits to be sent, until `deadline` has passed or one cannot be sent; False for the latter."""
@@ -788,7 +779,7 @@ class KafkaDeadLetters:
         try:
             future = producer.send(self._names[topic], letter.value, letter.key, list(letter.headers))
         except KafkaError as error:
-            self._failure = _short(error)
+            self._failure = short(error)
             return False
         self._pending.append((future, rejected, size))
         return True
@@ -798,7 +789,7 @@ class KafkaDeadLetters:
         while self._pending and self._pending[0][0].is_done:
             future, rejected, size = self._pending[0]
             if future.exception is not None:
-                self._failure = _short(future.exception)
+                self._failure = short(future.exception)
                 if isinstance(future.exception, MessageSizeTooLargeError):
                     topic = rejected.partition.topic
                     self._limits[topic] = max(8192, self._limits[topic] // 2)
@@ -821,7 +812,7 @@ class KafkaDeadLetters:
         self._unsent.extendleft(reversed(failed))
         self._pending.clear()
         if self._producer is not None:
-            _abandon(self._producer)
+            abandon(self._producer)
         self._producer = None
 
     def _connected(self, deadline: float) -> KafkaProducer | None:
@@ -838,7 +829,7 @@ class KafkaDeadLetters:
         if error is None:
             self._producer = self._coming.result()
         else:
-            self._failure = _short(error)
+            self._failure = short(error)
         self._coming = None
         return self._producer
 
@@ -877,38 +868,19 @@ class KafkaDeadLetters:
                     admin.create_topics({name: {"num_partitions": 1, "configs": {"cleanup.policy": "delete"}}})
             if missing:
                 admin.wait_for_topics(missing)
-            return {topic: _longest_message(admin, name) for topic, name in self._names.items()}
+            return {topic: longest_message(admin, name) for topic, name in self._names.items()}
         finally:
             admin.close()
 
 
-def _abandon(producer: KafkaProducer) -> None:
-    """End it at once. Its own `close` leaves the sender at work where something is still unsent."""
-    try:
-        producer.close(timeout=0)
-    except KafkaError:
-        producer._sender.force_close()
-
-
 def _abandon_late(coming: Future[KafkaProducer]) -> None:
     if coming.exception() is None:
-        _abandon(coming.result())
+        abandon(coming.result())
 
 
 def _weight(rejected: Rejected) -> int:
     """Memory that a letter takes while it waits, in bytes, about."""
     return 1024 + len(rejected.detail) + (_memory(rejected.raw) if rejected.raw else 0)
-
-
-def _longest_message(admin: KafkaAdminClient, topic: str) -> int:
-    """`max.message.bytes` of a topic; the brokers' usual value where we may not ask."""
-    try:
-        wanted = ConfigResource(ConfigResourceType.TOPIC, topic, {"max.message.bytes": None})
-        found = admin.describe_configs([wanted], config_filter="all")
-        return int(found["topic"][topic]["max.message.bytes"]["value"]) - 512
-    except (KafkaError, KeyError, ValueError, TypeError) as error:
-        log.debug("max.message.bytes of %s: %s", topic, error)
-        return 1_000_000
 
 
 @contextlib.contextmanager
@@ -920,14 +892,7 @@ def _no_record_lost() -> Iterator[None]:
         raise
     except Exception as error:
         log.exception("records could not be handed over")
-        raise StreamError(f"records could not be handed over ({_short(error)}); stopping. {_SAFE}") from error
-
-
-def _rejections(where: Partition, lost: Unreadable) -> list[Rejected]:
-    """One for each record of a batch that cannot be read; there is nothing of them to keep but where they were."""
-    reason = Reason.TOO_LARGE if isinstance(lost.error, BatchTooLarge) else Reason.UNDECODABLE
-    detail = f"its batch ({lost.offset} to {lost.next_offset - 1}) cannot be read: {_short(lost.error)}"
-    return [Rejected(where, offset, reason, detail) for offset in range(lost.offset, lost.next_offset)]
+        raise StreamError(f"records could not be handed over ({short(error)}); stopping. {_SAFE}") from error
 
 
 def _memory(raw: Raw) -> int:
@@ -942,8 +907,3 @@ def _memory(raw: Raw) -> int:
 
 def _listed(partitions: Iterable[Partition]) -> str:
     return ", ".join(f"{where.topic}/{where.number}" for where in sorted(partitions))
-
-
-def _short(error: Any) -> str:
-    text = str(error)
-    return (text if type(error).__name__ in text else f"{type(error).__name__}: {text}")[:500]

@@ -78,7 +78,7 @@ def test_a_letter_longer_than_its_topic_takes_goes_without_its_value(
 def test_a_limit_that_was_lowered_later_is_found_out(
     set_aside: Any, bootstrap: str, new_topic: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("streams.kafka._longest_message", lambda admin, topic: 10**6)
+    monkeypatch.setattr("streams.kafka.longest_message", lambda admin, topic: 10**6)
     topic = new_topic()
     new_topic(name=f"{topic}.dlq", **{"max.message.bytes": "20000"})
     box = set_aside(topic)
