@@ -12,12 +12,12 @@ import queue
 import socket
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import uvicorn
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
@@ -62,12 +62,41 @@ class ServeMetrics:
         self.made = Gauge("release_timestamp_seconds", "When the release that answers was made", **common)
 
 
+class KafkaMetrics:
+    """What a serving process that also answers topics has beside ServeMetrics. A message counts once its transaction is
+    committed."""
+
+    def __init__(self, registry: CollectorRegistry, reasons: Iterable[str]) -> None:
+        """`reasons`: all there are for a message that cannot be answered."""
+        common: dict[str, Any] = {"namespace": "gapstream_serve_kafka", "registry": registry}
+        self.records = Counter("records", "Messages passed, marks included", ["topic"], **common)
+        self.predictions = Counter("predictions", "Images of messages answered", **common)
+        self.rejected = Counter("rejected_records", "Messages answered with an error", ["reason"], **common)
+        self.lag = Gauge("lag_records", "Messages that wait, of the partitions held", ["topic", "partition"], **common)
+        self.seconds = Histogram(
+            "batch_duration_seconds", "Seconds from messages to committed predictions", buckets=_SECONDS, **common
+        )
+        self.transactions = Counter("transactions", "Transactions, by how they ended", ["result"], **common)
+        for reason in reasons:
+            self.rejected.labels(reason)
+        for result in ("committed", "aborted"):
+            self.transactions.labels(result)
+
+
 class Refused(Exception):
     """A request that is not answered: HTTP status and why."""
 
     def __init__(self, status: int, why: str) -> None:
         super().__init__(why)
         self.status = status
+
+
+class Companion(Protocol):
+    """Work beside a server, see `Server.watch`. Each gives its reasons, none when all is well."""
+
+    def why_not_alive(self) -> list[str]: ...
+
+    def why_not_ready(self) -> list[str]: ...
 
 
 @dataclass(frozen=True)
@@ -178,9 +207,11 @@ class Server:
         self._max_bytes = max_request_bytes
         self._max_requests = max_requests
         self._requests = 0
-        self._registry = CollectorRegistry()
-        self._metrics = ServeMetrics(self._registry)
+        self.registry = CollectorRegistry()
+        """What /metrics shows."""
+        self._metrics = ServeMetrics(self.registry)
         self._classifier: Classifier | None = None
+        self._companion: Companion | None = None
         self._why_not = "the release is being opened"
         self._stopping = threading.Event()
         self._batcher = Batcher(self._classify, max_batch, self._metrics.batch.observe)
@@ -218,6 +249,20 @@ class Server:
     @property
     def port(self) -> int:
         return self._socket.getsockname()[1]
+
+    @property
+    def classifier(self) -> Classifier | None:
+        """What answers; None while there is no release."""
+        return self._classifier
+
+    @property
+    def stopping(self) -> bool:
+        """True from `stop`, SIGTERM or SIGINT on."""
+        return self._uvicorn.should_exit
+
+    def watch(self, companion: Companion) -> None:
+        """/livez and /readyz speak for `companion` too, which works beside the server."""
+        self._companion = companion
 
     def run(self) -> None:
         """Answer until `stop`, SIGTERM or SIGINT; requests that have begun are answered first."""
@@ -363,10 +408,12 @@ class Server:
         return JSONResponse({"release": release.id, "created": release.created, "classes": release.classes})
 
     async def _on_live(self, request: Request) -> Response:
-        return _health([] if self._batcher.alive else ["the thread that runs the model has died"])
+        reasons = [] if self._batcher.alive else ["the thread that runs the model has died"]
+        return _health(reasons + (self._companion.why_not_alive() if self._companion else []))
 
     async def _on_ready(self, request: Request) -> Response:
-        return _health([] if self._classifier is not None else [self._why_not])
+        reasons = [] if self._classifier is not None else [self._why_not]
+        return _health(reasons + (self._companion.why_not_ready() if self._companion else []))
 
     async def _on_metrics(self, request: Request) -> Response:
         metrics = self._metrics
@@ -378,7 +425,7 @@ class Server:
             )
             metrics.made.set(datetime.fromisoformat(release.created).timestamp())
         encode, kind = choose_encoder(request.headers.get("accept", ""))
-        return Response(encode(self._registry), headers={"Content-Type": kind})
+        return Response(encode(self.registry), headers={"Content-Type": kind})
 
 
 def _health(reasons: list[str]) -> Response:
