@@ -63,6 +63,11 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top", type=int, default=5, metavar="K", help="answers for each image (%(default)s)")
 
 
+def _add_serve(parser: argparse.ArgumentParser) -> None:
+    _add_config(parser)
+    parser.add_argument("--kafka", action="store_true", help="also answer the images of topics, see [serve.kafka]")
+
+
 def _add_report(parser: argparse.ArgumentParser) -> None:
     _add_config(parser)
     parser.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE", help="(%(default)s)")
@@ -114,7 +119,11 @@ def _add_rollback(parser: argparse.ArgumentParser) -> None:
 COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], str]] = {
     "run": ("learn a stream until it ends or SIGTERM comes", _add_config, "agent.cli:run_command"),
     "demo": ("learn the bundled stream and look at the result", _no_arguments, "agent.demo:demo_command"),
-    "serve": ("classify over HTTP with the newest release", _add_config, "agent.cli:serve_command"),
+    "serve": (
+        "classify over HTTP, or from topic to topic, with the newest release",
+        _add_serve,
+        "agent.cli:serve_command",
+    ),
     "predict": ("classify images with the current release", _add_predict, "agent.cli:predict_command"),
     "report": ("write report.html from a state folder", _add_report, "agent.cli:report_command"),
     "releases": ("list the releases readers can be sent to", _add_config, "agent.releases:releases_command"),
@@ -220,11 +229,17 @@ def serve_command(arguments: argparse.Namespace) -> None:
 
     config = config_from(arguments)
     log_to_stderr(config)
-    limits = config.serve.model_dump()
+    limits = config.serve.model_dump(exclude={"kafka"})
     server = Server(config.state.path, max_pixels=config.source.max_image_pixels, **limits)
     log.info("answering on http://%s:%d/v1/classify", config.serve.host, server.port)
-    with stop_on_signals(threading.Event()):
-        server.run()
+    stop = threading.Event()
+    with stop_on_signals(stop), contextlib.ExitStack() as parts:
+        if arguments.kafka:
+            from agent.serve_kafka import beside
+
+            parts.enter_context(beside(config, server))
+        if not stop.is_set():
+            server.run()
 
 
 def report_command(arguments: argparse.Namespace) -> None:

@@ -46,7 +46,7 @@ def open_topics(config: Config) -> KafkaSource:
         connection(config),
         section.topics,
         Codec(**limits),
-        fetcher=_fetcher(section.images, config.source.max_image_bytes),
+        fetcher=fetcher(section.images, config.source.max_image_bytes),
         breaker=Breaker(section.breaker_share, pause_s=section.breaker_pause_s),
         **section.model_dump(
             include={"group", "start", "on_lost", "merge_wait_s", "discover_s", "fetch_bytes", "stall_s"}
@@ -77,7 +77,8 @@ def _secret(section: KafkaSecurity | KafkaImages, name: str) -> Secret:
     return getattr(section, f"{name}_file") if value is None else value.get_secret_value()
 
 
-def _fetcher(images: KafkaImages, max_bytes: int) -> Fetcher | None:
+def fetcher(images: KafkaImages, max_bytes: int) -> Fetcher | None:
+    """What fetches images that messages only point at; None where that is not allowed. Raises StreamError."""
     if not images.allowed:
         return None
     from streams.claims import S3, Fetcher

@@ -550,6 +550,37 @@ class Http(_Section):
     """Whether it listens at all."""
 
 
+class ServeKafka(_Section):
+    """`gapstream serve --kafka`: images of topics in, predictions out, beside HTTP. Cluster, security, and where images
+    may be that messages only point at, are those of [source.kafka]."""
+
+    topics: tuple[str, ...] = ()
+    """The topics to answer, in the format the learner reads; class names are not needed."""
+    output: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,249}$")] = "predictions"
+    """Where the predictions go, each under the key of its image."""
+    create: bool = True
+    """Create it where it does not exist, with as many partitions as the largest of `topics`."""
+    group: str = Field("gapstream-serve", min_length=1)
+    """Consumer group: every process of it answers a part of the partitions. Its transactions bear names that begin with
+    it."""
+    start: Literal["earliest", "latest"] = "earliest"
+    """Where the group begins in a partition that it has no offset of, or whose next messages retention deleted."""
+    top: int = Field(5, ge=0)
+    """Classes listed in a prediction; 0 is all."""
+    headers: tuple[str, ...] = ()
+    """Headers of a message that its prediction carries on."""
+    max_records: int = Field(256, ge=1)
+    """Messages answered in one transaction."""
+    fetch_bytes: int = Field(16 * 2**20, ge=2**16)
+    """Memory for what was fetched and not answered yet, about."""
+
+    @model_validator(mode="after")
+    def _no_circle(self) -> ServeKafka:
+        if self.output in self.topics:
+            raise ValueError(f"output is {self.output}, which is one of the topics; expected a topic of its own")
+        return self
+
+
 class Serve(_Section):
     """`gapstream serve`: classification over HTTP, a process of its own beside the agent."""
 
@@ -571,6 +602,7 @@ class Serve(_Section):
     """A larger request is refused."""
     max_requests: int = Field(32, ge=1)
     """Requests at once; one more is told to come again (503)."""
+    kafka: ServeKafka = ServeKafka()
 
 
 class Config(_Section):

@@ -22,8 +22,7 @@ from __future__ import annotations
 import logging
 import threading
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from kafka import ConsumerRebalanceListener, KafkaConsumer, KafkaProducer, OffsetAndMetadata, TopicPartition
@@ -35,6 +34,7 @@ from streams.connection import Connection, abandon, connecting, longest_message,
 from streams.formats import Claim, Codec
 from streams.record import Item, Partition, Raw
 from streams.source import StreamError
+from streams.threads import started
 
 log = logging.getLogger(__name__)
 
@@ -118,11 +118,15 @@ class Exchange:
         return self._member is not None and self._member.generation_id >= 0
 
     def take(self, timeout_s: float) -> Sequence[Arrival]:
-        """Messages to reply to, in the order of their partitions; none when none came by then. Raises StreamError."""
+        """Messages to reply to, in the order of their partitions; none when none came by then. Those taken before
+        and not passed by `commit` come again. Raises StreamError."""
         try:
             if self._consumer is None:
                 self._connect()
             assert self._consumer is not None
+            for arrival in reversed(self._taken):
+                self._consumer.seek(TopicPartition(*arrival.item.partition), arrival.item.offset)
+            self._taken = ()
             polled = self._consumer.poll(timeout_ms=int(timeout_s * 1000), max_records=self._max_records)
             self._member = self._consumer.group_metadata()
             if self._assigned.is_set() or not self.joined:
@@ -133,8 +137,8 @@ class Exchange:
         except Exception as error:
             raise self._dropped("nothing can be read", error) from error
 
-    def commit(self, arrivals: Sequence[Arrival], replies: Iterable[Reply]) -> None:
-        """Send `replies` and pass `arrivals`, the first so many of what was taken; the others are taken again.
+    def commit(self, arrivals: Sequence[Arrival], replies: Sequence[Reply]) -> None:
+        """Send `replies` and pass `arrivals`, the first so many of what was taken.
 
         Raises StreamError: readers of committed replies see none of them then, or all, and the group's offsets agree.
         """
@@ -143,12 +147,10 @@ class Exchange:
         nexts = {arrival.item.partition: arrival.item.offset + 1 for arrival in arrivals}
         producer, member = self._producer, self._member
         try:
-            _within(_COMMIT_S, lambda: self._transact(producer, list(replies), nexts, member))
-            for arrival in reversed(self._taken[len(arrivals) :]):
-                self._consumer.seek(TopicPartition(*arrival.item.partition), arrival.item.offset)
+            started(lambda: _transact(producer, self._output, replies, nexts, member), "transaction").result(_COMMIT_S)
         except Exception as error:
             raise self._dropped(f"{len(arrivals)} messages were not answered", error) from error
-        self._taken = ()
+        self._taken = self._taken[len(arrivals) :]
         self._positions |= nexts
 
     def lag(self) -> Mapping[Partition, int]:
@@ -166,6 +168,7 @@ class Exchange:
         consumer, self._consumer = self._consumer, None
         producer, self._producer = self._producer, None
         self._member = None
+        self._taken = ()
         self._positions = {}
         if producer is not None:
             abandon(producer)
@@ -214,7 +217,8 @@ class Exchange:
     def _dropped(self, what: str, error: Exception) -> StreamError:
         """Both clients are given up; the error that says so."""
         self.close()
-        return StreamError(f"{what} ({self._connection}: {short(error)}); nothing is lost, all of it is taken again")
+        why = short(error) if str(error) else "no answer in time"
+        return StreamError(f"{what} ({self._connection}: {why}); nothing is lost, it is taken again")
 
     def _realign(self, polled: Mapping[TopicPartition, Sequence[Any]]) -> None:
         """Put every position where the group is, and what was polled back."""
@@ -255,18 +259,6 @@ class Exchange:
             item = self._codec.decode(partition, offset, raw, None)
             yield Arrival(item, timestamp_ms if timestamp_ms >= 0 else None, raw)
 
-    def _transact(
-        self, producer: KafkaProducer, replies: Sequence[Reply], nexts: Mapping[Partition, int], member: Any
-    ) -> None:
-        producer.begin_transaction()
-        sent = [producer.send(self._output, reply.value, reply.key, reply.headers) for reply in replies]
-        producer.flush()
-        for future in sent:
-            future.get(0)
-        offsets = {TopicPartition(*where): OffsetAndMetadata(offset, "", -1) for where, offset in nexts.items()}
-        producer.send_offsets_to_transaction(offsets, member)
-        producer.commit_transaction()
-
     def _checked(self, create: bool) -> int:
         """See to it that the topics are there and may be used; the longest message the output takes."""
         with connecting(self._connection):
@@ -302,26 +294,21 @@ class _Listener(ConsumerRebalanceListener):
         self._assigned.set()
 
 
+def _transact(
+    producer: KafkaProducer, output: str, replies: Sequence[Reply], nexts: Mapping[Partition, int], member: Any
+) -> None:
+    producer.begin_transaction()
+    sent = [producer.send(output, reply.value, reply.key, reply.headers) for reply in replies]
+    producer.flush()
+    for future in sent:
+        future.get(0)
+    offsets = {TopicPartition(*where): OffsetAndMetadata(offset, "", -1) for where, offset in nexts.items()}
+    producer.send_offsets_to_transaction(offsets, member)
+    producer.commit_transaction()
+
+
 def _create(admin: KafkaAdminClient, topic: str, partitions: int) -> None:
     try:
         admin.create_topics({topic: {"num_partitions": partitions}}, wait_for_metadata=True)
     except TopicAlreadyExistsError:
         admin.wait_for_topics([topic])
-
-
-def _within(timeout_s: float, call: Callable[[], None]) -> None:
-    """What `call` does in a thread that is left behind when it takes too long. Raises TimeoutError then."""
-    outcome: Future[None] = Future()
-
-    def run() -> None:
-        try:
-            call()
-            outcome.set_result(None)
-        except Exception as error:
-            outcome.set_exception(error)
-
-    threading.Thread(target=run, name="transaction", daemon=True).start()
-    try:
-        outcome.result(timeout_s)
-    except TimeoutError:
-        raise TimeoutError(f"no answer within {timeout_s:.0f} s") from None

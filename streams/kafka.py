@@ -38,6 +38,7 @@ from streams.formats import Claim, Codec, dead_letter
 from streams.merge import Merge
 from streams.record import Item, Offsets, Partition, Raw, Record, Rejected
 from streams.source import DeadLetterDelayed, DeadLetterError, PositionError, StreamError
+from streams.threads import started
 
 log = logging.getLogger(__name__)
 
@@ -451,13 +452,7 @@ class KafkaSource:
             )
 
     def _fetching(self, claim: Claim) -> Future[Record | Rejected]:
-        """The record of a claim, in a thread that ends with the process however long the other side takes."""
-        coming: Future[Record | Rejected] = Future()
-        fetch = threading.Thread(
-            target=lambda: coming.set_result(self._codec.fetched(claim, self._fetcher)), name="image-fetch", daemon=True
-        )
-        fetch.start()
-        return coming
+        return started(lambda: self._codec.fetched(claim, self._fetcher), "image-fetch")
 
     def _put(self, items: list[Item], size: int) -> None:
         with self._changed:
@@ -820,8 +815,7 @@ class KafkaDeadLetters:
         if self._producer is not None:
             return self._producer
         if self._coming is None:
-            self._coming = Future()
-            threading.Thread(target=self._make, args=(self._coming,), name="dead-letters", daemon=True).start()
+            self._coming = started(self._new_producer, "dead-letters")
         try:
             error = self._coming.exception(max(0.0, deadline - time.monotonic()))
         except TimeoutError:
@@ -832,12 +826,6 @@ class KafkaDeadLetters:
             self._failure = short(error)
         self._coming = None
         return self._producer
-
-    def _make(self, coming: Future[KafkaProducer]) -> None:
-        try:
-            coming.set_result(self._new_producer())
-        except Exception as error:  # for `_connected`; the letters wait for the next one
-            coming.set_exception(error)
 
     def _new_producer(self) -> KafkaProducer:
         return KafkaProducer(

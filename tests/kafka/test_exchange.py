@@ -1,0 +1,234 @@
+"""A group's messages and their replies on a real broker: each is replied to once, whatever happens in between."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from kafka import KafkaConsumer, KafkaProducer, OffsetAndMetadata, TopicPartition
+
+from streams.connection import Connection
+from streams.exchange import Arrival, Exchange, Reply
+from streams.formats import Codec
+from streams.record import Control, Partition, Reason, Record, Rejected
+from streams.source import StreamError
+from tests.bad_images import encoded, picture
+from tests.kafka.agents import wait_until
+
+JPEG = encoded(picture(), "JPEG")
+CODEC = Codec(max_image_bytes=10**6, max_image_pixels=10**6, max_label_chars=200, labelled=False)
+
+
+@pytest.fixture
+def member(bootstrap: str) -> Iterator[Callable[..., Exchange]]:
+    """`member(topic)`: one more of the group that answers `topic` in `topic`.out."""
+    members: list[Exchange] = []
+
+    def join(topic: str, **settings: Any) -> Exchange:
+        members.append(Exchange(Connection([bootstrap]), [topic], f"{topic}.out", CODEC, group=topic, **settings))
+        return members[-1]
+
+    yield join
+    for one in members:
+        one.close()
+
+
+def play(producer: KafkaProducer, topic: str, count: int, start: int = 0) -> None:
+    for number in range(start, start + count):
+        producer.send(topic, JPEG, b"%d" % number)
+    producer.flush()
+
+
+def taken(exchange: Exchange) -> list[Arrival]:
+    found: list[Arrival] = []
+    wait_until(lambda: found.extend(exchange.take(0.5)) or found, 40)
+    return found
+
+
+def replies(arrivals: list[Arrival]) -> list[Reply]:
+    return [reply(arrival) for arrival in arrivals]
+
+
+def reply(arrival: Arrival) -> Reply:
+    place = [*arrival.item.partition, arrival.item.offset]
+    return Reply(arrival.raw.key if arrival.raw else None, json.dumps(place).encode(), [("a", b"b")])
+
+
+def read(bootstrap: str, topic: str) -> list[Any]:
+    """Every reply that is committed."""
+    consumer = KafkaConsumer(bootstrap_servers=bootstrap, isolation_level="read_committed", enable_auto_commit=False)
+    places = [TopicPartition(f"{topic}.out", number) for number in consumer.partitions_for_topic(f"{topic}.out")]
+    consumer.assign(places)
+    consumer.seek_to_beginning()
+    found: list[Any] = []
+    ends = consumer.end_offsets(places)
+    while any(consumer.position(where) < end for where, end in ends.items()):
+        for messages in consumer.poll(timeout_ms=500).values():
+            found += messages
+    consumer.close()
+    return found
+
+
+def test_every_message_gets_its_reply_under_its_key(bootstrap, new_topic, producer, member) -> None:
+    # given images, a mark and a message that is none of them
+    topic = new_topic(2)
+    play(producer, topic, 20)
+    producer.send(topic, b"no image", b"20", partition=0)
+    producer.send(topic, None, b"mark", [("gapstream.control", b"flush")], partition=0)
+    producer.flush()
+    # when a group of one takes them all
+    exchange = member(topic)
+    seen: list[Arrival] = []
+    while len(seen) < 22:
+        arrivals = taken(exchange)
+        exchange.commit(arrivals, replies(arrivals))
+        seen += arrivals
+    # then each has a reply in a topic that was made for them, and nothing is left
+    assert Counter(type(arrival.item) for arrival in seen) == {Record: 20, Rejected: 1, Control: 1}
+    assert all(arrival.timestamp_ms for arrival in seen)
+    [bad] = [arrival.item for arrival in seen if isinstance(arrival.item, Rejected)]
+    assert bad.reason == Reason.UNSUPPORTED_FORMAT
+    found = read(bootstrap, topic)
+    assert sorted((one.key, one.value) for one in found) == sorted((r.key, r.value) for r in replies(seen))
+    assert {one.partition for one in found} == {0, 1} and found[0].headers == [("a", b"b")]
+    assert exchange.lag() == {Partition(topic, 0): 0, Partition(topic, 1): 0}
+
+
+def test_what_was_taken_and_not_passed_comes_again(new_topic, producer, member) -> None:
+    topic = new_topic()
+    play(producer, topic, 10)
+    exchange = member(topic)
+    first = taken(exchange)
+    exchange.commit(first[:4], replies(first[:4]))
+    assert exchange.lag() == {Partition(topic, 0): 6}
+    again = taken(exchange)
+    assert [arrival.item.offset for arrival in again] == [4, 5, 6, 7, 8, 9]
+    assert [arrival.item.offset for arrival in taken(exchange)] == [4, 5, 6, 7, 8, 9]
+
+
+def test_a_reply_that_is_not_delivered_takes_its_whole_transaction_with_it(
+    bootstrap, new_topic, producer, member
+) -> None:
+    # given a topic that does not take one of the replies
+    topic = new_topic()
+    new_topic(name=f"{topic}.out", **{"max.message.bytes": "2000"})
+    play(producer, topic, 3)
+    exchange = member(topic)
+    arrivals = taken(exchange)
+    large = replies(arrivals)
+    large[1] = large[1]._replace(value=b"x" * 5000)
+    # when they are sent
+    with pytest.raises(StreamError, match="3 messages were not answered"):
+        exchange.commit(arrivals, large)
+    # then none of them can be read, and the messages are answered at the second try, once
+    again = taken(exchange)
+    assert [arrival.item.offset for arrival in again] == [0, 1, 2]
+    exchange.commit(again, replies(again))
+    assert len(read(bootstrap, topic)) == 3
+
+
+def test_a_member_the_group_has_gone_on_without_changes_nothing(bootstrap, new_topic, producer, member) -> None:
+    # given a member whose generation is over
+    topic = new_topic()
+    play(producer, topic, 5)
+    exchange = member(topic)
+    arrivals = taken(exchange)
+    exchange._member = exchange._member._replace(generation_id=exchange._member.generation_id + 7)
+    # when it answers
+    with pytest.raises(StreamError, match="metadata mismatch"):
+        exchange.commit(arrivals, replies(arrivals))
+    # then nobody sees that, and what it wanted to pass is not passed with the next transaction either
+    play(producer, topic, 1, start=5)
+    again = taken(exchange)
+    assert [arrival.item.offset for arrival in again][:2] == [0, 1]
+    exchange.commit(again[:2], replies(again[:2]))
+    assert len(read(bootstrap, topic)) == 2
+    consumer = KafkaConsumer(bootstrap_servers=bootstrap, group_id=topic)
+    assert consumer.committed(TopicPartition(topic, 0)) == 2
+    consumer.close()
+
+
+def test_a_membership_lost_in_the_background_lets_nothing_through_unfenced(new_topic, producer, member) -> None:
+    # given a member that the client takes out of its group, as it does when nobody polls for long
+    topic = new_topic()
+    play(producer, topic, 5)
+    exchange = member(topic)
+    first = taken(exchange)
+    exchange.commit(first[:2], replies(first[:2]))
+    second = taken(exchange)
+    exchange._consumer._coordinator.maybe_leave_group()
+    # when it answers nevertheless
+    with pytest.raises(StreamError, match="metadata mismatch"):
+        exchange.commit(second, replies(second))
+    # then the messages wait for the group's next member
+    assert [arrival.item.offset for arrival in taken(member(topic))] == [2, 3, 4]
+
+
+def test_kept_partitions_follow_the_group_and_not_their_own_memory(bootstrap, new_topic, producer, member) -> None:
+    # given a member whose partition others have gone on with, unnoticed
+    topic = new_topic()
+    play(producer, topic, 8)
+    exchange = member(topic)
+    first = taken(exchange)
+    exchange.commit(first[:2], replies(first[:2]))
+    other = member(topic)
+    other._connect()
+    other._producer.begin_transaction()
+    offsets = {TopicPartition(topic, 0): OffsetAndMetadata(6, "", -1)}
+    other._producer.send_offsets_to_transaction(offsets, exchange._consumer.group_metadata())
+    other._producer.commit_transaction()
+    # when it joins again
+    exchange._consumer._coordinator.request_rejoin()
+    # then it takes what follows theirs
+    assert [arrival.item.offset for arrival in taken(exchange)] == [6, 7]
+
+
+def test_members_that_come_and_go_answer_everything_once(bootstrap, new_topic, producer, member) -> None:
+    # given two members at work on four partitions, the second joining late
+    topic = new_topic(4)
+    counts: Counter[str] = Counter()
+    ends = {"one": threading.Event(), "two": threading.Event()}
+
+    def work(name: str, exchange: Exchange) -> None:
+        while not ends[name].is_set():
+            try:
+                arrivals = exchange.take(0.2)
+                if arrivals:
+                    exchange.commit(arrivals, replies(list(arrivals)))
+                    counts[name] += len(arrivals)
+            except StreamError:
+                counts["failures"] += 1
+        exchange.close()
+
+    one = threading.Thread(target=work, args=("one", member(topic, max_records=10)))
+    two = threading.Thread(target=work, args=("two", member(topic, max_records=10)))
+    one.start()
+    play(producer, topic, 100)
+    wait_until(lambda: counts["one"] >= 50, 40)
+    two.start()
+    numbers = iter(range(100, 5000, 20))
+    wait_until(lambda: play(producer, topic, 20, next(numbers)) or counts["two"] >= 50, 60)
+    # when the first goes
+    ends["one"].set()
+    one.join()
+    before = counts["two"]
+    wait_until(lambda: play(producer, topic, 20, next(numbers)) or counts["two"] > before + 100, 60)
+    total = next(numbers)
+    wait_until(lambda: counts["one"] + counts["two"] >= total, 60)
+    ends["two"].set()
+    two.join()
+    # then every message has one reply
+    found = Counter(one.value for one in read(bootstrap, topic))
+    assert len(found) == total and max(found.values()) == 1
+
+
+def test_a_topic_that_is_not_there_is_a_clear_error(bootstrap, new_topic, member) -> None:
+    with pytest.raises(StreamError, match="has no topic nowhere"):
+        member("nowhere")
+    topic = new_topic()
+    with pytest.raises(StreamError, match=f"has no topic {topic}.out; create it"):
+        member(topic, create=False)
