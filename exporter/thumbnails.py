@@ -28,7 +28,9 @@ MAX_BYTES = 8 * 2**20
 MAX_PIXELS = 12_000_000
 SIDE = 96
 """Longer side of a picture, in pixels."""
-PAUSE_S = 5.0
+LOOK_S = 2.0
+"""About so long one look decodes; what is left is for the next."""
+PAUSE_S = 4.0
 """Between two looks that decode, so that a flood of rejected records with the page open costs little."""
 
 _MEMORY = 768 * 2**20
@@ -90,7 +92,10 @@ class Thumbnails:
     def _make_all(self) -> None:
         with self._lock:
             waiting = [(kept, kept.data) for kept in self._kept if kept.data is not None]
-        for kept, data in waiting:
+        until = self._clock() + LOOK_S
+        for kept, data in reversed(waiting):
+            if self._clock() > until:
+                break
             jpeg = self._make(data)
             with self._lock:
                 kept.picture = "data:image/jpeg;base64," + base64.b64encode(jpeg).decode() if jpeg else None

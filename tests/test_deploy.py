@@ -4,11 +4,7 @@ import argparse
 import json
 import re
 import shutil
-import socket
 import subprocess
-import time
-import urllib.parse
-import urllib.request
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
@@ -19,11 +15,8 @@ from prometheus_client import CollectorRegistry
 
 from agent import cli
 from agent.config import load
-from agent.values import Commit
-from exporter.http import StatusServer
 from exporter.metrics import Metrics
 from exporter.serve import ServeMetrics
-from streams.record import Partition, Record
 
 DEPLOY = Path(__file__).parent.parent / "deploy"
 DASHBOARD = DEPLOY / "grafana/dashboards/gapstream.json"
@@ -97,65 +90,6 @@ def test_every_metric_is_on_the_dashboard():
     assert missing == set()
 
 
-def test_every_panel_has_data_from_a_running_agent(tmp_path):
-    prometheus = program("prometheus", "prometheus")
-    registry = CollectorRegistry()
-    metrics = Metrics(registry)
-    agent = StatusServer("127.0.0.1", 0, registry, list, list, metrics.status)
-    agent.start()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    (tmp_path / "prometheus.yml").write_text(
-        "global: {scrape_interval: 250ms}\n"
-        "scrape_configs:\n"
-        f"  - {{job_name: gapstream, static_configs: [{{targets: ['127.0.0.1:{agent.port}']}}]}}\n"
-    )
-    server = subprocess.Popen(
-        [
-            prometheus,
-            f"--config.file={tmp_path / 'prometheus.yml'}",
-            f"--storage.tsdb.path={tmp_path / 'data'}",
-            f"--web.listen-address=127.0.0.1:{port}",
-            "--log.level=error",
-        ]
-    )
-    try:
-        partition = Partition("birds", 0)
-        metrics.lag({partition: 5})
-        metrics.skipped({"birds": 1})
-        metrics.heartbeat("pipeline", time.time())
-        metrics.polled(time.time())
-
-        def ask(query: str) -> list:
-            url = f"http://127.0.0.1:{port}/api/v1/query?" + urllib.parse.urlencode({"query": query})
-            with urllib.request.urlopen(url, timeout=10) as answer:
-                return json.load(answer)["data"]["result"]
-
-        deadline = time.monotonic() + 60
-        scrapes = 0
-        while scrapes < 8:
-            assert time.monotonic() < deadline, "Prometheus did not scrape the agent within 60 s"
-            metrics.consumed(Record(partition, scrapes, "wren", b"x" * 300, time.time()), time.time())
-            metrics.restored(_commit(tmp_path, partition, scrapes))
-            time.sleep(0.25)
-            try:
-                scrapes = int(ask("count_over_time(gapstream_classes[1m])")[0]["value"][1])
-            except (OSError, IndexError):
-                continue
-        empty = []
-        for panel in panels():
-            for target in panel["targets"]:
-                query = re.sub(r"\$(job|instance)", ".*", target["expr"]).replace("$__rate_interval", "1m")
-                if not ask(query):
-                    empty.append((panel["title"], query))
-        assert empty == []
-    finally:
-        server.terminate()
-        server.wait(30)
-        agent.stop()
-
-
 def test_the_settings_in_the_compose_file_and_the_manifest_are_valid(tmp_path):
     compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text(encoding="utf-8"))
     config = load(None, compose["services"]["agent"]["environment"])
@@ -177,7 +111,3 @@ def test_the_image_has_every_package_and_nothing_of_the_tests():
     assert names == {"agent", "exporter", "streams", "pyproject.toml", "constraints.txt", "LICENSE", "README.md"}
     allowed = (DEPLOY / "Dockerfile.dockerignore").read_text(encoding="utf-8").splitlines()
     assert {name.removeprefix("!") for name in allowed if name.startswith("!")} == names
-
-
-def _commit(path: Path, partition: Partition, number: int):
-    return Commit(number, path, {partition: number}, "f", ("wren",), number, {}, {"matrix": [[0.5]], "last": 0.5}, None)

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from exporter import thumbnails
-from exporter.thumbnails import COUNT, MAX_PIXELS, PAUSE_S, SIDE, Thumbnails, picture_of
+from exporter.thumbnails import COUNT, LOOK_S, MAX_PIXELS, PAUSE_S, SIDE, Thumbnails, picture_of
 from tests.bad_images import bad_images, encoded, good_images, picture
 
 
@@ -100,7 +100,7 @@ def test_nothing_is_decoded_before_somebody_looks_and_everything_once(maker):
 
     assert kept.pictures() == {1: uri(b"one"), 2: None}
     assert kept.pictures() == {1: uri(b"one"), 2: None}
-    assert maker.seen == [b"one", b"broken"]
+    assert maker.seen == [b"broken", b"one"]
 
 
 def test_only_the_newest_are_kept_and_only_so_many_bytes(maker):
@@ -142,9 +142,25 @@ def test_a_flood_is_decoded_only_now_and_then(maker):
     kept.add(1, b"one")
     kept.pictures()
     kept.add(2, b"two")
+    now[0] += PAUSE_S / 2
     assert kept.pictures() == {1: uri(b"one")}
     now[0] += PAUSE_S
     assert kept.pictures() == {1: uri(b"one"), 2: uri(b"two")}
+
+
+def test_a_slow_machine_answers_with_the_newest_first_and_the_rest_later():
+    now = [0.0]
+
+    def make(data: bytes) -> bytes:
+        now[0] += LOOK_S
+        return b"slow"
+
+    kept = Thumbnails(make=make, clock=lambda: now[0])
+    for number in range(5):
+        kept.add(number, b"x")
+    assert set(kept.pictures()) == {4, 3}
+    now[0] += PAUSE_S
+    assert set(kept.pictures()) == {4, 3, 2, 1}
 
 
 def test_a_machine_that_starts_no_process_shows_nothing(monkeypatch):
