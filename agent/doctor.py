@@ -71,6 +71,8 @@ def examine(config: Config) -> Iterator[Finding]:
     kind = config.source.kind
     cure = f"check [source.{kind}], and that what it names can be reached and read from here"
     yield from _looked_at("source", cure, lambda: _source(config, commit))
+    cure = "check [serve.kafka], and that its topics can be read and written from here"
+    yield from _looked_at("answers", cure, lambda: _answers(config))
     cure = "check [model], [method] and the archives of [evaluation]"
     yield from _looked_at("learner", cure, lambda: _learner(config, commit))
     cure = "`gapstream rollback N` sends readers to an older one, see `gapstream releases`"
@@ -188,6 +190,25 @@ def _source(config: Config, commit: Commit | None) -> Iterator[Finding]:
                 yield Finding("letters", "problem", str(error))
         else:
             yield Finding("letters", "ok", f"{config.source.kafka.dead_letter_topic} takes rejected records")
+
+
+def _answers(config: Config) -> Iterator[Finding]:
+    """What `gapstream serve --kafka` needs, where that is configured."""
+    section = config.serve.kafka
+    if not section.topics:
+        return
+    from agent.serve_kafka import open_exchange
+    from streams.exchange import TopicMissing
+
+    try:
+        open_exchange(config, create=False).close()
+    except TopicMissing as error:
+        if not (section.create and error.topics == [section.output]):
+            raise
+        text = f"{error}. `gapstream serve --kafka` will try to"
+        yield Finding("answers", "warning", text, "create it yourself where that process may not")
+    else:
+        yield Finding("answers", "ok", f"{', '.join(section.topics)} can be answered in {section.output}")
 
 
 def _learner(config: Config, commit: Commit | None) -> Iterator[Finding]:

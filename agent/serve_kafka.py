@@ -78,7 +78,7 @@ def beside(config: Config, server: Server) -> Iterator[None]:
 
 
 def open_exchange(config: Config, create: bool) -> Exchange:
-    """`create`: the output topic where it does not exist. Raises StreamError."""
+    """`create`: the output topic where it does not exist. Raises TopicMissing, StreamError."""
     section = config.serve.kafka
     return Exchange(
         connection(config),

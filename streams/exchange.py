@@ -48,6 +48,14 @@ _CLOSE_MS = 2_000
 _UNKNOWN_TOPIC = UnknownTopicOrPartitionError.errno
 
 
+class TopicMissing(StreamError):
+    """Topics that are needed are not there."""
+
+    def __init__(self, connection: Connection, topics: Sequence[str]) -> None:
+        super().__init__(f"{connection} has no topic {', '.join(topics)}; create it")
+        self.topics = list(topics)
+
+
 class Arrival(NamedTuple):
     """A message that came, and what it stands for."""
 
@@ -86,7 +94,7 @@ class Exchange:
         """`start`: where the group begins in a partition it has no offset of. `max_records`: messages in a transaction.
         `fetch_bytes`: fetched and not yet taken, about. `create`: the topic `output` where it does not exist.
 
-        Raises StreamError when the cluster or a topic cannot be had or may not be used.
+        Raises TopicMissing, and StreamError when the cluster cannot be had or a topic may not be used.
         """
         self._connection = connection
         self._topics = tuple(topics)
@@ -266,13 +274,13 @@ class Exchange:
         try:
             found = {topic["name"]: topic for topic in admin.describe_topics([*self._topics, self._output])}
             missing = [name for name, topic in found.items() if topic["error_code"] == _UNKNOWN_TOPIC]
-            if self._output in missing and create and missing == [self._output]:
+            if create and missing == [self._output]:
                 partitions = max(len(found[topic]["partitions"]) for topic in self._topics)
                 log.info("creating topic %s with %d partition(s)", self._output, partitions)
                 _create(admin, self._output, partitions)
                 missing = []
             if missing:
-                raise StreamError(f"{self._connection} has no topic {', '.join(missing)}; create it")
+                raise TopicMissing(self._connection, missing)
             for name, operation in [*((topic, "READ") for topic in self._topics), (self._output, "WRITE")]:
                 allowed = found[name]["authorized_operations"]
                 if found[name]["error_code"] not in (0, _UNKNOWN_TOPIC) or (allowed and operation not in allowed):

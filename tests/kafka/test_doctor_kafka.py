@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from agent.config import Config
-from agent.doctor import Finding, _looked_at, _source
+from agent.doctor import Finding, _answers, _looked_at, _source
 from agent.values import Commit
 from streams.record import Partition
 
@@ -48,3 +48,22 @@ def test_a_commit_of_another_topic_is_a_problem(bootstrap, new_topic, tmp_path: 
     (found,) = findings(bootstrap, topic, commit)
 
     assert found.level == "problem" and "not the stream" in found.text
+
+
+def test_topics_to_answer_are_looked_at_and_none_is_made(bootstrap, new_topic, admin):
+    topic = new_topic()
+
+    def found(**section: object) -> Finding:
+        serve = {"kafka": {"topics": (topic,), "output": f"{topic}.out", **section}}
+        source = {"kafka": {"bootstrap_servers": (bootstrap,)}}
+        config = Config.model_validate({"serve": serve, "source": source})
+        [finding] = _looked_at("answers", "look there", lambda: _answers(config))
+        return finding
+
+    assert found().level == "warning" and f"{topic}.out" in found().text
+    assert found(create=False).level == "problem"
+    assert found(topics=("nowhere",)).level == "problem"
+    assert f"{topic}.out" not in admin.list_topics()
+    new_topic(name=f"{topic}.out")
+    assert found().level == "ok"
+    assert list(_answers(Config())) == []

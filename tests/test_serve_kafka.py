@@ -1,0 +1,304 @@
+"""What is answered to the messages of a topic, without a broker: predictions, errors, sizes, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from agent.cli import main
+from agent.config import load
+from agent.serve_kafka import Responder
+from exporter.release import ReleaseError
+from exporter.runtime import Classifier
+from exporter.serve import KafkaMetrics
+from streams.exchange import Arrival, Reply
+from streams.formats import Claim, Codec
+from streams.record import Partition, Raw, Reason, Record, Rejected
+from streams.source import StreamError
+from tests.test_runtime import State, Toy, picture, png
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+PLACE = Partition("images", 1)
+CODEC = Codec(max_image_bytes=10**6, max_image_pixels=10**6, max_label_chars=200, labelled=False)
+SHA256 = "0" * 64
+
+
+@pytest.fixture(scope="module")
+def state(tmp_path_factory) -> State:
+    state = State(tmp_path_factory.mktemp("state"))
+    state.commit(Toy(5, seed=1))
+    return state
+
+
+class ListExchange:
+    """Gives the messages, ten at a time, and keeps the replies; what was not committed is given again."""
+
+    joined = True
+
+    def __init__(self, arrivals: Sequence[Arrival], max_reply_bytes: int = 10**6) -> None:
+        self.max_reply_bytes = max_reply_bytes
+        self.left = list(arrivals)
+        self.replies: list[Reply] = []
+        self.commits: list[int] = []
+        self.failures: list[StreamError] = []
+        self.closed = False
+
+    def take(self, timeout_s: float) -> Sequence[Arrival]:
+        if not self.left:
+            time.sleep(0.002)
+        return self.left[:10]
+
+    def commit(self, arrivals: Sequence[Arrival], replies: Sequence[Reply]) -> None:
+        if self.failures:
+            raise self.failures.pop()
+        assert list(arrivals) == self.left[: len(arrivals)]
+        self.left = self.left[len(arrivals) :]
+        self.replies += replies
+        self.commits.append(len(arrivals))
+
+    def lag(self) -> dict[Partition, int]:
+        return {PLACE: len(self.left)}
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def arrivals(*values: bytes | None, headers: Sequence[tuple[str, bytes | None]] = ()) -> list[Arrival]:
+    found = []
+    for offset, value in enumerate(values):
+        raw = Raw(b"key %d" % offset, value, tuple(headers))
+        found.append(Arrival(CODEC.decode(PLACE, offset, raw, None), 1000 + offset, raw))
+    return found
+
+
+@contextmanager
+def answering(exchange: ListExchange, classifier: Any, **settings: Any) -> Iterator[CollectorRegistry]:
+    """A responder at work until everything was answered."""
+    registry = CollectorRegistry()
+    stop = threading.Event()
+    settings = {"fetch": lambda claim: CODEC.fetched(claim, None), **settings}
+    metrics = KafkaMetrics(registry, Reason)
+    responder = Responder(exchange, lambda: classifier, metrics, stop.is_set, **settings)  # type: ignore[arg-type]
+    responder.start()
+    try:
+        wait_for(lambda: not exchange.left)
+        yield registry
+    finally:
+        stop.set()
+        responder.join()
+    assert exchange.closed
+
+
+def wait_for(condition: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about within 20 s"
+        time.sleep(0.005)
+
+
+def test_an_image_is_answered_as_by_the_classifier_with_its_origin(state):
+    classifier = Classifier(state.path)
+    image = png(picture(1))
+    [expected] = classifier.classify([image], top=2)
+    exchange = ListExchange(arrivals(image, headers=[("camera", b"7"), ("label", b"cat"), ("camera", None)]))
+
+    with answering(exchange, classifier, top=2, headers=["camera"]):
+        pass
+
+    [reply] = exchange.replies
+    assert reply.key == b"key 0"
+    assert reply.headers == [("camera", b"7"), ("camera", b""), ("content-type", b"application/json")]
+    answer = json.loads(reply.value)
+    assert answer["release"] == expected.release and tuple(answer["labels"]) == expected.labels
+    assert answer["scores"] == pytest.approx(expected.scores, abs=1e-6)
+    assert answer["origin"] == {"topic": "images", "partition": 1, "offset": 0, "timestamp_ms": 1000}
+
+
+def test_what_cannot_be_answered_gets_its_reason_and_stops_nothing(state):
+    # given messages that are broken in different ways, and a mark, around two images
+    image = png(picture(1))
+    messages = arrivals(image, b"no image", None, image[: len(image) // 2], b'{"image": 7}', image)
+    mark = Raw(b"mark", None, (("gapstream.control", b"flush"),))
+    messages.append(Arrival(CODEC.decode(PLACE, 6, mark, None), None, mark))
+    messages.append(Arrival(Rejected(PLACE, 7, Reason.TOO_LARGE, "its batch cannot be read"), None, None))
+    exchange = ListExchange(messages)
+
+    # when they are answered
+    with answering(exchange, Classifier(state.path)) as registry:
+        pass
+
+    # then each but the mark has an answer, and is counted
+    answers = {json.loads(reply.value)["origin"]["offset"]: json.loads(reply.value) for reply in exchange.replies}
+    reasons = {offset: answer.get("error") for offset, answer in answers.items()}
+    assert reasons == {
+        0: None, 1: "unsupported_format", 2: "empty", 3: "truncated", 4: "bad_schema", 5: None, 7: "too_large",
+    }  # fmt: skip
+    assert all(answer["detail"] for answer in answers.values() if "error" in answer)
+    value = registry.get_sample_value
+    assert value("gapstream_serve_kafka_records_total", {"topic": "images"}) == 8
+    assert value("gapstream_serve_kafka_predictions_total") == 2
+    assert value("gapstream_serve_kafka_rejected_records_total", {"reason": "truncated"}) == 1
+    assert value("gapstream_serve_kafka_rejected_records_total", {"reason": "stale"}) == 0
+    assert value("gapstream_serve_kafka_transactions_total", {"result": "committed"}) == 1
+    assert value("gapstream_serve_kafka_batch_duration_seconds_count") == 1
+    wait_for(lambda: value("gapstream_serve_kafka_lag_records", {"topic": "images", "partition": "1"}) == 0)
+
+
+def test_an_image_elsewhere_is_fetched_and_a_few_at_a_time(state):
+    url = [("image-url", b"https://example.com/a.png"), ("image-sha256", SHA256.encode())]
+    exchange = ListExchange(arrivals(*[b""] * 20, headers=url))
+    image = png(picture(1))
+    busy, most = threading.Semaphore(8), []
+
+    def fetch(claim: Claim) -> Record:
+        most.append(busy.acquire(blocking=False))
+        time.sleep(0.01)
+        busy.release()
+        return Record(claim.partition, claim.offset, "", image)
+
+    with answering(exchange, Classifier(state.path), fetch=fetch):
+        pass
+
+    assert len(exchange.replies) == 20 and all(b"labels" in reply.value for reply in exchange.replies)
+    assert len(most) == 20 and all(most)
+
+
+def test_what_does_not_fit_into_the_topic_is_answered_without_key_and_headers(state):
+    image = png(picture(1))
+    exchange = ListExchange(arrivals(image, b"no image", headers=[("camera", b"x" * 3000)]), max_reply_bytes=2000)
+
+    with answering(exchange, Classifier(state.path), headers=["camera"]):
+        pass
+
+    first, second = (json.loads(reply.value) for reply in exchange.replies)
+    assert first["error"] == "too_large" and "at most" in first["detail"]
+    assert second["error"] == "unsupported_format"
+    assert [(reply.key, len(reply.headers)) for reply in exchange.replies] == [(None, 1)] * 2
+
+
+def test_a_transaction_that_fails_is_tried_again_and_counted(state):
+    exchange = ListExchange(arrivals(*[png(picture(1))] * 3))
+    exchange.failures = [StreamError("3 messages were not answered")]
+
+    with answering(exchange, Classifier(state.path)) as registry:
+        pass
+
+    assert len(exchange.replies) == 3
+    value = registry.get_sample_value
+    assert value("gapstream_serve_kafka_transactions_total", {"result": "aborted"}) == 1
+    assert value("gapstream_serve_kafka_predictions_total") == 3
+
+
+class Moody:
+    """A classifier that fails once, in the way it is told."""
+
+    def __init__(self, classifier: Classifier, error: Exception) -> None:
+        self._classifier, self._errors = classifier, [error]
+        self.prepare = classifier.prepare
+
+    def classify(self, images: Any, top: int) -> Any:
+        if self._errors:
+            raise self._errors.pop()
+        return self._classifier.classify(images, top)
+
+
+@pytest.mark.parametrize("error", [ReleaseError("prepared for another release"), RuntimeError("out of memory")])
+def test_a_model_that_fails_loses_no_message(error, state):
+    exchange = ListExchange(arrivals(*[png(picture(1))] * 3))
+
+    with answering(exchange, Moody(Classifier(state.path), error)):
+        pass
+
+    assert [json.loads(reply.value)["origin"]["offset"] for reply in exchange.replies] == [0, 1, 2]
+
+
+def test_a_stop_in_the_middle_commits_what_is_answered_and_leaves_the_rest(state):
+    # given ten messages, of which two are answered at a time
+    exchange = ListExchange(arrivals(*[png(picture(1))] * 10))
+    stop = threading.Event()
+    classifier = Classifier(state.path)
+    calls = []
+
+    class Stopping(Moody):
+        def classify(self, images: Any, top: int) -> Any:
+            calls.append(len(images))
+            if len(calls) == 2:
+                stop.set()
+            return classifier.classify(images, top)
+
+    # when it is told to stop during the second two
+    metrics = KafkaMetrics(CollectorRegistry(), Reason)
+    moody: Any = Stopping(classifier, RuntimeError())
+    fetch = lambda claim: CODEC.fetched(claim, None)  # noqa: E731
+    responder = Responder(exchange, lambda: moody, metrics, stop.is_set, fetch=fetch, max_batch=2)  # type: ignore[arg-type]
+    responder.start()
+    responder.join()
+
+    # then these four are passed and the others are not
+    assert calls == [2, 2] and exchange.commits == [4]
+    assert len(exchange.left) == 6 and exchange.closed
+
+
+def test_without_a_release_nothing_is_taken(state):
+    exchange = ListExchange(arrivals(b"x"))
+    stop = threading.Event()
+    taken = threading.Event()
+    exchange.take = lambda timeout_s: taken.set() or []  # type: ignore[method-assign, func-returns-value]
+    found: list[Classifier] = []
+    metrics = KafkaMetrics(CollectorRegistry(), Reason)
+    responder = Responder(
+        exchange,  # type: ignore[arg-type]
+        lambda: found[0] if found else None,
+        metrics,
+        stop.is_set,
+        fetch=lambda claim: CODEC.fetched(claim, None),
+    )
+    responder.start()
+    assert not taken.wait(0.1)
+    found.append(Classifier(state.path))
+    assert taken.wait(10)
+    stop.set()
+    responder.join()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ([], "serve.kafka.topics is empty"),
+        (["serve.kafka.topics=images", "serve.kafka.group=gapstream"], "expected a group of its own"),
+        (["serve.kafka.topics=images,predictions"], "output is predictions, which is one of the topics"),
+    ],
+)
+def test_a_wrong_configuration_is_said_before_anything_begins(settings, said, capsys):
+    arguments = [part for setting in ["serve.port=0", *settings] for part in ("--set", setting)]
+    assert main(["serve", "--kafka", *arguments]) == 78
+    assert said in capsys.readouterr().err
+
+
+def test_a_cluster_that_is_not_there_ends_it_with_a_clear_message(capsys, monkeypatch):
+    monkeypatch.setattr("streams.connection.CONNECT_S", 0.3)
+    settings = ["serve.port=0", "serve.kafka.topics=images", "source.kafka.bootstrap_servers=127.0.0.1:1"]
+    assert main(["serve", "--kafka", *(part for setting in settings for part in ("--set", setting))]) == 1
+    assert "cannot connect to 127.0.0.1:1" in capsys.readouterr().err
+
+
+def test_the_settings_can_be_those_of_the_environment():
+    config = load(None, {"GAPSTREAM_SERVE__KAFKA__TOPICS": "a,b", "GAPSTREAM_SERVE__KAFKA__TOP": "0"})
+    assert config.serve.kafka.topics == ("a", "b") and config.serve.kafka.top == 0
+
+
+def test_every_metric_is_in_the_readme():
+    registry = CollectorRegistry()
+    KafkaMetrics(registry, Reason)
+    for family in registry.collect():
+        name = family.name + {"counter": "_total"}.get(family.type, "")
+        assert f"| `{name}` | {family.type} |" in README
+        assert f"| {family.documentation} |" in README
