@@ -1,11 +1,13 @@
 """The README says what is true: its metrics, commands, keys and links are those of the code."""
 
 import argparse
+import json
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 from prometheus_client import CollectorRegistry
 from pydantic import BaseModel
 
@@ -51,6 +53,28 @@ def keys(model: type[BaseModel], prefix: str = "") -> set[str]:
 
 def test_the_table_of_metrics_is_that_of_a_running_agent():
     assert metrics_table() in README, "expected in README.md:\n" + metrics_table()
+
+
+def alerts_table() -> str:
+    """The README's table, as it follows from the alert rules."""
+    rules = yaml.safe_load((TOP / "deploy/prometheus/alerts.yaml").read_text(encoding="utf-8"))
+    rows = ["| alert | severity | what it means | what to do |", "|---|---|---|---|"]
+    for rule in (rule for group in rules["groups"] for rule in group["rules"]):
+        told = rule["annotations"]
+        cells = f"`{rule['alert']}`", rule["labels"]["severity"], told["description"], told["runbook"]
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def test_the_table_of_alerts_is_that_of_the_rules():
+    assert alerts_table() in README, "expected in README.md:\n" + alerts_table()
+
+
+def test_the_table_of_rows_is_that_of_the_dashboard():
+    dashboard = json.loads((TOP / "deploy/grafana/dashboards/gapstream.json").read_text(encoding="utf-8"))
+    titles = [panel["title"] for panel in dashboard["panels"] if panel["type"] == "row"]
+    table = README.partition("| row | look here for |")[2].partition("\n\n")[0]
+    assert re.findall(r"^\| ([^|]+?) \|", table, re.MULTILINE) == titles
 
 
 def test_every_command_shown_can_be_parsed():

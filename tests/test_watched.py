@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import shutil
-import socket
-import subprocess
-import sys
-import time
 import urllib.parse
-import urllib.request
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 from agent.cli import main
 from streams.archive import ArchiveFolder
+from tests.processes import free_port, gapstream, get, running, until
 from tests.test_deploy import DEPLOY, panels, program
 
 WITHOUT_DATA = {
@@ -44,47 +36,6 @@ def images(folder: Path) -> tuple[Path, Path]:
         (place / "0-cut.jpg").write_bytes(whole[:-150])
         (place / "0-page.jpg").write_bytes(b"<!DOCTYPE html>")
     return folder / "stream", folder / "probe"
-
-
-@contextmanager
-def running(command: Sequence[str | Path], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A process for as long as the block runs; what it says goes to `log`."""
-    with log.open("wb") as said:
-        process = subprocess.Popen(command, stdout=said, stderr=said, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    try:
-        yield process
-    finally:
-        process.terminate()
-        process.wait(30)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def gapstream(command: str, **settings: object) -> list[str]:
-    """The command line of a gapstream process; a double underscore is the dot of a key."""
-    sets = (f"--set={key.replace('__', '.')}={value}" for key, value in settings.items())
-    return [sys.executable, "-m", "agent", command, *sets]
-
-
-def get(url: str, data: bytes | None = None) -> Any:
-    """The JSON behind it; None where nothing (good) comes."""
-    try:
-        with urllib.request.urlopen(url, data, timeout=10) as answer:
-            return json.load(answer)
-    except (OSError, ValueError):
-        return None
-
-
-def until(condition: Callable[[], Any], what: str, log: Path, timeout_s: float = 90) -> Any:
-    deadline = time.monotonic() + timeout_s
-    while not (found := condition()):
-        assert time.monotonic() < deadline, f"{what}: not within {timeout_s} s\n{log.read_text()[-3000:]}"
-        time.sleep(0.2)
-    return found
 
 
 def test_every_panel_has_data_and_every_rule_evaluates(tmp_path):
