@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -288,6 +290,11 @@ def test_a_cluster_that_is_not_there_ends_it_with_a_clear_message(capsys, monkey
     settings = ["serve.port=0", "serve.kafka.topics=images", "source.kafka.bootstrap_servers=127.0.0.1:1"]
     assert main(["serve", "--kafka", *(part for setting in settings for part in ("--set", setting))]) == 1
     assert "cannot connect to 127.0.0.1:1" in capsys.readouterr().err
+
+
+def test_neither_torch_nor_open_clip_is_needed():
+    code = "import sys, agent.serve_kafka; print({'torch', 'open_clip'} & set(sys.modules))"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
 
 
 def test_the_settings_can_be_those_of_the_environment():

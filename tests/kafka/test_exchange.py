@@ -6,11 +6,14 @@ import json
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import Any
 
 import pytest
 from kafka import KafkaConsumer, KafkaProducer, OffsetAndMetadata, TopicPartition
+from kafka.errors import CorruptRecordError
 
+from streams.batches import Unreadable
 from streams.connection import Connection
 from streams.exchange import Arrival, Exchange, Reply
 from streams.formats import Codec
@@ -185,6 +188,33 @@ def test_kept_partitions_follow_the_group_and_not_their_own_memory(bootstrap, ne
     exchange._consumer._coordinator.request_rejoin()
     # then it takes what follows theirs
     assert [arrival.item.offset for arrival in taken(exchange)] == [6, 7]
+
+
+def test_a_batch_that_cannot_be_read_is_fetched_once_more_and_then_passed(
+    new_topic, producer, member, monkeypatch
+) -> None:
+    # given a message whose batch is torn
+    class TornConsumer(KafkaConsumer):
+        def poll(self, *args: Any, **options: Any) -> Any:
+            polled = super().poll(*args, **options)
+            torn = [
+                Unreadable(1, 2, CorruptRecordError("torn")) if one.offset == 1 else one
+                for one in chain(*polled.values())
+            ]
+            return {where: torn for where in polled}
+
+    monkeypatch.setattr("streams.exchange.KafkaConsumer", TornConsumer)
+    topic = new_topic()
+    play(producer, topic, 3)
+    exchange = member(topic)
+    # when it is taken
+    with pytest.raises(StreamError, match="torn"):
+        taken(exchange)
+    arrivals = taken(exchange)
+    # then it is rejected, between the others
+    assert [arrival.item.offset for arrival in arrivals] == [0, 1, 2]
+    item = arrivals[1].item
+    assert isinstance(item, Rejected) and item.reason == Reason.UNDECODABLE and arrivals[1].raw is None
 
 
 def test_members_that_come_and_go_answer_everything_once(bootstrap, new_topic, producer, member) -> None:

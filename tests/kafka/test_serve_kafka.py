@@ -193,6 +193,24 @@ def test_a_process_killed_in_a_transaction_leaves_neither_two_answers_nor_none(
 
 
 @pytest.mark.slow
+def test_a_stop_takes_no_ten_seconds_while_the_broker_is_away(state, tmp_path) -> None:
+    broker = start_broker(tmp_path / "broker")
+    try:
+        admin = KafkaAdminClient(bootstrap_servers=broker.bootstrap)
+        admin.create_topics({"images": {"num_partitions": 1, "replication_factor": 1}}, wait_for_metadata=True)
+        admin.close()
+        with serving(state.path, broker.bootstrap, "images", tmp_path / "log") as process:
+            wait_until(lambda: process.get("/readyz")[0] == 200, 30)
+            broker.kill()
+            time.sleep(12)  # longer than the group waits for a member
+            assert process.get("/livez")[0] == 200
+            began = time.monotonic()
+            assert process.stop() == 0 and time.monotonic() - began < 10
+    finally:
+        broker.kill()
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_processes_and_brokers_that_are_killed_leave_one_answer_to_every_message(state, tmp_path) -> None:
     # given two processes that share four partitions, and a producer at work
