@@ -61,6 +61,13 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
     parser.add_argument("--model", type=Path, metavar="FOLDER", help="a release or state folder, instead of state.path")
     parser.add_argument("--top", type=int, default=5, metavar="K", help="answers for each image (%(default)s)")
+    parser.add_argument(
+        "--name",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a name never learned, scored beside the learned classes; may be repeated",
+    )
 
 
 def _add_serve(parser: argparse.ArgumentParser) -> None:
@@ -212,7 +219,7 @@ def predict_command(arguments: argparse.Namespace) -> int:
     failed = 0
     for path in arguments.images:
         try:
-            (prediction,) = classifier.classify([path.read_bytes()], top=arguments.top)
+            (prediction,) = classifier.classify([path.read_bytes()], top=arguments.top, extra=arguments.name)
         except (ImageError, OSError) as error:
             print(f"gapstream: {path}: {error}", file=sys.stderr)
             failed = EXIT_ERROR
@@ -230,7 +237,8 @@ def serve_command(arguments: argparse.Namespace) -> None:
     config = config_from(arguments)
     log_to_stderr(config)
     limits = config.serve.model_dump(exclude={"kafka"})
-    server = Server(config.state.path, max_pixels=config.source.max_image_pixels, **limits)
+    limits |= {"max_pixels": config.source.max_image_pixels, "max_name_chars": config.source.max_label_chars}
+    server = Server(config.state.path, **limits)
     log.info("answering on http://%s:%d/v1/classify", config.serve.host, server.port)
     stop = threading.Event()
     with stop_on_signals(stop), contextlib.ExitStack() as parts:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import hashlib
 import json
 import logging
@@ -21,6 +22,7 @@ from typing import Any
 import open_clip
 import timm
 import torch
+from open_clip.tokenizer import get_clean_fn
 from open_clip.transformer import TextTransformer, VisionTransformer, text_global_pool
 from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
@@ -30,6 +32,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from agent.config import Model
 from exporter.preprocess import Preprocess
+from exporter.text import CLEANUPS, clip_tokenizer, filled_tokenizer
 
 
 class ModelError(Exception):
@@ -97,7 +100,7 @@ class TextTower(nn.Module):
         return ids.argmax(-1) if self.pool_type == "argmax" else ids.eq(self.eos_id or 0).int().argmax(-1)
 
     def forward(self, ids: Tensor) -> Tensor:
-        if self.causal:
+        if self.causal and not torch.compiler.is_exporting():  # where no shape may depend on data
             ids = ids[:, : int(self.ends(ids).max()) + 1]
         length = ids.shape[1]
         x = self.token_embedding(ids) + self.positional_embedding[:length]
@@ -160,6 +163,23 @@ class Clip:
             )
         start, end = self._tokenizer.sot_token_id, self._tokenizer.eot_token_id
         return min(start, end), start, end
+
+    @functools.cached_property
+    def tokenizer(self) -> tuple[str, str]:
+        """The tokenizer as data: JSON of the library `tokenizers`, and the name of what is done to a text before it
+        (exporter.text.CLEANUPS). Raises ModelError when it cannot be written so."""
+        tokenizer = self._tokenizer
+        cleaned_by = getattr(tokenizer, "clean_fn", None)
+        clean = next((name for name in CLEANUPS if get_clean_fn(name) is cleaned_by), "")
+        context = tokenizer.context_length
+        if isinstance(tokenizer, open_clip.SimpleTokenizer) and clean and tokenizer.reduction_fn is None:
+            start, end = (tokenizer.decoder[token] for token in (tokenizer.sot_token_id, tokenizer.eot_token_id))
+            merges = list(tokenizer.bpe_ranks)
+            return clip_tokenizer(merges, tokenizer.encoder, start, end, context, whole=not self.text.causal), clean
+        fast = getattr(getattr(tokenizer, "tokenizer", None), "backend_tokenizer", None)
+        if fast is not None and clean:
+            return filled_tokenizer(fast.to_str(), context, tokenizer.tokenizer.pad_token_id), clean
+        raise ModelError(f"the tokenizer of {self.identity['name']}, a {type(tokenizer).__name__}, cannot be released")
 
     @torch.no_grad()
     def encode_names(self, names: Sequence[str]) -> Tensor:

@@ -491,6 +491,10 @@ class Release(_Section):
     precisions: tuple[Literal["fp16", "int8"], ...] = ()
     """Smaller forms beside fp32: `fp16` for GPUs, `int8` for CPUs. One that strays too far from fp32, or answers more
     than a point fewer of the hold-out right, is left out, and the release says why."""
+    text: bool = True
+    """Also release the text tower and its tokenizer, so that names never learned can be scored beside the classes. It
+    takes the tower's size on disk (28 MB for the bundled model, 254 MB for ViT-B-32), most of it only once for all
+    releases."""
     layout: Literal["folder", "triton"] = "folder"
     """`folder`: only in the state folder; `triton`: also as a version in [release.triton]."""
     triton: Triton = Triton()
@@ -600,6 +604,8 @@ class Serve(_Section):
     """Images in one request."""
     max_request_bytes: int = Field(32 * 2**20, ge=1)
     """A larger request is refused."""
+    max_names: int = Field(64, ge=0)
+    """Names never learned that one request may ask for; each may be as long as source.max_label_chars."""
     max_requests: int = Field(32, ge=1)
     """Requests at once; one more is told to come again (503)."""
     kafka: ServeKafka = ServeKafka()

@@ -26,7 +26,7 @@ from agent.holdout import HoldOut
 from agent.images import LoadedImages, TokensAt, load_tokens
 from agent.methods.base import LearnerState, TaskData
 from agent.values import LateRejection, Outcome, Progress, Update
-from exporter.onnx import Labelled, OnnxExporter
+from exporter.onnx import Labelled, OnnxExporter, Text
 from exporter.preprocess import decode
 from exporter.release import ReleaseError
 from streams.archive import ArchiveFolder
@@ -99,7 +99,7 @@ class Learner:
         exporting = time.perf_counter()
         report(Progress("export", task.number))
         held = [sample for sample, choice in zip(good, choices, strict=True) if choice == "hold"]
-        refused = self._release(task, held, scores, staging)
+        refused = self._release(task, held, scores, staging, parent and parent / RELEASE)
         add_phase(scores, "export", time.perf_counter() - exporting)
 
         report(Progress("commit", task.number))
@@ -138,8 +138,11 @@ class Learner:
             return None
         return self._method.update(data, report)
 
-    def _release(self, task: Task, held: Sequence[Sample], scores: dict[str, Any], staging: Path) -> str | None:
-        """Publish into `staging`; gives why not, or None. Notes in `scores["release"]` what was measured."""
+    def _release(
+        self, task: Task, held: Sequence[Sample], scores: dict[str, Any], staging: Path, before: Path | None
+    ) -> str | None:
+        """Publish into `staging`; gives why not, or None. Notes in `scores["release"]` what was measured. `before`:
+        where the release before may be."""
         old, limit = scores["old_classes"], self._config.release.max_old_class_drop
         module, refused = self._module, None
         if limit and old["before"] is not None and old["after"] is not None and old["before"] - old["after"] > limit:
@@ -158,6 +161,7 @@ class Learner:
                 "model": self._clip.identity,
                 "accuracy": scores["last"],
             }
+            text = Text(self._method.text_module(), lambda: self._clip.tokenizer) if self._config.release.text else None
             try:
                 release = self._exporter.release(
                     module,
@@ -166,6 +170,8 @@ class Learner:
                     staging / RELEASE,
                     self._check_images(held),
                     self._accuracy_images(module.classes),
+                    text,
+                    before,
                 )
                 scores["release"] |= {
                     "id": release.id,

@@ -1,23 +1,24 @@
-"""Turns an inference module into a checked release.
+"""Turns an inference module, and the text tower that belongs to it, into a checked release.
 
-The graph is traced with its weights as inputs, once per structure; a release fills them in. So the first release of a
+Each graph is traced with its weights as inputs, once per structure; a release fills them in. So the first release of a
 process takes seconds, later ones, also with more classes, only the time to write and check them.
 """
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import logging
 import shutil
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx
@@ -29,10 +30,27 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from exporter.preprocess import Preprocess
-from exporter.release import GOLDEN, MODEL, Parity, Release, ReleaseError, Variant, digest, variant_name, write
-from exporter.runtime import OUTPUTS, Answers, Device, Session
+from exporter.release import (
+    GOLDEN,
+    MODEL,
+    TEXT,
+    TEXT_ROWS,
+    TOKENIZER,
+    Parity,
+    Release,
+    ReleaseError,
+    TextPart,
+    Variant,
+    digest,
+    variant_name,
+    write,
+)
+from exporter.runtime import OUTPUTS, Answers, Session
+from exporter.session import Device
+from exporter.text import name_encoder
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 SINGLE_FILE_BYTES = 1_800_000_000
 """Larger weights go to a second file: protobuf ends at 2 GiB."""
@@ -42,8 +60,12 @@ MAX_ACCURACY_DROP = 0.01
 TIE = 1e-3
 """Two classes whose probabilities differ by less than this share are equally first."""
 _REFERENCE_BATCH = 16
-_CLASSES = 3
+_EXAMPLE = 3
 """Classes in the example that is traced: neither 0 nor 1, which torch.export takes for constants."""
+_CHECK_NAMES = ("zebra", "a snow-covered mountain hut, seen from far away", "Größenmaßstab 3,5", "thing")
+"""Beside learned classes: names of one and of many tokens, few of which were learned."""
+_CHECK_CLASSES = 12
+_PAGE = 4096
 
 
 Labelled = tuple[NDArray[np.float32], NDArray[np.int64]]
@@ -71,6 +93,19 @@ TOLERANCES = {
 """Of the smaller forms; how much they cost is judged by the accuracy on the hold-out."""
 
 
+@dataclass(frozen=True)
+class Text:
+    """What the text part of a release is made of."""
+
+    module: Any
+    """Token ids int64 [n, L] -> embeddings [n, D], L2-normalised. Has `prompt` and `scale` (see TextPart),
+    `tokenize(names)` -> ids, `varying` (tensors whose first dimension changes between releases) and `frozen` (tensors
+    that never change), both as names."""
+    tokenizer: Callable[[], tuple[str, str]]
+    """Gives the JSON of the library `tokenizers`, and the name in exporter.text.CLEANUPS of what comes before it. May
+    raise, saying why there is none."""
+
+
 class ParityError(ReleaseError):
     """onnxruntime's answers are not the trained model's; the message has the numbers. Nothing was released."""
 
@@ -96,8 +131,9 @@ class OnnxExporter:
         self._max_batch = max_batch
         self._fp32 = Tolerance(atol, logits=atol, cosine=0.9999, top1=1.0)
         self._threads = threads
-        self._structure: object = None
-        self._template: ir.Model | None = None
+        self._model = _Trace(opset, "images", OUTPUTS)
+        self._text = _Trace(opset, "ids", ("embedding",))
+        self._frozen: tuple[object, tuple[int, str]] | None = None
 
     def release(
         self,
@@ -107,6 +143,8 @@ class OnnxExporter:
         folder: Path,
         check_images: NDArray[np.float32],
         holdout: Sequence[Labelled] = (),
+        text: Text | None = None,
+        before: Path | None = None,
     ) -> Release:
         """Write `module` and all that belongs to it into `folder` (made here, must not exist).
 
@@ -115,7 +153,8 @@ class OnnxExporter:
         is measured on them, repeated up to `max_batch`, and the first few are shipped as golden inputs. `facts` is
         JSON-able. `holdout`: batches of images the model never learned from, with the number of each one's class; a
         smaller form that answers fewer of them right than fp32, by more than a point, is left out, as is one that fails
-        its parity check.
+        its parity check, and `text`, beside which names that were never learned can be scored. `before`: folder of the
+        release before, with which equal files are shared.
 
         Raises ParityError when onnxruntime disagrees with torch in fp32, and ReleaseError when torch cannot trace the
         module; no folder is left behind.
@@ -125,7 +164,7 @@ class OnnxExporter:
             raise ValueError(f"got check images of shape {check_images.shape}, expected [n >= 1, 3, {size}, {size}]")
         folder.mkdir(parents=True)
         try:
-            return self._release(module, preprocess, facts, folder, check_images, holdout)
+            return self._release(module, preprocess, facts, folder, check_images, holdout, text, before)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -138,6 +177,8 @@ class OnnxExporter:
         folder: Path,
         check_images: NDArray[np.float32],
         holdout: Sequence[Labelled],
+        text: Text | None,
+        before: Path | None,
     ) -> Release:
         tensors = _tensors(module)
         images = check_images[np.arange(self._max_batch) % len(check_images)]
@@ -149,37 +190,24 @@ class OnnxExporter:
         }
         device: Device = "cuda" if any(tensor.is_cuda for tensor in tensors.values()) else "cpu"
 
-        def attempt() -> tuple[ir.Model, Parity, dict[str, float]]:
-            began = time.monotonic()
-            structure = (type(module), images.shape[1:], _shapes(tensors, frozenset(module.class_tensors)))
-            if self._template is None or structure != self._structure:
-                try:
-                    self._template = _trace(module, images[:2], self._opset)
-                except torch.onnx.OnnxExporterError as error:
-                    found = str(error.__cause__ or error).splitlines()[0]
-                    raise ReleaseError(f"torch cannot trace {type(module).__name__} ({found}); not released") from error
-                self._structure = structure
+        seconds: dict[str, float] = {}
+
+        def attempt(template: ir.Model) -> tuple[ir.Model, Parity]:
             traced = time.monotonic()
             widths = [values.shape[1] for values in expected[0]]
-            model = _fill(self._template, tensors, widths, metadata, folder / MODEL)
+            model = _fill(template, {name: _constant(name, tensor) for name, tensor in tensors.items()}, widths)
+            model.metadata_props.update(metadata)
+            size = sum(tensor.nbytes for tensor in tensors.values())
+            ir.save(model, folder / MODEL, external_data=f"{MODEL}.data" if size > SINGLE_FILE_BYTES else None)
             written = time.monotonic()
             session = Session(folder / MODEL, device=device, threads=self._threads)
             parity = compare(session, images, expected, (1, 3, self._max_batch))
-            seconds = {"trace": traced - began, "write": written - traced, "check": time.monotonic() - written}
-            return model, parity, seconds
+            seconds.update(write=written - traced, check=time.monotonic() - written)
+            _judge(parity, self._fp32)
+            return model, parity
 
-        traced_before = self._template
-        model, parity, seconds = attempt()
-        try:
-            _judge(parity, self._fp32)
-        except ParityError as error:
-            if self._template is not traced_before:
-                raise
-            # A number kept outside the tensors (a float attribute of the module) is part of the graph.
-            log.warning("the graph traced earlier does not fit this model, tracing it again: %s", error)
-            self._template = None
-            model, parity, seconds = attempt()
-            _judge(parity, self._fp32)
+        model, parity = self._model.fitting(module, tensors, module.class_tensors, images[:2], 0, attempt)
+        seconds["trace"] = self._model.seconds
 
         began = time.monotonic()
         variants = {
@@ -187,6 +215,10 @@ class OnnxExporter:
             for precision in self._precisions
         }
         seconds["variants"] = time.monotonic() - began
+
+        began = time.monotonic()
+        part = None if text is None else self._text_part(text, module.classes, folder, before, device)
+        seconds["text"] = time.monotonic() - began
 
         golden = min(GOLDEN_IMAGES, len(check_images))
         embedding, logits, probabilities = (values[:golden] for values in expected[0])
@@ -208,10 +240,78 @@ class OnnxExporter:
             versions={module.__name__: module.__version__ for module in (torch, onnx, onnxscript, onnxruntime, np)},
             seconds={phase: round(value, 3) for phase, value in seconds.items()},
             variants=variants,
+            text=part,
         )
         write(release)
         log.info("released %s: %d classes, %s, seconds %s", release.id, len(release.classes), parity, release.seconds)
         return release
+
+    def _text_part(
+        self, text: Text, classes: Sequence[str], folder: Path, before: Path | None, device: Device
+    ) -> TextPart:
+        """Write the text part beside the model; removed again when its embeddings are not torch's."""
+        module = text.module
+        difference = cosine = refused = None
+        clean = ""
+
+        def attempt(template: ir.Model) -> None:
+            nonlocal difference, cosine
+            self._write_text(template, tensors, module.frozen, expected.shape[1], folder, before)
+            encode = name_encoder(folder, module.prompt, clean, device, self._threads)
+            got = np.concatenate([encode(names[:1]), encode(names[1:4]), encode(names[4:])])
+            difference = float(np.abs(got - expected).max())
+            cosine = float((got * expected).sum(axis=1).min())
+            if not (difference <= self._fp32.atol and cosine >= self._fp32.cosine):
+                raise ParityError(
+                    f"embeddings of {len(names)} names differ by {difference:.3g}, at most {self._fp32.atol:g} is "
+                    f"allowed, their smallest cosine is {cosine:.6g}, expected at least {self._fp32.cosine}"
+                )
+
+        try:
+            tensors = _tensors(module)
+            rows = _embeddings(module, classes)
+            names = [*classes[-_CHECK_CLASSES:], *_CHECK_NAMES]
+            expected = np.concatenate([rows[-_CHECK_CLASSES:], _embeddings(module, _CHECK_NAMES)])
+            np.save(folder / TEXT_ROWS, rows)
+            json_text, clean = text.tokenizer()
+            tokenizer = json_text.encode()
+            _share(folder / TOKENIZER, before, (len(tokenizer), hashlib.sha256(tokenizer).hexdigest()), [tokenizer])
+            ids = module.tokenize(names[:2]).cpu().numpy()
+            self._text.fitting(module, tensors, module.varying, ids[:, :-1], ids.shape[1], attempt)
+        except Exception as error:  # as above
+            refused = str(error) if isinstance(error, ReleaseError) else f"{type(error).__name__}: {error}"
+            log.warning("the release has no text part: %s", refused)
+            for file in (*folder.glob("text.*"), folder / TOKENIZER):
+                file.unlink(missing_ok=True)
+        return TextPart(module.prompt, clean, module.scale, difference, cosine, self._fp32.atol, refused)
+
+    def _write_text(
+        self,
+        template: ir.Model,
+        tensors: Mapping[str, Tensor],
+        frozen: frozenset[str],
+        width: int,
+        folder: Path,
+        before: Path | None,
+    ) -> None:
+        """The text tower's graph; weights that never change are in a file of their own, which releases share."""
+        apart = {name: tensors[name] for name in sorted(frozen)}
+        weights: dict[str, Any] = {name: _constant(name, t) for name, t in tensors.items() if name not in frozen}
+        path = folder / f"{TEXT}.data"
+        size = 0
+        for name, tensor in apart.items():
+            kind, shape = _constant(name, tensor).dtype, ir.Shape(tensor.shape)
+            weights[name] = ir.ExternalTensor(path.name, size, tensor.nbytes, kind, shape=shape, name=name)
+            size += -(-tensor.nbytes // _PAGE) * _PAGE
+        key = [(name, tensor.data_ptr()) for name, tensor in apart.items()]
+        if self._frozen is None or self._frozen[0] != key:
+            sha256 = hashlib.sha256()
+            for piece in _pages(apart.values()):
+                sha256.update(piece)
+            self._frozen = key, (size, sha256.hexdigest())
+        if apart:
+            _share(path, before, self._frozen[1], _pages(apart.values()))
+        ir.save(_fill(template, weights, [width]), folder / TEXT)
 
     def _variant(
         self,
@@ -267,38 +367,104 @@ def _shapes(tensors: Mapping[str, Tensor], wildcards: frozenset[str]) -> tuple:
     )
 
 
-class _ClassesAsInputs(nn.Module):
-    """`module` with its class tensors as arguments, so that the trace leaves the number of classes open."""
+class _Trace:
+    """The graph of one kind of module, without weights; traced when a module of another structure comes."""
 
-    def __init__(self, module: Any) -> None:
+    def __init__(self, opset: int, source: str, outputs: Sequence[str]) -> None:
+        """`source` and `outputs`: names in the graph."""
+        self._opset = opset
+        self._source = source
+        self._outputs = outputs
+        self._structure: object = None
+        self._graph: ir.Model | None = None
+        self.seconds = 0.0
+        """Of the tracing that the last `fitting` took."""
+
+    def fitting(
+        self,
+        module: Any,
+        tensors: Mapping[str, Tensor],
+        varying: Sequence[str],
+        example: NDArray[Any],
+        longest: int,
+        attempt: Callable[[ir.Model], T],
+    ) -> T:
+        """What `attempt` makes of the graph of `module`. Where that was traced for an earlier module and does not fit,
+        which `attempt` says by a ParityError, it is traced anew.
+
+        `varying`: tensors whose first dimension is left open, as is that of `example`; so is its second, up to
+        `longest`, unless that is 0. Raises ReleaseError when torch cannot trace the module.
+        """
+        began = time.monotonic()
+        structure = (type(module), example.shape[1:], _shapes(tensors, frozenset(varying)))
+        fresh = self._graph is None or structure != self._structure
+        if self._graph is None or fresh:
+            self._graph = self._traced(module, varying, example, longest)
+            self._structure = structure
+        self.seconds = time.monotonic() - began
+        try:
+            return attempt(self._graph)
+        except ParityError as error:
+            if fresh:
+                raise
+            # A number kept outside the tensors (a float attribute of the module) is part of the graph.
+            log.warning("the graph traced earlier does not fit this model, tracing it again: %s", error)
+            self._graph = self._traced(module, varying, example, longest)
+            self.seconds = time.monotonic() - began
+            return attempt(self._graph)
+
+    def _traced(self, module: Any, varying: Sequence[str], example: NDArray[Any], longest: int) -> ir.Model:
+        dimensions = {0: torch.export.Dim("batch", min=1)}
+        if longest:
+            dimensions[1] = torch.export.Dim("length", min=2, max=longest)
+        try:
+            return _trace(module, varying, example, dimensions, self._opset, self._source, self._outputs)
+        except torch.onnx.OnnxExporterError as error:
+            found = str(error.__cause__ or error).splitlines()[0]
+            raise ReleaseError(f"torch cannot trace {type(module).__name__} ({found}); not released") from error
+
+
+class _VaryingAsInputs(nn.Module):
+    """`module` with its varying tensors as arguments, so that the trace leaves their first dimension open."""
+
+    def __init__(self, module: Any, varying: Sequence[str]) -> None:
         super().__init__()
         self.module = module
+        self.varying = varying
 
-    def forward(self, images: Tensor, class_tensors: list[Tensor]) -> tuple[Tensor, ...]:
-        replaced = dict(zip(self.module.class_tensors, class_tensors, strict=True))
-        return torch.func.functional_call(self.module, replaced, (images,))
+    def forward(self, source: Tensor, varying: list[Tensor]) -> Any:
+        replaced = dict(zip(self.varying, varying, strict=True))
+        return torch.func.functional_call(self.module, replaced, (source,))
 
 
-def _trace(module: Any, images: NDArray[np.float32], opset: int) -> ir.Model:
+def _trace(
+    module: Any,
+    varying: Sequence[str],
+    example: NDArray[Any],
+    dimensions: Mapping[int, Any],
+    opset: int,
+    source: str,
+    outputs: Sequence[str],
+) -> ir.Model:
     """The module's graph with every parameter and buffer as an input of the graph, under the module's own name."""
     module = copy.deepcopy(module).cpu().eval()
-    example = [getattr(module, name) for name in module.class_tensors]
-    example = [tensor[torch.arange(_CLASSES) % len(tensor)] for tensor in example]
-    batch, classes = torch.export.Dim("batch", min=1), torch.export.Dim("classes", min=1)
+    others = [getattr(module, name) for name in varying]
+    others = [tensor[torch.arange(_EXAMPLE) % len(tensor)] for tensor in others]
+    free = torch.export.Dim("classes", min=1)
     with warnings.catch_warnings(), _silenced("torch.onnx", "onnxscript", "onnx_ir"), torch.no_grad():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
-            _ClassesAsInputs(module).eval(),
-            # Two images: an example batch of one exports, passes the checker and fails at three (pytorch#157621).
-            (torch.from_numpy(images.copy()), example),
+            _VaryingAsInputs(module, varying).eval(),
+            # Two examples: a batch of one exports, passes the checker and fails at three (pytorch#157621).
+            (torch.from_numpy(example.copy()), others),
             dynamo=True,
             # Constant folding would swallow weights that later releases must replace.
             optimize=False,
             verbose=False,
             opset_version=opset,
-            input_names=["images", *module.class_tensors],
-            output_names=list(OUTPUTS),
-            dynamic_shapes=({0: batch}, [{0: classes} for _ in example]),
+            input_names=[source, *varying],
+            output_names=list(outputs),
+            dynamic_shapes=(dict(dimensions), [{0: free} for _ in others]),
         )
     assert program is not None
     graph = program.model.graph
@@ -322,30 +488,52 @@ def _trace(module: Any, images: NDArray[np.float32], opset: int) -> ir.Model:
     return program.model
 
 
-def _fill(
-    template: ir.Model,
-    tensors: Mapping[str, Tensor],
-    widths: Sequence[int],
-    metadata: Mapping[str, str],
-    path: Path,
-) -> ir.Model:
-    """The template with `tensors` as its weights and [batch, width] as the shape of its outputs, saved to `path`."""
+def _fill(template: ir.Model, weights: Mapping[str, Any], widths: Sequence[int]) -> ir.Model:
+    """The template with `weights` (onnx_ir tensors) and [batch, width] as the shape of its outputs."""
     model = template.clone()
     graph = model.graph
-    size = 0
-    weights = graph.inputs[1:]
+    empty = graph.inputs[1:]
     del graph.inputs[1:]
-    for value in weights:
-        array = tensors[str(value.name)].cpu().contiguous().numpy()
-        value.const_value = ir.tensor(array, name=value.name)
-        value.shape = ir.Shape(array.shape)
+    for value in empty:
+        weight = value.const_value = weights[str(value.name)]
+        value.shape = ir.Shape(weight.shape)
         graph.register_initializer(value)
-        size += array.nbytes
     for output, width in zip(graph.outputs, widths, strict=True):
         output.shape = ir.Shape(["batch", width])
-    model.metadata_props.update(metadata)
-    ir.save(model, path, external_data=f"{path.name}.data" if size > SINGLE_FILE_BYTES else None)
     return model
+
+
+def _constant(name: str, tensor: Tensor) -> ir.TensorProtocol:
+    return ir.tensor(tensor.cpu().contiguous().numpy(), name=name)
+
+
+def _pages(tensors: Iterable[Tensor]) -> Iterator[bytes]:
+    """Their bytes, each tensor's filled up to whole pages, which onnxruntime can map."""
+    for tensor in tensors:
+        data = tensor.cpu().contiguous().numpy().tobytes()
+        yield data
+        yield bytes(-len(data) % _PAGE)
+
+
+def _share(path: Path, before: Path | None, wanted: tuple[int, str], pieces: Iterable[bytes]) -> None:
+    """Put a file of this size and sha256 at `path`: the one in the folder `before` by a hard link, or else `pieces`."""
+    path.unlink(missing_ok=True)  # never written through: other releases may have the same file
+    same = before and before / path.name
+    try:
+        if same and digest(same) == wanted:
+            path.hardlink_to(same)
+            return
+    except OSError:
+        pass  # there is none, or no link can be made: it is written
+    with path.open("wb") as file:
+        file.writelines(pieces)
+
+
+def _embeddings(module: Any, names: Sequence[str]) -> NDArray[np.float32]:
+    """The text module's own answers, float32 [n, D]."""
+    with torch.no_grad():
+        parts = [module(module.tokenize(names[i : i + 64])) for i in range(0, len(names), 64)]
+    return torch.cat(parts).float().cpu().numpy()
 
 
 def _reference(module: Any, images: NDArray[np.float32]) -> list[Answers]:

@@ -4,6 +4,10 @@ release/
   model.onnx        images [N,3,H,W] -> embedding [N,D], logits [N,C], probabilities [N,C], all float32
   model.onnx.data   only beside a model too large for one file
   model.fp16.onnx, model.int8.onnx   the same in less, where asked for and close enough
+  text.onnx         token ids [N,L] int64 -> embedding [N,D] float32 of class names, where it could be made
+  text.onnx.data    its weights that never change, linked from release to release
+  text.npy          embedding [C,D] of the learned class names
+  tokenizer.json    class name, put into the prompt -> token ids (library `tokenizers`)
   golden.npz        a few preprocessed images with the answers of the trained model
   release.json      everything else: class names, preprocessing, hashes, parity, versions
 """
@@ -12,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -23,6 +27,9 @@ FORMAT = 1
 MANIFEST = "release.json"
 MODEL = "model.onnx"
 GOLDEN = "golden.npz"
+TEXT = "text.onnx"
+TEXT_ROWS = "text.npy"
+TOKENIZER = "tokenizer.json"
 CURRENT = "CURRENT"
 RELEASE = "RELEASE"
 """Symlink in a state folder to the release readers follow: the current commit's, or an older one that is pinned."""
@@ -73,6 +80,27 @@ class Variant:
 
 
 @dataclass(frozen=True)
+class TextPart:
+    """How names that were never learned are scored: softmax(scale * image embedding @ name embeddings)."""
+
+    prompt: str
+    """A name takes the place of `{}`."""
+    clean: str
+    """What is done to the text before the tokenizer; a name in exporter.text.CLEANUPS."""
+    scale: float
+    """Multiplier of cosines."""
+    difference: float | None
+    """Largest absolute difference of a component between onnxruntime's embeddings of names and torch's; None when the
+    part could not even be made."""
+    cosine: float | None
+    """Smallest cosine between the two."""
+    atol: float
+    """Tolerance `difference` was held to."""
+    refused: str | None
+    """Why it is not in the release; None when it is."""
+
+
+@dataclass(frozen=True)
 class Release:
     """A release in `path`; immutable once made."""
 
@@ -94,13 +122,21 @@ class Release:
     """Name -> (size in bytes, sha256) of every file beside release.json."""
     versions: Mapping[str, str]
     seconds: Mapping[str, float]
-    """Wall seconds of making it: `trace` (0 when an earlier trace was used again), `write`, `check`, `variants`."""
+    """Wall seconds of making it: `trace` (0 when an earlier trace was used again), `write`, `check`, `variants`,
+    `text`."""
     variants: Mapping[str, Variant] = field(default_factory=dict)
     """`fp16` and `int8`, as far as they were asked for."""
+    text: TextPart | None = None
+    """None when it was not asked for."""
 
     @property
     def model(self) -> Path:
         return self.path / MODEL
+
+    @property
+    def text_files(self) -> list[str]:
+        """Names of the files of the text part; none where there is none."""
+        return [name for name in self.files if name.startswith("text.") or name == TOKENIZER]
 
     def offers(self, precision: str) -> bool:
         """Whether `model_in(precision)` is there."""
@@ -116,13 +152,16 @@ class Release:
 
     @property
     def id(self) -> str:
-        """Twelve hex digits that name the model's content: equal models have equal ids."""
-        digests = sorted(f"{name} {digest}" for name, (_, digest) in self.files.items() if name.startswith(MODEL))
+        """Twelve hex digits that name what answers (model and text part): equal content has equal ids."""
+        names = sorted([*(name for name in self.files if name.startswith(MODEL)), *self.text_files])
+        digests = [f"{name} {self.files[name][1]}" for name in names]
         return hashlib.sha256("\n".join(digests).encode()).hexdigest()[:12]
 
-    def verify(self) -> None:
-        """Compare every file with its hash. Raises ReleaseError naming the first that differs or is missing."""
-        for name, expected in self.files.items():
+    def verify(self, names: Iterable[str] | None = None) -> None:
+        """Compare every file, or those of these names, with its hash. Raises ReleaseError naming the first that differs
+        or is missing."""
+        for name in self.files if names is None else names:
+            expected = self.files[name]
             try:
                 found = digest(self.path / name)
             except OSError as error:
@@ -140,6 +179,7 @@ def write(release: Release) -> None:
     values |= {part.name: getattr(release, part.name) for part in fields(release) if part.name != "path"}
     values |= {"preprocess": release.preprocess.to_dict(), "parity": asdict(release.parity)}
     values |= {"variants": {name: asdict(variant) for name, variant in release.variants.items()}}
+    values |= {"text": release.text and asdict(release.text)}
     (release.path / MANIFEST).write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -155,6 +195,7 @@ def read(folder: Path) -> Release:
         if values.pop("format") != FORMAT:
             raise ValueError(f"its format is not {FORMAT}")
         del values["id"]
+        text = values.get("text")
         variants = {
             name: Variant(**{**variant, "parity": variant["parity"] and _parity(variant["parity"])})
             for name, variant in values["variants"].items()
@@ -167,6 +208,7 @@ def read(folder: Path) -> Release:
                 "preprocess": Preprocess.from_dict(values["preprocess"]),
                 "parity": _parity(values["parity"]),
                 "variants": variants,
+                "text": text and TextPart(**text),
                 "files": {name: (size, sha256) for name, (size, sha256) in values["files"].items()},
             }
         )

@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import io
 import logging
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 from PIL import Image
 
 from exporter import release as releases
 from exporter.preprocess import Preprocess, decode, upright_rgb
 from exporter.release import Release, ReleaseError
+from exporter.session import Device, open_session
+from exporter.text import Names
 
 log = logging.getLogger(__name__)
 
 OUTPUTS = ("embedding", "logits", "probabilities")
 
-Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["fp32", "fp16", "int8"]
 
 
@@ -45,20 +42,7 @@ class Session:
 
     def __init__(self, model: Path, *, device: Device = "auto", threads: int = 0) -> None:
         """`auto` is CUDA when usable; `cuda` without it falls back to the CPU with a warning; `threads` 0: all."""
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3  # errors; warnings tell of optimisations that were not made
-        providers: list[Any] = ["CPUExecutionProvider"]
-        if device != "cpu" and _cuda_usable():
-            # TF32 would cost three digits; exhaustive search and doubling arenas cost start-up time and memory.
-            cuda = {
-                "device_id": 0,
-                "use_tf32": 0,
-                "cudnn_conv_algo_search": "HEURISTIC",
-                "arena_extend_strategy": "kSameAsRequested",
-            }
-            providers.insert(0, ("CUDAExecutionProvider", cuda))
-        self._session = onnxruntime.InferenceSession(model, options, providers=providers)
+        self._session = open_session(model, device, threads)
         self.provider: str = self._session.get_providers()[0]
         """Execution provider that answers."""
         if device == "cuda" and self.provider != "CUDAExecutionProvider":
@@ -69,14 +53,18 @@ class Session:
         return Answers(*self._session.run(OUTPUTS, {"images": images}))
 
 
+class NamesError(ValueError):
+    """Extra names that cannot be scored; the message says what is expected."""
+
+
 @dataclass(frozen=True)
 class Prediction:
     """What a release says about one image."""
 
     labels: tuple[str, ...]
-    """Class names, the most probable first."""
+    """Class names, the most probable first; extra names among them."""
     scores: tuple[float, ...]
-    """Their probabilities; they sum to 1 when all classes are listed."""
+    """Their probabilities; they sum to 1 when all are listed."""
     release: str
     """Id of the release that answered."""
 
@@ -89,6 +77,8 @@ class Prepared:
     """[3, H, W]"""
     preprocess: Preprocess
     """That made it."""
+    extra: tuple[str, ...] = ()
+    """Names to score beside the learned classes."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +87,8 @@ class _Served:
 
     release: Release
     session: Session
+    names: Names | None
+    """None when the release has no text part."""
 
 
 class Classifier:
@@ -112,8 +104,11 @@ class Classifier:
         precision: Precision = "fp32",
         max_batch: int = 64,
         max_pixels: int = 50_000_000,
+        max_names: int = 64,
+        max_name_chars: int = 200,
     ) -> None:
-        """`threads`: of onnxruntime for one batch, 0 for all cores. A release without `precision` is served in fp32:
+        """`threads`: of onnxruntime for one batch, 0 for all cores. `max_names`: extra names with an image, each of at
+        most `max_name_chars` characters. A release without `precision` is served in fp32:
         the newest model matters more. Raises ReleaseError when there is no release, it is
         damaged, or it does not pass its own test."""
         self._path = path
@@ -122,6 +117,8 @@ class Classifier:
         self._precision = precision
         self._max_batch = max_batch
         self._max_pixels = max_pixels
+        self._max_names = max_names
+        self._max_name_chars = max_name_chars
         self._refreshing = threading.Lock()
         self._stop = threading.Event()
         self._follower: threading.Thread | None = None
@@ -138,27 +135,60 @@ class Classifier:
         """The onnxruntime execution provider that answers, such as `CPUExecutionProvider`."""
         return self._served.session.provider
 
-    def prepare(self, image: bytes | Image.Image) -> Prepared:
-        """All of `classify` that needs only this image, to be done where and when it suits. Raises ImageError."""
-        preprocess = self.release.preprocess
-        return Prepared(self._pixels(image, preprocess), preprocess)
+    def check_names(self, extra: Sequence[str]) -> tuple[str, ...]:
+        """`extra` as it is, when its names can be scored beside the learned classes by the release that answers now.
+        Raises NamesError."""
+        if len(extra) > self._max_names:
+            raise NamesError(f"got {len(extra)} extra names, expected at most {self._max_names}")
+        for name in extra:
+            if not name.strip() or len(name) > self._max_name_chars:
+                raise NamesError(
+                    f"got the extra name {name[:50]!r} of {len(name)} characters, expected 1 to "
+                    f"{self._max_name_chars}, not all blank"
+                )
+        served = self._served
+        if extra and served.names is None:
+            text = served.release.text
+            why = "release.text was off when it was made" if text is None else text.refused
+            raise NamesError(f"release {served.release.id} scores only the classes it has learned: {why}")
+        return tuple(extra)
 
-    def classify(self, images: Sequence[bytes | Image.Image | Prepared], top: int = 5) -> list[Prediction]:
+    def prepare(self, image: bytes | Image.Image, extra: Sequence[str] = ()) -> Prepared:
+        """All of `classify` that needs only this image, to be done where and when it suits. Raises ImageError,
+        NamesError."""
+        served = self._served
+        names = self.check_names(extra)
+        prepared = Prepared(self._pixels(image, served.release.preprocess), served.release.preprocess, names)
+        if names and served.names is not None:
+            served.names.rows(names)  # kept, for when it is classified
+        return prepared
+
+    def classify(
+        self, images: Sequence[bytes | Image.Image | Prepared], top: int = 5, extra: Sequence[str] = ()
+    ) -> list[Prediction]:
         """Encoded, Pillow or prepared images -> the `top` classes of each (0: all), all by one release.
 
-        Raises ImageError for the first unusable image, ReleaseError for one that was prepared for a release with
-        another preprocessing.
+        `extra`: names that are scored beside the learned classes by what their words mean (a prepared image has its
+        own). An extra name's score is its share of softmax(scale * similarity) over all names; the learned classes
+        share what is left as they would share all of it. A name that is learned is just that class.
+
+        Raises ImageError for the first unusable image, NamesError, and ReleaseError for an image that was prepared for
+        a release with another preprocessing, or with names where the new one scores none.
         """
         served = self._served
-        classes, preprocess = served.release.classes, served.release.preprocess
+        extra = self.check_names(extra)
         predictions: list[Prediction] = []
         for start in range(0, len(images), self._max_batch):
             part = images[start : start + self._max_batch]
-            batch = np.stack([self._pixels(image, preprocess) for image in part])
-            for scores in served.session.run(batch).probabilities:
+            answers = served.session.run(np.stack([self._pixels(image, served.release.preprocess) for image in part]))
+            asked = [image.extra if isinstance(image, Prepared) else extra for image in part]
+            rows = {names: _rows(served, names) for names in {*asked} if names}
+            for names, embedding, probabilities in zip(asked, answers.embedding, answers.probabilities, strict=True):
+                labels, scores = _scores(served.release, embedding, probabilities, rows.get(names))
                 order = np.argsort(-scores, kind="stable")[: top or None]
-                labels = tuple(classes[index] for index in order)
-                predictions.append(Prediction(labels, tuple(scores[order].tolist()), served.release.id))
+                predictions.append(
+                    Prediction(tuple(labels[i] for i in order), tuple(scores[order].tolist()), served.release.id)
+                )
         return predictions
 
     def refresh(self) -> bool:
@@ -175,7 +205,10 @@ class Classifier:
             release = releases.read(folder)
             if release.id == self.release.id:  # a commit that kept its predecessor's release
                 return False
-            self._served = self._load(release)
+            served = self._load(release)
+            if served.names is not None and self._served.names is not None and self._served.names.opened:
+                served.names.open()  # no request waits for it
+            self._served = served
         log.info("release %s answers now: %d classes, %s", release.id, len(release.classes), folder)
         return True
 
@@ -207,7 +240,7 @@ class Classifier:
         return image.pixels
 
     def _load(self, release: Release) -> _Served:
-        release.verify()
+        release.verify(set(release.files).difference(release.text_files))  # of which most never have need
         try:
             precision = self._precision if release.offers(self._precision) else release.precision
             if precision != self._precision:
@@ -218,7 +251,32 @@ class Classifier:
             raise
         except Exception as error:  # onnxruntime's errors share no public base class
             raise ReleaseError(f"release {release.path} cannot be run: {type(error).__name__}: {error}") from error
-        return _Served(release, session)
+        names = None
+        if release.text is not None and release.text_files:
+            names = Names(release, release.text, self._device, self._threads)
+        return _Served(release, session, names)
+
+
+def _rows(served: _Served, names: Sequence[str]) -> tuple[list[str], NDArray[np.float32]]:
+    if served.names is None:
+        raise ReleaseError(f"release {served.release.id}, which answers now, has no text part to score names with")
+    return served.names.rows(names)
+
+
+def _scores(
+    release: Release,
+    embedding: NDArray[np.float32],
+    probabilities: NDArray[np.float32],
+    beside: tuple[list[str], NDArray[np.float32]] | None,
+) -> tuple[tuple[str, ...], NDArray[np.float32]]:
+    """Labels and scores of one image: the learned classes, then the names `beside` them (see Names.rows)."""
+    if beside is None or not beside[0] or release.text is None:
+        return release.classes, probabilities
+    names, rows = beside
+    similarity = release.text.scale * rows @ embedding
+    shares = np.exp(similarity - similarity.max())
+    shares = shares[len(probabilities) :] / shares.sum()
+    return (*release.classes, *names), np.concatenate([probabilities * (1 - shares.sum()), shares])
 
 
 def _self_test(release: Release, precision: str, session: Session) -> None:
@@ -238,20 +296,3 @@ def _self_test(release: Release, precision: str, session: Session) -> None:
                 f"release {release.path} fails its own test on {session.provider}: golden answers differ by "
                 f"{difference:.3g} at batch {size}, at most {atol:g} is allowed; it is not used"
             )
-
-
-def _cuda_usable() -> bool:
-    """Whether onnxruntime was built for CUDA and a device answers. Asking the driver first keeps machines without one
-    quiet: onnxruntime prints an error for every library it misses."""
-    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        return False
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return False
-    count = ctypes.c_int(0)
-    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or not count.value:
-        return False
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find
-        onnxruntime.preload_dlls()
-    return True

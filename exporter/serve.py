@@ -31,7 +31,7 @@ from starlette.routing import Route
 
 from exporter.preprocess import ImageError
 from exporter.release import ReleaseError
-from exporter.runtime import Classifier, Device, Precision, Prediction, Prepared
+from exporter.runtime import Classifier, Device, NamesError, Precision, Prediction, Prepared
 
 log = logging.getLogger(__name__)
 
@@ -179,6 +179,7 @@ class Server:
     """The HTTP service of one state folder or release:
 
     POST /v1/classify?top=5   an image as the body, or several as multipart/form-data (top=0: all classes)
+         &name=zebra&...      names to score beside the learned classes
     GET  /v1/labels           class names of the release that answers
     GET  /livez, /readyz      200, or 503 with reasons; ready once there is a release
     GET  /metrics             Prometheus
@@ -198,10 +199,19 @@ class Server:
         max_request_bytes: int = 32 * 2**20,
         max_requests: int = 32,
         max_pixels: int = 50_000_000,
+        max_names: int = 64,
+        max_name_chars: int = 200,
     ) -> None:
         """Listens from here on, answers while `run` runs. Raises OSError when the address cannot be had."""
         self._open = lambda: Classifier(
-            path, threads, device=device, precision=precision, max_batch=max_batch, max_pixels=max_pixels
+            path,
+            threads,
+            device=device,
+            precision=precision,
+            max_batch=max_batch,
+            max_pixels=max_pixels,
+            max_names=max_names,
+            max_name_chars=max_name_chars,
         )
         self._max_images = max_images
         self._max_bytes = max_request_bytes
@@ -334,8 +344,12 @@ class Server:
         top = request.query_params.get("top", str(_TOP))
         if not top.isdecimal() or len(top) > 9:
             raise Refused(400, f"got top={top}, expected how many classes to list, 0 for all")
+        try:
+            names = classifier.check_names(request.query_params.getlist("name"))
+        except NamesError as error:
+            raise Refused(400, str(error)) from None
         images = await self._images(request)
-        prepared = await asyncio.gather(*(self._prepare(classifier, image) for image in images))
+        prepared = await asyncio.gather(*(self._prepare(classifier, image, names) for image in images))
         usable = [image for image in prepared if isinstance(image, Prepared)]
         self._metrics.images.labels("ok").inc(len(usable))
         self._metrics.images.labels("rejected").inc(len(prepared) - len(usable))
@@ -353,9 +367,9 @@ class Server:
                 body["predictions"].append({"labels": answer.labels, "scores": answer.scores})
         return JSONResponse(body, 200 if usable else 422)
 
-    async def _prepare(self, classifier: Classifier, image: bytes) -> Prepared | ImageError:
+    async def _prepare(self, classifier: Classifier, image: bytes, names: Sequence[str]) -> Prepared | ImageError:
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._decoders, classifier.prepare, image)
+            return await asyncio.get_running_loop().run_in_executor(self._decoders, classifier.prepare, image, names)
         except ImageError as error:
             return error
 

@@ -9,7 +9,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from agent.clip import Clip
 from agent.values import Progress, Update
 
 Report = Callable[[Progress], None]
@@ -67,6 +69,36 @@ class InferenceModule(nn.Module):
         raise NotImplementedError
 
 
+class TextModule(nn.Module):
+    """The text tower as it would be released: token ids int64 [n, L] -> embeddings float32 [n, D], L2-normalised, of
+    the names that `Method.encode_names` encodes. Shares no state with training; in eval mode.
+    """
+
+    def __init__(self, clip: Clip, tower: nn.Module, prompt: str = "", scale: float = 0.0) -> None:
+        """`tower`: ids -> features [n, D], not normalised; `prompt`: what names are put into, and `scale`: what
+        similarities of images to them are multiplied with (where not given: those of `clip`)."""
+        super().__init__()
+        self.tower = tower
+        self.prompt = prompt or clip.prompt
+        self.scale = scale or clip.logit_scale
+        self.varying: tuple[str, ...] = ()
+        """Names of the tensors whose first dimension changes as learning goes on."""
+        untouched = {tensor.data_ptr() for tensor in (*clip.text.parameters(), *clip.text.buffers())}
+        self.frozen = frozenset(
+            name for name, tensor in (*self.named_parameters(), *self.named_buffers()) if tensor.data_ptr() in untouched
+        )
+        """Names of the tensors that learning never changes."""
+        self._clip = clip
+        self.eval().requires_grad_(False)
+
+    def tokenize(self, names: Sequence[str]) -> Tensor:
+        """Class names, put into the prompt -> int64 [n, L] on the model's device."""
+        return self._clip.tokenize(names, self.prompt)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.normalize(self.tower(ids).float(), dim=-1)
+
+
 class Method(Protocol):
     """A continual-learning algorithm. Built as `Class(clip, config.method)`; holds no data of earlier tasks."""
 
@@ -91,6 +123,9 @@ class Method(Protocol):
 
     def inference_module(self) -> InferenceModule:
         """The model as it would be released now. Raises LookupError before the first class is learned."""
+
+    def text_module(self) -> TextModule:
+        """What `encode_names` encodes with, as it would be released now."""
 
     def state(self) -> LearnerState: ...
 

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
-from torch import Tensor
 
 from agent import config
 from agent.clip import Clip
 from agent.methods.base import InferenceModule, LearnerState, Report, TaskData
 from agent.methods.heads import TextClassifier
-from agent.methods.student import Student
+from agent.methods.student import Student, StudentMethod
 from agent.methods.training import GapWatch, Training, admit, cosine, local_loss
 from agent.values import Update
 
 
-class Finetune:
+class Finetune(StudentMethod):
     name = "finetune"
     fusion = "text"
 
@@ -30,13 +27,6 @@ class Finetune:
     @property
     def classes(self) -> tuple[str, ...]:
         return tuple(self._classes)
-
-    def encode_names(self, names: Sequence[str]) -> Tensor:
-        return self._student.encode_names(names)
-
-    def encode_tokens(self, tokens: Tensor) -> Tensor:
-        with torch.no_grad():
-            return self._student.encode_tokens(tokens)
 
     def update(self, task: TaskData, report: Report) -> Update:
         settings, scale = self._settings, self._clip.logit_scale

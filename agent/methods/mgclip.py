@@ -13,25 +13,23 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
 from agent import config, gap
 from agent.clip import Clip
 from agent.methods.base import InferenceModule, LearnerState, Report, TaskData, task_generator
 from agent.methods.heads import CalibratedFusion, FaithfulFusion
-from agent.methods.student import Student
+from agent.methods.student import Student, StudentMethod
 from agent.methods.training import ClassMeans, GapWatch, cosine, local_loss
 from agent.values import Progress, Update
 
 log = logging.getLogger(__name__)
 
 
-class MgClip:
+class MgClip(StudentMethod):
     name = "mgclip"
 
     def __init__(self, clip: Clip, settings: config.Method) -> None:
@@ -50,13 +48,6 @@ class MgClip:
     @property
     def classes(self) -> tuple[str, ...]:
         return tuple(self._visual.classes)
-
-    def encode_names(self, names: Sequence[str]) -> Tensor:
-        return self._student.encode_names(names)
-
-    def encode_tokens(self, tokens: Tensor) -> Tensor:
-        with torch.no_grad():
-            return self._student.encode_tokens(tokens)
 
     def update(self, task: TaskData, report: Report) -> Update:
         started = time.perf_counter()

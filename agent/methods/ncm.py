@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from agent import config
 from agent.clip import Clip
 from agent.lora import merged
-from agent.methods.base import InferenceModule, LearnerState, Report, TaskData
+from agent.methods.base import InferenceModule, LearnerState, Report, TaskData, TextModule
 from agent.methods.heads import Classifier
 from agent.methods.training import ClassMeans, GapWatch, untouched_features, untrained
 from agent.values import Update
@@ -62,6 +62,9 @@ class Ncm:
             raise LookupError("no class has been learned yet; there is nothing to infer with")
         means = self._means.rows
         return NearestMean(merged(self._clip.image, {}), self.classes, means, self._clip.logit_scale)
+
+    def text_module(self) -> TextModule:
+        return TextModule(self._clip, merged(self._clip.text, {}))
 
     def state(self) -> LearnerState:
         facts = {"classes": list(self._means.classes), "counts": list(self._means.counts)}

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from agent import config
 from agent.clip import Clip
 from agent.lora import ADAPTED, merged
-from agent.methods.base import InferenceModule, LearnerState, Report, TaskData, Tokens, task_generator
+from agent.methods.base import InferenceModule, LearnerState, Report, TaskData, TextModule, Tokens, task_generator
 from agent.methods.heads import Classifier
 from agent.methods.training import (
     ClassMeans,
@@ -215,6 +215,12 @@ class Seca:
         tower = self._image.merged(self._adapter.named)
         return PromptsAndPrototypes(tower, self.classes, names, weights, prototypes, soft)
 
+    def text_module(self) -> TextModule:
+        soft = self._settings.softness * self._clip.logit_scale
+        if not self._prompts:
+            return TextModule(self._clip, merged(self._clip.text, {}), scale=soft)
+        return self._text.module(self._prompts, soft)
+
     def state(self) -> LearnerState:
         tensors = _under("adapter.", self._adapter.named)
         for number, adapter in enumerate(self._pool):
@@ -329,18 +335,40 @@ class PromptedText:
         words = clip.text.token_embedding
         assert isinstance(words, nn.Embedding)
         self.shape = (context, words.embedding_dim)
-        self._prompt = "x " * context + "{}."
+        self.prompt = "x " * context + "{}."
         self._twin = merged(clip.text, {})
         self._twin.token_embedding = Context(words, self.shape, clip.device)
 
     def tokenize(self, names: Sequence[str]) -> Tensor:
-        return self._clip.tokenize(names, self._prompt)
+        return self._clip.tokenize(names, self.prompt)
 
     def encode(self, ids: Tensor, vectors: Tensor) -> Tensor:
         """float32 [n, D], L2-normalised; differentiable in `vectors`."""
         with self._clip.autocast():
             features = functional_call(self._twin, {"token_embedding.vectors": vectors}, (ids,))
         return F.normalize(features.float(), dim=-1)
+
+    def module(self, prompts: Sequence[Tensor], scale: float) -> TextModule:
+        """The mean over `prompts`, sharing nothing that training writes."""
+        return PromptsMean(self._clip, merged(self._twin, {}), self.prompt, prompts, scale)
+
+
+class PromptsMean(TextModule):
+    """A prompted text tower's embeddings, averaged over prompts."""
+
+    vectors: Tensor
+
+    def __init__(self, clip: Clip, tower: nn.Module, prompt: str, prompts: Sequence[Tensor], scale: float) -> None:
+        super().__init__(clip, tower, prompt, scale)
+        self.register_buffer("vectors", torch.stack(list(prompts)).detach())
+        self.varying = ("vectors",)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        prompts, names = self.vectors.shape[0], ids.shape[0]
+        vectors = self.vectors[:, None].expand(-1, names, -1, -1).flatten(0, 1)
+        features = functional_call(self.tower, {"token_embedding.vectors": vectors}, (ids.repeat(prompts, 1),))
+        each = F.normalize(features.float(), dim=-1).unflatten(0, (prompts, names))
+        return F.normalize(each.mean(0), dim=-1)
 
 
 class Relevance(nn.Module):

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from agent.clip import Clip
 from agent.config import Lora
 from agent.lora import Adapters, merged
-from agent.methods.base import Tokens, task_generator
+from agent.methods.base import TextModule, Tokens, task_generator
 
 Weights = Mapping[str, Tensor]
 
@@ -91,6 +91,11 @@ class Student:
         """The adapted image tower as plain weights, sharing nothing that training writes."""
         return merged(self.clip.image, self.image.weights())
 
+    @torch.no_grad()
+    def text_module(self) -> TextModule:
+        """The adapted text tower, sharing nothing that training writes."""
+        return TextModule(self.clip, merged(self.clip.text, self.text.weights()))
+
     def tensors(self) -> dict[str, Tensor]:
         """Copies of all trainable tensors by name."""
         named = [("image." + k, v) for k, v in self.image.named_parameters()]
@@ -101,6 +106,22 @@ class Student:
         """Inverse of `tensors`; raises KeyError or RuntimeError when names or shapes differ."""
         for prefix, adapters in (("image.", self.image), ("text.", self.text)):
             adapters.load_state_dict({k: tensors[prefix + k] for k, _ in adapters.named_parameters()})
+
+
+class StudentMethod:
+    """What methods have in common that train a `Student`: how they encode, and the text tower they release."""
+
+    _student: Student
+
+    def encode_names(self, names: Sequence[str]) -> Tensor:
+        return self._student.encode_names(names)
+
+    def encode_tokens(self, tokens: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self._student.encode_tokens(tokens)
+
+    def text_module(self) -> TextModule:
+        return self._student.text_module()
 
 
 class Teacher:

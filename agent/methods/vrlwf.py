@@ -11,7 +11,7 @@ image features are computed once per task, which changes nothing without augment
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -20,12 +20,12 @@ from agent import config
 from agent.clip import Clip, ModelError
 from agent.methods.base import InferenceModule, LearnerState, Report, TaskData, task_generator
 from agent.methods.heads import TextClassifier
-from agent.methods.student import Student, Teacher
+from agent.methods.student import Student, StudentMethod, Teacher
 from agent.methods.training import GapWatch, Training, admit, cosine, divergence, local_loss
 from agent.values import Update
 
 
-class VrLwf:
+class VrLwf(StudentMethod):
     name = "vrlwf"
     fusion = "text"
 
@@ -43,13 +43,6 @@ class VrLwf:
     @property
     def classes(self) -> tuple[str, ...]:
         return tuple(self._classes)
-
-    def encode_names(self, names: Sequence[str]) -> Tensor:
-        return self._student.encode_names(names)
-
-    def encode_tokens(self, tokens: Tensor) -> Tensor:
-        with torch.no_grad():
-            return self._student.encode_tokens(tokens)
 
     def update(self, task: TaskData, report: Report) -> Update:
         settings, scale = self._settings, self._clip.logit_scale

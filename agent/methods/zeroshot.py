@@ -10,7 +10,7 @@ from torch import Tensor
 from agent import config
 from agent.clip import Clip
 from agent.lora import merged
-from agent.methods.base import InferenceModule, LearnerState, Report, TaskData
+from agent.methods.base import InferenceModule, LearnerState, Report, TaskData, TextModule
 from agent.methods.heads import TextClassifier
 from agent.methods.training import GapWatch, admit, untrained
 from agent.values import Update
@@ -46,6 +46,9 @@ class ZeroShot:
             raise LookupError("no class has been learned yet; there is nothing to infer with")
         names = self.encode_names(self._classes)
         return TextClassifier(merged(self._clip.image, {}), self.classes, names, self._clip.logit_scale)
+
+    def text_module(self) -> TextModule:
+        return TextModule(self._clip, merged(self._clip.text, {}))
 
     def state(self) -> LearnerState:
         return LearnerState({}, {"classes": list(self._classes)})

@@ -1,0 +1,189 @@
+"""Class names by a release's text tower: clean-up, tokenizer, embeddings. Needs no torch.
+
+What only this needs (tokenizers, ftfy) is imported where it is used: most who serve a release score no other names.
+"""
+
+from __future__ import annotations
+
+import functools
+import html
+import string
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from exporter.release import TEXT, TEXT_ROWS, TOKENIZER, Release, ReleaseError, TextPart
+from exporter.session import Device, open_session
+
+KEPT_NAMES = 1024
+"""Embeddings of names that are kept, the newest."""
+_TESTED_NAMES = 4
+
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+
+def clip_tokenizer(
+    merges: Sequence[tuple[str, str]],
+    vocabulary: Mapping[str, int],
+    start: str,
+    end: str,
+    context: int,
+    *,
+    whole: bool,
+) -> str:
+    """CLIP's byte-pair tokenizer as the JSON that the library `tokenizers` reads, in any of its languages.
+
+    `merges` in their order, `vocabulary`: token -> id, `start` and `end`: the tokens put around a text, which is cut to
+    `context` tokens with both kept. `whole`: filled up with zeros to `context`.
+    """
+    from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+
+    tokenizer = Tokenizer(models.BPE(dict(vocabulary), list(merges), end_of_word_suffix="</w>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_WORDS), "removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in (start, end)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{start} $A {end}", special_tokens=[(token, vocabulary[token]) for token in (start, end)]
+    )
+    tokenizer.enable_truncation(context)
+    return filled_tokenizer(tokenizer.to_str(), context, 0) if whole else tokenizer.to_str()
+
+
+def filled_tokenizer(tokenizer: str, context: int, pad: int) -> str:
+    """A tokenizer's JSON, changed to cut or fill up every text to `context` tokens; `pad`: id that fills it up."""
+    from tokenizers import Tokenizer
+
+    changed = Tokenizer.from_str(tokenizer)
+    changed.enable_truncation(context)
+    changed.enable_padding(length=context, pad_id=pad, pad_token=changed.id_to_token(pad))
+    return changed.to_str()
+
+
+def _basic(text: str) -> str:
+    import ftfy
+
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
+
+
+def _canonical(text: str) -> str:
+    plain = _basic(text).replace("_", " ").translate(str.maketrans("", "", string.punctuation))
+    return " ".join(plain.lower().split())
+
+
+CLEANUPS: Mapping[str, Callable[[str], str]] = {
+    "lower": lambda text: _basic(text).lower(),
+    "whitespace": _basic,
+    "canonicalize": _canonical,
+}
+"""What open_clip's tokenizers do to a text first, under the names it has for it."""
+
+
+Encode = Callable[[Sequence[str]], NDArray[np.float32]]
+"""Names (n >= 1) -> embeddings float32 [n, D], L2-normalised."""
+
+
+class Names:
+    """The text part of a release: opened and tested when it is first needed. Any thread may call any method."""
+
+    def __init__(self, release: Release, part: TextPart, device: Device, threads: int) -> None:
+        self._release = release
+        self._part = part
+        self._device: Device = device
+        self._threads = threads
+        self._encode: Encode | None = None
+        self._learned: frozenset[str] = frozenset()
+        self._rows = np.zeros((0, 0), np.float32)
+        self._kept: OrderedDict[str, NDArray[np.float32]] = OrderedDict()
+        self._lock = threading.Lock()
+        self._encoding = threading.Lock()
+
+    @property
+    def opened(self) -> bool:
+        return self._encode is not None
+
+    def open(self) -> Encode:
+        """What the first name would wait for. Raises ReleaseError when the text part cannot be used."""
+        with self._encoding:
+            if self._encode is None:
+                self._encode = self._open()
+            return self._encode
+
+    def rows(self, names: Sequence[str]) -> tuple[list[str], NDArray[np.float32]]:
+        """Those of `names` that were not learned, each once, and the embeddings of all learned classes, then of these:
+        float32 [C + n, D]. Names are the same when the tokenizer cannot tell them apart. Raises ReleaseError."""
+        encode = self.open()
+        asked: dict[str, str] = {}
+        for name in names:
+            if (text := CLEANUPS[self._part.clean](name)) not in self._learned:
+                asked.setdefault(text, name)
+        found = self._look_up(asked)
+        if len(found) < len(asked):
+            with self._encoding:  # who asks for the same names waits, and then finds them
+                found = self._look_up(asked)
+                missing = [text for text in asked if text not in found]
+                new = dict(zip(missing, encode([asked[text] for text in missing]), strict=True)) if missing else {}
+            with self._lock:
+                self._kept.update(new)
+                while len(self._kept) > KEPT_NAMES:
+                    self._kept.popitem(last=False)
+            found |= new
+        return list(asked.values()), np.concatenate([self._rows, *(found[text][None] for text in asked)])
+
+    def _look_up(self, texts: Iterable[str]) -> dict[str, NDArray[np.float32]]:
+        with self._lock:
+            found = {text: self._kept[text] for text in texts if text in self._kept}
+            for text in found:
+                self._kept.move_to_end(text)
+        return found
+
+    def _open(self) -> Encode:
+        release, part = self._release, self._part
+        release.verify(release.text_files)
+        try:
+            encode = name_encoder(release.path, part.prompt, part.clean, self._device, self._threads)
+            rows = np.load(release.path / TEXT_ROWS, allow_pickle=False)
+            got = encode(release.classes[:_TESTED_NAMES])
+        except Exception as error:  # onnxruntime and tokenizers share no base class
+            raise ReleaseError(f"the text part of release {release.path} cannot be run: {error}") from error
+        difference = float(np.abs(got - rows[: len(got)]).max())
+        if not difference <= part.atol:
+            raise ReleaseError(
+                f"the text part of release {release.path} fails its own test: embeddings of class names differ by "
+                f"{difference:.3g}, at most {part.atol:g} is allowed; it is not used"
+            )
+        self._learned = frozenset(map(CLEANUPS[part.clean], release.classes))
+        self._rows = rows
+        return encode
+
+
+def name_encoder(folder: Path, prompt: str, clean: str, device: Device, threads: int) -> Encode:
+    """By the text part in a release's folder."""
+    tokenizer = _tokenizer((folder / TOKENIZER).read_text(encoding="utf-8"))
+    session = open_session(folder / TEXT, device, threads)
+
+    def encode(names: Sequence[str]) -> NDArray[np.float32]:
+        found = [tokenizer.encode(CLEANUPS[clean](prompt.format(name))).ids for name in names]
+        ids = np.zeros((len(found), max(map(len, found))), np.int64)
+        for row, one in zip(ids, found, strict=True):
+            row[: len(one)] = one
+        return session.run(None, {"ids": ids})[0]
+
+    return encode
+
+
+@functools.lru_cache(maxsize=2)
+def _tokenizer(text: str) -> Any:
+    """Read once for all releases that have the same: it takes a tenth of a second in which no other thread runs."""
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_str(text)
