@@ -7,6 +7,7 @@ import urllib.request
 import pytest
 from prometheus_client import CollectorRegistry
 
+from exporter import http
 from exporter.http import StatusServer
 from exporter.metrics import Metrics
 
@@ -51,6 +52,15 @@ def test_metrics_are_those_of_the_registry(server, metrics):
     assert code == 200
     assert headers["Content-Type"].startswith("text/plain")
     assert 'gapstream_task_cuts_total{reason="samples"} 1.0' in body
+
+
+def test_many_scrapes_at_once_are_made_once_and_soon_anew(server, metrics, monkeypatch):
+    before = get(server, "/metrics")[2]
+    metrics.cut("samples", samples=5, classes=1)
+    assert get(server, "/metrics")[2] == before
+
+    monkeypatch.setattr(http, "FRESH_S", 0)
+    assert 'gapstream_task_cuts_total{reason="samples"} 1.0' in get(server, "/metrics")[2]
 
 
 def test_openmetrics_is_given_to_who_asks_for_it(server):

@@ -11,9 +11,9 @@ the median update is 2 % slower or more.
 from __future__ import annotations
 
 import argparse
-import http.client
 import logging
 import multiprocessing
+import socket
 import statistics
 import sys
 import tempfile
@@ -59,14 +59,14 @@ class Watched(Metrics):
 
 
 def scrape(port: int, on: Event, scrapes: Any) -> None:
-    """GET /metrics every PERIOD_S while `on`."""
+    """GET /metrics every PERIOD_S while `on`, with as little work of its own as can be."""
     while True:
         on.wait()
         started = time.monotonic()
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
-        connection.request("GET", "/metrics")
-        connection.getresponse().read()
-        connection.close()
+        with socket.create_connection(("127.0.0.1", port), 10) as connection:
+            connection.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+            while connection.recv(65536):
+                pass
         scrapes.value += 1
         time.sleep(max(0.0, PERIOD_S - (time.monotonic() - started)))
 
