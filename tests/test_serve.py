@@ -26,6 +26,8 @@ from exporter.runtime import Classifier, Prediction
 from exporter.serve import Batcher, ServeMetrics, Server
 from tests.test_deploy import program
 from tests.test_runtime import State, Toy, picture, png
+from tests.test_text import Exports
+from tests.tiny import tiny_clip
 
 TOP = Path(__file__).parent.parent
 
@@ -156,6 +158,66 @@ def test_a_client_that_never_sends_its_image_is_let_go(server, monkeypatch):
     with socket.create_connection(("127.0.0.1", server.port), timeout=20) as client:
         client.sendall(b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\nabc")
         assert client.recv(4096).startswith(b"HTTP/1.1 408")
+
+
+@pytest.fixture(scope="module")
+def naming(tmp_path_factory) -> Iterator[tuple[Server, Classifier]]:
+    """A server of a release with a text part."""
+    release = Exports(tiny_clip(), tmp_path_factory.mktemp("releases")).release()
+    with serving(release.path, max_names=2, max_name_chars=20) as server:
+        wait_for(lambda: ask(server, "/readyz")[0] == 200)
+        yield server, Classifier(release.path, threads=1)
+
+
+def test_extra_names_are_scored_for_one_image_and_for_several(naming):
+    server, classifier = naming
+    images = [png(picture(seed)) for seed in (1, 2)]
+    expected = classifier.classify(images, top=0, extra=["zebra", "größer & <b>"])
+    query = "?top=0&name=zebra&name=gr%C3%B6%C3%9Fer+%26+%3Cb%3E"
+    answers = classify(server, images[0], query=query), classify(server, *images, query=query)
+    for (status, answer), wanted in zip(answers, (expected[:1], expected), strict=True):
+        assert status == 200
+        for got, want in zip(answer["predictions"], wanted, strict=True):
+            assert tuple(got["labels"]) == want.labels and got["scores"] == pytest.approx(want.scores, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("query", "said"),
+    [
+        ("?name=a&name=b&name=c", "got 3 extra names, expected at most 2"),
+        ("?name=", "expected 1 to 20, not all blank"),
+        ("?name=" + "x" * 21, "of 21 characters"),
+    ],
+)
+def test_names_that_cannot_be_scored_are_refused_before_the_image_is_read(query, said, naming):
+    status, answer = classify(naming[0], png(picture(1)), query=query)
+    assert status == 400 and said in answer["error"]
+
+
+def test_requests_with_and_without_names_go_through_the_model_together(naming):
+    _, classifier = naming
+    sizes: list[int] = []
+    begun, go = threading.Event(), threading.Event()
+
+    def classify(images, top):
+        if len(images) == 1:
+            begun.set()
+            go.wait(20)
+        return classifier.classify(images, top)
+
+    batcher = Batcher(classify, 8, sizes.append)
+    batcher.submit([classifier.prepare(picture(0))], 1)
+    begun.wait(20)
+    asked = [((), 1), (("zebra",), 2), (("okapi", "zebra"), 0)]
+    waiting = [batcher.submit([classifier.prepare(picture(1), names)], top) for names, top in asked]
+
+    go.set()
+
+    for (names, top), answer in zip(asked, waiting, strict=True):
+        [want] = classifier.classify([picture(1)], top, names)
+        assert answer.result(20)[0].labels == want.labels
+    assert sizes == [1, 3]
+    batcher.close()
 
 
 def test_labels_are_those_of_the_release_that_answers(server, state):
