@@ -16,7 +16,8 @@ from prometheus_client import CollectorRegistry
 from agent import cli
 from agent.config import load
 from exporter.metrics import Metrics
-from exporter.serve import ServeMetrics
+from exporter.serve import KafkaMetrics, ServeMetrics
+from streams.record import Reason
 
 DEPLOY = Path(__file__).parent.parent / "deploy"
 DASHBOARD = DEPLOY / "grafana/dashboards/gapstream.json"
@@ -35,10 +36,14 @@ def registry_of(made: Callable[[CollectorRegistry], object]) -> CollectorRegistr
     return registry
 
 
+def kafka_metrics(registry: CollectorRegistry) -> KafkaMetrics:
+    return KafkaMetrics(registry, Reason)
+
+
 def exposed() -> set[str]:
     """Every metric and series name of an agent and of a server."""
     names = set()
-    for family in chain(*(registry_of(made).collect() for made in (Metrics, ServeMetrics))):
+    for family in chain(*(registry_of(made).collect() for made in (Metrics, ServeMetrics, kafka_metrics))):
         suffixes = {
             "counter": ["_total"],
             "histogram": ["", "_bucket", "_sum", "_count"],
