@@ -274,6 +274,8 @@ def _child_main(config: Config, learner: str, commit: Path | None, tasks: Connec
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     faulthandler.enable()
     logging.basicConfig(level=config.agent.log_level, format=LOG_FORMAT)
+    # onnxruntime's quantisation logs a line for every node it leaves alone, as nobody in particular.
+    logging.getLogger().addFilter(lambda record: record.levelno > logging.INFO)
     if config.model.threads:
         os.environ["OMP_NUM_THREADS"] = str(config.model.threads)
     try:
