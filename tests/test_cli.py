@@ -6,7 +6,6 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -36,13 +35,10 @@ def archive(tmp_path) -> Path:
 
 @pytest.fixture(scope="module")
 def release(tmp_path_factory) -> Path:
-    from exporter.onnx import OnnxExporter
-    from tests.test_onnx import FACTS, PREPROCESS, SIZE, Toy
+    from tests.test_text import Exports
+    from tests.tiny import tiny_clip
 
-    folder = tmp_path_factory.mktemp("made") / "release"
-    images = np.random.default_rng(0).normal(size=(3, 3, SIZE, SIZE)).astype(np.float32)
-    OnnxExporter(max_batch=4).release(Toy(5, seed=1), PREPROCESS, FACTS, folder, images)
-    return folder
+    return Exports(tiny_clip(), tmp_path_factory.mktemp("made")).release().path
 
 
 def test_wrong_usage_is_exit_code_2(capsys):
@@ -144,6 +140,19 @@ def test_predict_answers_without_torch(tmp_path, release):
     assert "bad.png: " in done.stderr
     assert done.stdout.endswith("False\n")
     assert done.returncode == 1
+
+
+def test_predict_scores_names_that_were_never_learned(tmp_path, release, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    Image.new("RGB", (40, 30), (200, 10, 10)).save(tmp_path / "red.png")
+    ask = ["predict", "--model", str(release), "--top", "0", str(tmp_path / "red.png")]
+
+    assert main([*ask, "--name", "zebra", "--name", "cat"]) == 0
+
+    printed = capsys.readouterr().out
+    assert printed.count("%") == 4 and "zebra" in printed
+    assert main([*ask, "--name", ""]) == 1
+    assert "expected 1 to 200, not all blank" in capsys.readouterr().err
 
 
 def test_health_and_status_are_served_while_the_agent_runs(tmp_path):

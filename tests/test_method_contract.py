@@ -18,8 +18,9 @@ from agent.clip import Clip, load_clip
 from agent.images import load_tokens
 from agent.methods.base import LearnerState, Method, TaskData
 from agent.values import Progress, Update
-from exporter.onnx import OnnxExporter
+from exporter.onnx import OnnxExporter, Text
 from exporter.preprocess import Preprocess
+from exporter.text import name_encoder
 from streams.archive import ArchiveFolder
 from tests.tiny import silent, tiny_clip, tiny_task, tiny_timm_clip
 
@@ -175,9 +176,11 @@ def test_a_module_handed_out_does_not_change_when_learning_goes_on(clip, name):
     method = built(clip, name)
     method.update(first, silent)
     module, tokens = method.inference_module(), first.tokens.batch(torch.arange(4))
-    before = [output.clone() for output in module.from_tokens(tokens)]
+    text = method.text_module()
+    ids = text.tokenize(["red", "green"])
+    before = [output.clone() for output in (*module.from_tokens(tokens), text(ids))]
     method.update(tiny_task(clip, 2, ["blue", "red"], seed=1), silent)
-    for a, b in zip(before, module.from_tokens(tokens), strict=True):
+    for a, b in zip(before, (*module.from_tokens(tokens), text(ids)), strict=True):
         assert torch.equal(a, b)
 
 
@@ -296,9 +299,13 @@ def test_its_release_answers_as_it_does_and_a_later_one_reuses_the_graph(clip, n
     for number, classes in enumerate((["red", "green"], ["blue", "red", "black"]), 1):
         method.update(tiny_task(clip, number, classes), silent)
         folder = tmp_path / str(number)
-        release = exporter.release(method.inference_module(), preprocess, {"method": name}, folder, images)
+        text = Text(method.text_module(), lambda: clip.tokenizer)
+        release = exporter.release(method.inference_module(), preprocess, {"method": name}, folder, images, text=text)
         assert release.classes == method.classes and release.parity.top1 == 1
-    assert release.seconds["trace"] < 0.1
+        names = ["red", "never seen", "a name of many words that goes on and on and on and on"]
+        encode = name_encoder(folder, release.text.prompt, release.text.clean, "cpu", 1)
+        assert np.allclose(encode(names), method.encode_names(names).numpy(), atol=1e-5)
+    assert release.seconds["trace"] < 0.1 and release.text.refused is None
 
 
 def test_an_unknown_method_is_refused_with_the_known_ones(clip):

@@ -108,6 +108,28 @@ def test_the_commit_holds_a_release_that_answers_without_torch_and_says_what_it_
     assert prediction.labels[0] == label
 
 
+@pytest.mark.parametrize(("never", "chance"), [("horse", 0.2), ("frog", 0.2)])
+def test_photographs_of_a_class_never_learned_are_found_by_its_name(learned, never, chance):
+    _, steps, _ = learned
+    classifier = Classifier(steps[1][1].path / "release")
+    images = {name: [image for _, image in images_of(name, count=40)] for name in (never, "ship", "truck")}
+    first = {
+        name: [prediction.labels[0] for prediction in classifier.classify(shown, 1, extra=[never])]
+        for name, shown in images.items()
+    }
+    assert first[never].count(never) > 2.5 * chance * 40
+    # and the learned ones stay what they are
+    assert all(first[name].count(never) < chance * 40 for name in ("ship", "truck"))
+
+
+def test_without_a_text_part_nothing_else_changes(learned, tmp_path):
+    bench = Bench(tmp_path, release={"text": False, "max_batch": 4})
+    _, commit = bench.learn(Learner(bench.config, None), bench.task(images_of("cat", "ship")))
+    assert {path.name for path in commit.release.iterdir()} == {"model.onnx", "golden.npz", "release.json"}
+    whole = learned[1][0][1].release
+    assert (commit.release / "model.onnx").read_bytes() == (whole / "model.onnx").read_bytes()
+
+
 def test_training_samples_are_not_in_the_commit_and_held_out_ones_are_never_trained_on(learned):
     _, steps, _ = learned
     outcome = steps[0][0]

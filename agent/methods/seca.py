@@ -322,7 +322,7 @@ class Context(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.words(ids)
-        vectors = self.vectors.to(x.dtype).expand(len(ids), -1, -1)
+        vectors = self.vectors.to(x.dtype).expand(ids.shape[0], -1, -1)
         return torch.cat([x[:, :1], vectors, x[:, 1 + vectors.shape[1] :]], dim=1)
 
 
