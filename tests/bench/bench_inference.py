@@ -2,30 +2,41 @@
 
     python -m tests.bench.bench_inference               tinyclip and a ViT-B/32 with random weights, batch 1 and 16
     python -m tests.bench.bench_inference --swap        four clients while the release is replaced again and again
+    python -m tests.bench.bench_inference --memory      the same over HTTP: memory of `gapstream serve` over 50 swaps
 
-One JSON line per result; times are medians over interleaved rounds, in milliseconds.
+One JSON line per result; times are medians over interleaved rounds, in milliseconds. What has a limit says whether it
+is kept, and the exit code is 1 when it is not.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import re
 import statistics
+import subprocess
+import sys
 import tempfile
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 import torch
+from numpy.typing import NDArray
+from PIL import Image
 
 from agent.clip import Clip, load_clip
 from agent.config import Model
-from agent.methods.base import InferenceModule
+from agent.methods.base import InferenceModule, TextModule
 from agent.methods.heads import FaithfulFusion
-from exporter.onnx import OnnxExporter
+from exporter.onnx import OnnxExporter, Text
 from exporter.release import Release
 from exporter.runtime import Classifier, Session
 
@@ -42,7 +53,8 @@ def release(exporter: OnnxExporter, clip: Clip, classes: int, folder: Path) -> t
     size = clip.preprocess.size
     images = np.random.default_rng(0).normal(size=(4, 3, size, size)).astype(np.float32)
     module = inference_module(clip, classes)
-    return module, exporter.release(module, clip.preprocess, {"model": clip.identity}, folder, images)
+    text = Text(TextModule(clip, clip.text), lambda: clip.tokenizer)
+    return module, exporter.release(module, clip.preprocess, {"model": clip.identity}, folder, images, text=text)
 
 
 def interleaved(rounds: int, *calls: Callable[[], object]) -> list[float]:
@@ -74,21 +86,20 @@ def speed(rounds: int, threads: int) -> None:
                 print(json.dumps(rounded(result | {"speedup": eager / onnx})), flush=True)
 
 
-def swap(swaps: int, clients: int, threads: int) -> None:
-    """p99 of single images from `clients` threads, first undisturbed, then with a swap about every half second."""
+BLOCKS = 5
+SWAP_S = 0.5
+MAX_P99_RATIO = 2.0
+MAX_GROWTH = 1.15
+
+
+def swap(swaps: int, clients: int, threads: int) -> bool:
+    """p99 of single images from `clients` threads, undisturbed and with a swap about every half second, in turns."""
     clip = load_clip(MODELS["tinyclip"])
     with tempfile.TemporaryDirectory() as scratch:
         state = Path(scratch)
-        exporter = OnnxExporter(max_batch=4)
-        for number in (1, 2):
-            release(exporter, clip, 10 * number, state / "commits" / str(number) / "release")
-        current(state, 1)
+        two_releases(clip, state)
         classifier = Classifier(state, threads=threads, device="cpu")
-        image = clip.preprocess.size
-        picture = np.random.default_rng(0).integers(0, 256, (image, image, 3), dtype=np.uint8)
-        from PIL import Image
-
-        asked = Image.fromarray(picture)
+        asked = Image.fromarray(picture(clip.preprocess.size))
         stop, failed = threading.Event(), [0]
         times: list[float] = []
 
@@ -97,7 +108,7 @@ def swap(swaps: int, clients: int, threads: int) -> None:
                 began = time.perf_counter()
                 try:
                     (answer,) = classifier.classify([asked], top=0)
-                    failed[0] += len(answer.labels) not in (10, 20)
+                    failed[0] += len(answer.labels) != CLASSES[answer.release]
                 except Exception:
                     failed[0] += 1
                 times.append((time.perf_counter() - began) * 1000)
@@ -106,34 +117,139 @@ def swap(swaps: int, clients: int, threads: int) -> None:
         for thread in asking:
             thread.start()
         time.sleep(2)
-        times.clear()
-        time.sleep(swaps * 0.5)
-        alone = sorted(times)
-        times.clear()
-        resident = []
-        for turn in range(swaps):
-            current(state, 2 - turn % 2)
-            assert classifier.refresh()
-            resident.append(psutil.Process().memory_info().rss / 2**20)
-            time.sleep(0.5)
-        during = sorted(times)
+        alone: list[float] = []
+        during: list[float] = []
+        done = 0
+        per_block = -(-swaps // BLOCKS)
+        for _ in range(BLOCKS):
+            times.clear()
+            time.sleep(per_block * SWAP_S)
+            alone += times
+            times.clear()
+            for _ in range(per_block):
+                began = time.perf_counter()
+                current(state, 2 - done % 2)
+                assert classifier.refresh()
+                done += 1
+                time.sleep(max(0.0, SWAP_S - (time.perf_counter() - began)))
+            during += times
         stop.set()
         for thread in asking:
             thread.join()
+    alone.sort()
+    during.sort()
+    ratio = quantile(during, 0.99) / quantile(alone, 0.99)
+    kept = not failed[0] and ratio <= MAX_P99_RATIO
     result = {
-        "swaps": swaps,
+        "swaps": done,
         "clients": clients,
         "answers": len(alone) + len(during),
-        "failed": failed[0],
+        "failed_or_mixed": failed[0],
         "p50_ms": quantile(alone, 0.5),
         "p99_ms": quantile(alone, 0.99),
         "p50_swapping_ms": quantile(during, 0.5),
         "p99_swapping_ms": quantile(during, 0.99),
-        "p99_ratio": quantile(during, 0.99) / quantile(alone, 0.99),
-        "resident_mib_after_5": resident[4],
-        "resident_mib_at_end": resident[-1],
+        "p99_ratio": ratio,
+        "limit": MAX_P99_RATIO,
+        "kept": kept,
     }
     print(json.dumps(rounded(result)), flush=True)
+    return kept
+
+
+def memory(swaps: int, clients: int, threads: int) -> bool:
+    """Resident memory of a serving process after 5 swaps and at the end, while clients ask with and without names."""
+    clip = load_clip(MODELS["tinyclip"])
+    with tempfile.TemporaryDirectory() as scratch:
+        state = Path(scratch)
+        two_releases(clip, state)
+        keys = {"state.path": state, "serve.port": 0, "serve.threads": threads, "serve.device": "cpu"}
+        options = [part for key, value in keys.items() for part in ("--set", f"{key}={value}")]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "agent", "serve", *options], stderr=subprocess.PIPE, text=True
+        )
+        assert process.stderr is not None
+        log = iter(process.stderr)
+        port = next(int(found[1]) for line in log if (found := re.search(r"http://[^:]+:(\d+)/v1/classify", line)))
+        threading.Thread(target=lambda: [None for _ in log], daemon=True).start()
+        encoded = io.BytesIO()
+        Image.fromarray(picture(clip.preprocess.size)).save(encoded, "PNG")
+        stop, failed, answers = threading.Event(), [0], [0]
+
+        def ask(path: str, body: bytes | None = None) -> dict[str, Any]:
+            request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", body, {"Content-Type": "image/png"})
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return json.load(answer)
+
+        def client(names: str, more: int) -> None:
+            while not stop.is_set():
+                try:
+                    answer = ask(f"/v1/classify?top=0{names}", encoded.getvalue())
+                    failed[0] += len(answer["predictions"][0]["labels"]) != CLASSES[answer["release"]] + more
+                except Exception:
+                    failed[0] += 1
+                answers[0] += 1
+
+        def serves() -> str | None:
+            try:
+                return ask("/v1/labels")["release"]
+            except (urllib.error.HTTPError, urllib.error.URLError):
+                return None
+
+        while serves() is None:
+            time.sleep(0.05)
+        asking = [
+            threading.Thread(target=client, args=(("&name=zebra", 1) if i % 2 else ("", 0))) for i in range(clients)
+        ]
+        for thread in asking:
+            thread.start()
+        resident = []
+        try:
+            for turn in range(swaps):
+                before = serves()
+                current(state, 2 - turn % 2)
+                while serves() == before:
+                    time.sleep(0.05)
+                resident.append(psutil.Process(process.pid).memory_info().rss / 2**20)
+        finally:
+            stop.set()
+            for thread in asking:
+                thread.join()
+            process.terminate()
+            process.wait(30)
+    growth = resident[-1] / resident[4]
+    kept = not failed[0] and growth <= MAX_GROWTH
+    result = {
+        "swaps": swaps,
+        "clients": clients,
+        "answers": answers[0],
+        "failed_or_mixed": failed[0],
+        "resident_mib_after_5": resident[4],
+        "resident_mib_largest": max(resident),
+        "resident_mib_at_end": resident[-1],
+        "ratio": growth,
+        "limit": MAX_GROWTH,
+        "kept": kept,
+    }
+    print(json.dumps(rounded(result)), flush=True)
+    return kept
+
+
+CLASSES: dict[str, int] = {}
+"""How many classes each release of `two_releases` has, by its id."""
+
+
+def two_releases(clip: Clip, state: Path) -> None:
+    exporter = OnnxExporter(max_batch=4)
+    for number in (1, 2):
+        folder = state / "commits" / str(number) / "release"
+        _, made = release(exporter, clip, 10 * number, folder)
+        CLASSES[made.id] = 10 * number
+    current(state, 1)
+
+
+def picture(size: int) -> NDArray[np.uint8]:
+    return np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
 
 
 def current(state: Path, number: int) -> None:
@@ -150,17 +266,20 @@ def rounded(result: dict[str, object]) -> dict[str, object]:
     return {key: round(value, 3) if isinstance(value, float) else value for key, value in result.items()}
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--swap", action="store_true", help="measure hot swaps instead of speed")
-    parser.add_argument("--rounds", type=int, default=20, help="rounds, or swaps (at least 5)")
+    parser.add_argument("--memory", action="store_true", help="measure the memory that hot swaps take")
+    parser.add_argument("--rounds", type=int, help="rounds (20), or swaps (20, and 50 with --memory; at least 5)")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch and onnxruntime")
     options = parser.parse_args()
     if options.swap:
-        swap(max(5, options.rounds), 4, options.threads)
-    else:
-        speed(options.rounds, options.threads)
+        return not swap(max(5, options.rounds or 20), 4, options.threads)
+    if options.memory:
+        return not memory(max(5, options.rounds or 50), 4, options.threads)
+    speed(options.rounds or 20, options.threads)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
