@@ -62,7 +62,7 @@ def pinned(state: Path) -> int | None:
         target = (state / RELEASE).readlink()
     except OSError:
         return None
-    return int(target.name) if target.parent.name == _PINNED else None
+    return int(target.name) if target.parent.name == _PINNED and _is_number(target) else None
 
 
 def pin(state: Path, number: int) -> Release:

@@ -39,6 +39,22 @@ _WAIT_S = 15
 _PICTURE_BYTES = 32 * 1024
 
 
+def picture_of(data: bytes) -> bytes | None:
+    """JPEG of an encoded image, decoded by a short-lived process; None where that makes nothing of it."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "exporter.thumbnails"],
+            input=data,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            timeout=_WAIT_S,
+            env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 and len(done.stdout) <= _PICTURE_BYTES else None
+
+
 @dataclass
 class _Kept:
     number: int
@@ -53,18 +69,18 @@ class Thumbnails:
     def __init__(
         self,
         max_bytes: int = MAX_BYTES,
-        make: Callable[[bytes], bytes | None] | None = None,
+        make: Callable[[bytes], bytes | None] = picture_of,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`make`: encoded bytes -> a JPEG, or None where there is nothing to see (`picture_of`, unless given)."""
+        """`make`: encoded bytes -> a JPEG, or None where there is nothing to see."""
         self._max_bytes = max_bytes
-        self._make = make or picture_of
+        self._make = make
         self._clock = clock
         self._lock = threading.Lock()
         self._making = threading.Lock()
         self._kept: deque[_Kept] = deque()
         self._bytes = 0
-        self._not_before = -PAUSE_S
+        self._not_before = 0.0
 
     def add(self, number: int, data: bytes) -> None:
         """Keep what may be an image under `number`, and no more than COUNT and `max_bytes` of the newest."""
@@ -106,22 +122,6 @@ class Thumbnails:
     def _forget(self, kept: _Kept) -> None:
         self._bytes -= len(kept.data or b"")
         kept.data = None
-
-
-def picture_of(data: bytes) -> bytes | None:
-    """JPEG of an encoded image, decoded by a short-lived process; None where that makes nothing of it."""
-    try:
-        done = subprocess.run(
-            [sys.executable, "-P", "-m", "exporter.thumbnails"],
-            input=data,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            timeout=_WAIT_S,
-            env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout if done.returncode == 0 and len(done.stdout) <= _PICTURE_BYTES else None
 
 
 def _shrink(data: bytes) -> bytes:

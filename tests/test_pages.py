@@ -29,10 +29,12 @@ def metrics():
 
 
 @pytest.fixture
-def server(metrics):
+def server(metrics, tab):
     server = StatusServer("127.0.0.1", 0, CollectorRegistry(), list, list, metrics.status, pictures=metrics.pictures)
     server.start()
     yield server
+    tab.open("about:blank")  # so that no page asks a server that is gone and complains in the next test
+    tab.errors.clear()
     server.stop()
 
 
