@@ -333,6 +333,17 @@ class MgClip(_Section):
     `calibrated` sums temperature-scaled probabilities once."""
 
 
+class Gapstream(_Section):
+    """The method of our own: second-order statistics of the untouched model's features."""
+
+    features: int = Field(5000, ge=16)
+    """Random features of an image. What is kept between tasks grows with their square (5000: 50 MB, and 20 MB per 1000
+    classes), what an update computes too."""
+    prior_images: float = Field(1000, gt=0)
+    """So many images' worth of a spherical scatter is added to the one measured: more is steadier where images are few,
+    less is sharper where they are many."""
+
+
 class Finetune(_Section):
     """Sequential fine-tuning: the local loss over the task's classes and nothing that preserves. Text prediction."""
 
@@ -445,6 +456,7 @@ class Method(_Section):
     """Memory for the frozen part's output of a task's images (what does not fit waits in a file on
     disk), and as much again for that of test images (what does not fit is decoded again)."""
     lora: Lora = Lora()
+    gapstream: Gapstream = Gapstream()
     mgclip: MgClip = MgClip()
     finetune: Finetune = Finetune()
     vrlwf: VrLwf = VrLwf()

@@ -244,7 +244,14 @@ class Learner:
                 f"{commit} was learned by {_told(saved)}, but the configuration says {_told(wanted)}. Nothing was "
                 "changed: restore the configuration, or set state.path to a new folder to start over"
             )
-        self._method.load_state(LearnerState(load_file(commit / TENSORS), saved["facts"]))
+        try:
+            self._method.load_state(LearnerState(load_file(commit / TENSORS), saved["facts"]))
+        except (KeyError, RuntimeError) as error:  # what torch says of other names and other shapes
+            raise LearnerError(
+                f"{commit} was learned with other settings below method.{self._method.name} than the configuration "
+                f"has ({str(error).splitlines()[0]}). Nothing was changed: restore them, or set state.path to a new "
+                "folder to start over"
+            ) from error
 
     def _archive(self, path: Any, split: str) -> ArchiveFolder | None:
         if path is None:

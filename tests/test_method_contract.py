@@ -24,8 +24,12 @@ from exporter.text import name_encoder
 from streams.archive import ArchiveFolder
 from tests.tiny import silent, tiny_clip, tiny_task, tiny_timm_clip
 
-UNTRAINED = ("ncm", "zeroshot")
-QUICK = {"lr": 5e-3, "prompt_lr": 5e-3, "batch_size": 8, "visual_batch_size": 8, "drift_budget": 1e9}
+UNTRAINED = ("gapstream", "ncm", "zeroshot")
+"""Methods that change no weight of either tower."""
+QUICK = {
+    **{"lr": 5e-3, "prompt_lr": 5e-3, "batch_size": 8, "visual_batch_size": 8, "drift_budget": 1e9},
+    **{"features": 64, "prior_images": 10},
+}
 """Where a method has such a knob: enough steps for a few small images, and nothing that ends them."""
 
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 METHODS = {
     "finetune": "agent.methods.finetune:Finetune",
+    "gapstream": "agent.methods.gapstream:Gapstream",
     "mgclip": "agent.methods.mgclip:MgClip",
     "ncm": "agent.methods.ncm:Ncm",
     "seca": "agent.methods.seca:Seca",
