@@ -448,7 +448,7 @@ class Seca(_Section):
 class Method(_Section):
     """How the model learns."""
 
-    name: str = "mgclip"
+    name: str = "gapstream"
     """The algorithm; an unknown name is answered with the known ones."""
     seed: int = 0
     """All randomness of training comes from this, the task's number and nothing else."""

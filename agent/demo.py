@@ -34,7 +34,7 @@ Status = Callable[[], Mapping[str, Any]]
 
 PHASES = {
     "decode": "decoding images",
-    "train": "training the adapters",
+    "train": "learning the task",
     "compensate": "training the visual classifier",
     "evaluate": "scoring on held-back images",
     "export": "exporting to ONNX and checking",

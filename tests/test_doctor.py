@@ -51,7 +51,7 @@ def test_a_new_agent_has_no_problem_and_nothing_is_made(tmp_path):
 
     assert [finding.about for finding in found] == ["state", "commit", "disk", "http", "source", "learner", "release"]
     assert {finding.level for finding in found} == {"ok"}
-    assert "mgclip on tinyclip" in found[5].text
+    assert "gapstream on tinyclip" in found[5].text
     assert list(tmp_path.iterdir()) == []
 
 

@@ -25,14 +25,17 @@ SAMPLE = Partition("sample", 0)
 FACTS = Facts("f", (), {}, {})
 
 
+MGCLIP = {"name": "mgclip"}
+"""It has all phases of an update."""
+
+
 class Bench:
     """A state folder, a spool, and tasks from images."""
 
     def __init__(self, folder: Path, **settings: object) -> None:
         evaluation = {"holdout_fraction": 0.2, "test_archive": "bundled", "test_per_class": 5}
-        self.config = Config.model_validate(
-            {"state": {"path": folder / "state"}, "evaluation": evaluation, "release": {"max_batch": 4}} | settings
-        )
+        base = {"state": {"path": folder / "state"}, "evaluation": evaluation, "release": {"max_batch": 4}}
+        self.config = Config.model_validate(base | {"method": MGCLIP} | settings)
         self.store = CommitStore(folder / "state", 3)
         self.store.lock()
         self.spool = Spool(folder / "state" / "spool", 2**28)
@@ -214,7 +217,7 @@ def test_smaller_forms_are_scored_on_held_out_images_and_reported(tmp_path):
 
 
 def test_tokens_beyond_the_memory_bound_go_to_disk_and_leave_nothing_behind(learned, tmp_path):
-    bench = Bench(tmp_path, method={"cache_bytes": 0})
+    bench = Bench(tmp_path, method=MGCLIP | {"cache_bytes": 0})
     _, commit = bench.learn(Learner(bench.config, None), bench.task(images_of("cat", "ship")))
     expected = load_file(learned[1][0][1].path / "learner.safetensors")
     assert all(
@@ -228,7 +231,7 @@ def test_tokens_beyond_the_memory_bound_go_to_disk_and_leave_nothing_behind(lear
     [
         ({"model": {"prompt": "a picture of a {}."}}, "a picture of a"),
         ({"method": {"name": "ncm"}}, "learned by mgclip"),
-        ({"method": {"lora": {"alpha": 2.0}}}, "alpha 1.*alpha 2"),
+        ({"method": MGCLIP | {"lora": {"alpha": 2.0}}}, "alpha 1.*alpha 2"),
     ],
 )
 def test_a_checkpoint_of_another_model_or_method_is_refused(learned, change, said):
@@ -236,3 +239,12 @@ def test_a_checkpoint_of_another_model_or_method_is_refused(learned, change, sai
     other = Config.model_validate(bench.config.model_dump() | change)
     with pytest.raises(LearnerError, match=rf"(?s){said}.*restore the configuration, or set state\.path"):
         Learner(other, steps[1][1].path)
+
+
+def test_a_checkpoint_of_the_same_method_with_other_sizes_is_refused(tmp_path):
+    small = {"name": "gapstream", "gapstream": {"features": 32}}
+    bench = Bench(tmp_path, method=small)
+    _, commit = bench.learn(Learner(bench.config, None), bench.task(images_of("cat", "ship")))
+    other = Config.model_validate(bench.config.model_dump() | {"method": {"name": "gapstream"}})
+    with pytest.raises(LearnerError, match=r"other settings below method\.gapstream .*\(.*3000.*\).*restore them"):
+        Learner(other, commit.path)

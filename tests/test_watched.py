@@ -68,7 +68,7 @@ def test_every_panel_has_data_and_every_rule_evaluates(tmp_path):
             state__path=state, state__keep_commits=5, http__port=agent.rpartition(":")[2],
             source__archive__path=stream, source__archive__rate=12, source__archive__seed=1,
             evaluation__probe_archive=probe, evaluation__holdout_fraction=0.2,
-            method__mgclip__drift_budget=0.001,
+            method__name="mgclip", method__mgclip__drift_budget=0.001,
         )  # fmt: skip
         processes.enter_context(running(learning, log))
         serving = gapstream("serve", state__path=state, serve__port=server.rpartition(":")[2])

@@ -2,8 +2,8 @@
 
     .venv/bin/python tests/bench/bench_update.py --data tiny-imagenet-stream.zip --class-order tiny-imagenet.json
 
-Part one learns ten tasks of ten classes through the trainer, as the agent does, and prints the seconds of every phase
-and the process's peak memory. Part two learns the first tasks again in one run with MG-CLIP as it is here and
+Part one learns ten tasks of ten classes through the trainer, as the agent does, with `gapstream` and with `mgclip`, and
+prints the seconds of every phase and the process's peak memory so far. Part two learns the first tasks again in one run with MG-CLIP as it is here and
 with a plain loop over the same adapters, the way the papers' code does it: every step decodes its images, runs both
 whole towers, encodes the names of all classes seen at the full context length; every pass of the visual stage encodes
 the images again. Ratios are what counts: absolute seconds depend on the machine.
@@ -52,19 +52,23 @@ def main() -> int:
     archive = ArchiveFolder(arguments.data, "", ("train",))
     groups = [order[i : i + 10] for i in range(0, 10 * arguments.tasks, 10)]
     tasks = [[(n, e.read()) for n in group for e in archive.images(n, arguments.per_class)] for group in groups]
-    bounded = grow(tasks)
+    updates = {method: grow(tasks, method) for method in ("gapstream", "mgclip")}
+    ratio = sum(updates["gapstream"][1:]) / sum(updates["mgclip"][1:])
+    print(f"update, gapstream / mgclip: {ratio:.2f} (wanted: at most 1; from the second task on)")
+    bounded = ratio <= 1 and all(seconds[-1] <= 1.15 * seconds[1] for seconds in updates.values())
     test = ArchiveFolder(arguments.data, "", ("val", "test"))
     held = [[(n, e.read()) for n in group for e in test.images(n, 20)] for group in groups]
     return 0 if against_plain(tasks[: arguments.plain_tasks], held[: arguments.plain_tasks]) and bounded else 1
 
 
-def grow(tasks: Sequence[Images]) -> bool:
-    print(f"\nLearning {len(tasks)} tasks of {len(tasks[0])} images through the trainer")
+def grow(tasks: Sequence[Images], method: str) -> list[float]:
+    """Seconds of every update."""
+    print(f"\nLearning {len(tasks)} tasks of {len(tasks[0])} images through the trainer with {method}")
     print("task  classes   decode    train  compens. = update   export  evaluate   total s  peak MB")
     updates, totals = [], []
     with tempfile.TemporaryDirectory() as folder:
         state = Path(folder)
-        config = Config.model_validate({"state": {"path": state}})
+        config = Config.model_validate({"state": {"path": state}, "method": {"name": method}})
         store, spool = CommitStore(state, 2), Spool(state / "spool", 2**31)
         store.lock()
         learner = Learner(config, None)
@@ -79,41 +83,42 @@ def grow(tasks: Sequence[Images]) -> bool:
             store.commit(outcome, Facts("bench", names, {}, {}))
             spool.release(samples)
             s = outcome.report["seconds"]
-            updates.append(s["decode"] + s["train"] + s["compensate"])
+            compensate = s.get("compensate", 0.0)
+            updates.append(s["decode"] + s["train"] + compensate)
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
             print(
-                f"{number:4}  {len(outcome.classes):7}  {s['decode']:7.2f}  {s['train']:7.2f}  {s['compensate']:8.2f}"
+                f"{number:4}  {len(outcome.classes):7}  {s['decode']:7.2f}  {s['train']:7.2f}  {compensate:8.2f}"
                 f"  {updates[-1]:7.2f}  {s['export']:7.2f}  {s['evaluate']:8.2f}  {totals[-1]:8.2f}  {memory:9.0f}",
                 flush=True,
             )
         store.close()
     print(f"update, last task / second task: {updates[-1] / updates[1]:.2f} (wanted: at most 1.15)")
     print(f"with evaluation and export:      {totals[-1] / totals[1]:.2f} (scoring grows with the images held out)")
-    return updates[-1] <= 1.15 * updates[1]
+    return updates
 
 
 def against_plain(tasks: Sequence[Images], held: Sequence[Images]) -> bool:
-    print(f"\nThe same {len(tasks)} tasks with the plain loop, in the same process")
+    print(f"\nThe same {len(tasks)} tasks with mgclip and with the plain loop, in the same process")
     clip = load_clip(Config().model)
     settings = Config().method
     ours, plain = MgClip(clip, settings), Plain(clip, Config())
-    seconds = {"gapstream": 0.0, "plain loop": 0.0}
+    seconds = {"mgclip": 0.0, "plain loop": 0.0}
     for number, images in enumerate(tasks, 1):
         started = time.perf_counter()
         ours.update(_task(clip, number, images), lambda progress: None)
-        seconds["gapstream"] += time.perf_counter() - started
+        seconds["mgclip"] += time.perf_counter() - started
         started = time.perf_counter()
         plain.update(number, images)
         seconds["plain loop"] += time.perf_counter() - started
     test = [pair for images in held for pair in images]
     accuracies = []
-    for name, module in (("gapstream", ours.inference_module()), ("plain loop", plain.module())):
+    for name, module in (("mgclip", ours.inference_module()), ("plain loop", plain.module())):
         labels = torch.tensor([module.classes.index(label) for label, _ in test])
         predicted = torch.cat([module(_pixels(clip, part))[2].argmax(1) for part in _parts(test, 128)])
         accuracies.append((predicted == labels).float().mean().item())
         print(f"{name:10}  {seconds[name]:8.1f} s   accuracy {accuracies[-1]:.2%} on {len(test)} test images")
-    ratio = seconds["plain loop"] / seconds["gapstream"]
-    print(f"plain loop / gapstream: {ratio:.1f} (wanted: at least 3, at equal accuracy)")
+    ratio = seconds["plain loop"] / seconds["mgclip"]
+    print(f"plain loop / mgclip: {ratio:.1f} (wanted: at least 3, at equal accuracy)")
     return ratio >= 3 and abs(accuracies[0] - accuracies[1]) <= 0.01
 
 
