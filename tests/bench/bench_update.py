@@ -3,10 +3,10 @@
     .venv/bin/python tests/bench/bench_update.py --data tiny-imagenet-stream.zip --class-order tiny-imagenet.json
 
 Part one learns ten tasks of ten classes through the trainer, as the agent does, with `gapstream` and with `mgclip`, and
-prints the seconds of every phase and the process's peak memory so far. Part two learns the first tasks again in one run with MG-CLIP as it is here and
-with a plain loop over the same adapters, the way the papers' code does it: every step decodes its images, runs both
-whole towers, encodes the names of all classes seen at the full context length; every pass of the visual stage encodes
-the images again. Ratios are what counts: absolute seconds depend on the machine.
+prints the seconds of every phase and the process's peak memory so far. Part two learns the first tasks again in one run
+with MG-CLIP as it is here and with a plain loop over the same adapters, the way the papers' code does it: every step
+decodes its images, runs both whole towers, encodes the names of all classes seen at the full context length; every pass
+of the visual stage encodes the images again. Ratios are what counts: absolute seconds depend on the machine.
 """
 
 from __future__ import annotations
