@@ -131,7 +131,7 @@ class Metrics:
         self._phase_seconds = histogram("update_duration_seconds", "Seconds of an update by phase", _SECONDS, "phase")
         for phase in PHASES:
             self._phase_seconds.labels(phase)
-        self._rollbacks = counter("updates_rolled_back", "Updates that crossed the gap budget and were rolled back")
+        self._rollbacks = counter("updates_rolled_back", "Updates rolled back: gap budget crossed or loss not finite")
         self._loss = measured("training_loss", "Newest training loss")
         self._epoch = gauge("update_epoch", "Epoch of the running update; 0 when none runs")
 
@@ -139,7 +139,7 @@ class Metrics:
         for pair in ("positive", "negative"):
             self._similarity.labels(pair).set(math.nan)
         self._drift = measured("gap_drift_ratio", "Drift of the negative similarity against the untouched model")
-        self._budget_used = measured("gap_budget_used_ratio", "Drift over its budget; an update beyond 1 is undone")
+        self._budget_used = measured("gap_budget_used_ratio", "Drift over its budget, if any; an update beyond 1 is undone")
         self._centroid = measured("gap_centroid_distance", "Distance between the image and the text centroid")
 
         self._accuracy = gauge("accuracy_ratio", "Accuracy after the last update, 0 to 1", "scope")

@@ -70,6 +70,19 @@ def test_the_table_of_alerts_is_that_of_the_rules():
     assert alerts_table() in README, "expected in README.md:\n" + alerts_table()
 
 
+def test_advice_for_one_method_says_so_and_names_settings_that_exist():
+    rules = yaml.safe_load((TOP / "deploy/prometheus/alerts.yaml").read_text(encoding="utf-8"))
+    sections = "|".join(Config.model_fields)
+    named = set()
+    for rule in (rule for group in rules["groups"] for rule in group["rules"]):
+        advice = rule["annotations"]["runbook"]
+        named |= set(re.findall(rf"\b(?:{sections})\.[a-z_]+(?:\.[a-z_]+)*", advice))
+        for method in re.findall(r"\bmethod\.([a-z]+)\.", advice):
+            assert f"with {method}" in advice.lower(), rule["alert"]
+    assert named
+    assert named - keys(Config) == set()
+
+
 def test_the_table_of_rows_is_that_of_the_dashboard():
     dashboard = json.loads((TOP / "deploy/grafana/dashboards/gapstream.json").read_text(encoding="utf-8"))
     titles = [panel["title"] for panel in dashboard["panels"] if panel["type"] == "row"]

@@ -107,15 +107,16 @@ class Gapstream:
         """Count images in [n, M], labels [n] into the learned classes: means and scatter as if of all images at once.
 
         A class that was there before moves its mean, which adds to the scatter (Chan, Golub and LeVeque 1979)."""
-        counts = torch.bincount(labels, minlength=len(self._counts)).to(features.dtype)
-        here = counts > 0
-        means = torch.zeros_like(self._means).index_add_(0, labels, features) / counts.clamp_min(1)[:, None]
-        total = self._counts + counts
-        moved = (means - self._means) * (self._counts * counts / total.clamp_min(1)).sqrt()[:, None]
-        spread = torch.cat([features - means[labels], moved[here & (self._counts > 0)]])
+        present, place, counts = labels.unique(return_inverse=True, return_counts=True)
+        means = features.new_zeros(len(present), features.shape[1]).index_add_(0, place, features) / counts[:, None]
+        before = self._counts[present]
+        total = before + counts
+        shift = means - self._means[present]
+        moved = (before * counts / total).sqrt()[:, None] * shift
+        spread = torch.cat([features - means[place], moved])
         self._scatter.addmm_(spread.T, spread)
-        self._means = self._means + (means - self._means) * (counts / total.clamp_min(1))[:, None]
-        self._counts = total
+        self._means[present] += (counts / total)[:, None] * shift
+        self._counts[present] = total
 
     def _solve(self) -> Solved:
         """The discriminant: (scatter + prior)^-1 of the centred means."""

@@ -69,14 +69,14 @@ const gapstream = (() => {
     }));
   }
 
-  // spec: {x: [names], series: [{name, color, values, dash, quiet}], format, low, high, limit: {name, value}}; a quiet
-  // series has no label beside its end.
+  // spec: {x: [names], series: [{name, color, values, dash, quiet}], format, low, high, span, limit: {name, value}}; `span`:
+  // of the axis where all values are the same. A quiet series has no label beside its end.
   function lines(box, spec) {
     const format = spec.format || percent, axis = spec.axis || share;
     const values = spec.series.flatMap(one => one.values).filter(known).concat(spec.limit ? [spec.limit.value] : []);
     if (!values.length) { box.replaceChildren(html("p", "note", "Nothing measured yet.")); return; }
     let low = spec.low ?? Math.min(...values), high = spec.high ?? Math.max(...values);
-    if (high === low) high = low + 1;
+    if (high === low) high = low + (spec.span ?? 1);
     if (spec.low === undefined) low -= (high - low) * .08;
     if (spec.high === undefined) high += (high - low) * .08;
     responsive(box, width => {
@@ -209,7 +209,7 @@ const gapstream = (() => {
       { name: "untouched", color: "var(--untouched)", values: history.map(entry => entry.zero_shot), dash: "5 5" },
       { name: "before learning", color: "var(--before)", values: history.map(entry => entry.predict_before_learn), dash: "1 6" } ] });
     if (boxes.matrix) heatMap(boxes.matrix, data.matrix || [], x, history.map(entry => entry.classes));
-    if (boxes.drift) lines(boxes.drift, { title: "gap drift over tasks", x, low: 0, axis: share, limit: known(data.gap?.drift?.budget) ? { name: "budget", value: data.gap.drift.budget } : undefined,
+    if (boxes.drift) lines(boxes.drift, { title: "gap drift over tasks", x, low: 0, span: .1, axis: share, limit: known(data.gap?.drift?.budget) ? { name: "budget", value: data.gap.drift.budget } : undefined,
       series: [{ name: "drift", color: "var(--learned)", values: history.map(entry => gap(entry, "drift")) }] });
     const untouched = (entry, name) => entry.gap?.[name]?.untouched ?? null;
     if (boxes.similarity) lines(boxes.similarity, { title: "similarities over tasks", x, format: number, axis: value => value.toFixed(2),
