@@ -139,7 +139,9 @@ class Metrics:
         for pair in ("positive", "negative"):
             self._similarity.labels(pair).set(math.nan)
         self._drift = measured("gap_drift_ratio", "Drift of the negative similarity against the untouched model")
-        self._budget_used = measured("gap_budget_used_ratio", "Drift over its budget, if any; an update beyond 1 is undone")
+        self._budget_used = measured(
+            "gap_budget_used_ratio", "Drift over its budget, if any; an update beyond 1 is undone"
+        )
         self._centroid = measured("gap_centroid_distance", "Distance between the image and the text centroid")
 
         self._accuracy = gauge("accuracy_ratio", "Accuracy after the last update, 0 to 1", "scope")

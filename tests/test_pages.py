@@ -1,5 +1,6 @@
 """The status page and the report in a real browser."""
 
+import json
 import time
 
 import pytest
@@ -143,4 +144,19 @@ def test_the_report_is_drawn_without_complaint_and_fits_its_width(tab, tmp_path,
     tab.wait("document.querySelectorAll('#seconds rect').length > 0")
     assert tab.evaluate("document.querySelectorAll('#matrix rect').length") == tasks * (tasks + 1) // 2
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    assert tab.errors == []
+
+
+def test_a_gap_that_never_drifts_is_a_line_at_the_bottom_of_a_small_scale(tab, tmp_path):
+    still = {"drift": {"before": 0.0, "after": 0.0, "budget": None}}
+    state = made_up_state(tmp_path, tasks=2, gap=still)
+    report = state / "CURRENT" / "report.json"
+    values = json.loads(report.read_text())
+    report.write_text(json.dumps(values | {"history": [entry | {"gap": still} for entry in values["history"]]}))
+    write_report(state, tmp_path / "report.html")
+    tab.size(1200, 900)
+    tab.open((tmp_path / "report.html").as_uri())
+    tab.wait("document.querySelectorAll('#drift circle').length === 2")
+    texts = tab.evaluate("[...document.querySelectorAll('#drift text')].map(text => text.textContent)")
+    assert texts == ["0 %", "5 %", "10 %", "1", "2", "drift"]
     assert tab.errors == []

@@ -141,6 +141,12 @@ def test_a_refused_release_says_why_and_that_the_one_before_serves(tmp_path):
     assert "The release before it serves on" in html
 
 
+def test_a_method_without_a_gap_budget_is_not_said_to_be_held_to_one(tmp_path):
+    still = _gap(0) | {"drift": {"before": 0.0, "after": 0.0, "budget": None}}
+    assert "crosses the budget" not in page(made_up_state(tmp_path / "without", gap=still))
+    assert "crosses the budget" in page(made_up_state(tmp_path / "with"))
+
+
 def test_examples_show_what_was_said_before_and_after(tmp_path):
     example = {
         "image": PIXEL, "label": "wren", "task": 1,
