@@ -113,6 +113,8 @@ class Names:
 
     def open(self) -> Encode:
         """What the first name would wait for. Raises ReleaseError when the text part cannot be used."""
+        if self._encode is not None:  # without the lock: names that are kept do not wait for others being encoded
+            return self._encode
         with self._encoding:
             if self._encode is None:
                 self._encode = self._open()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -272,6 +274,33 @@ def test_names_are_kept_up_to_a_bound_and_the_oldest_go_first(exports, monkeypat
     assert list(names._kept) == ["a", "c"]
     found, embeddings = names.rows(["b", "d", "e"])
     assert found == ["b", "d", "e"] and embeddings.shape == (6, 24) and len(names._kept) == 2
+
+
+def test_names_that_are_kept_do_not_wait_for_new_ones_being_encoded(exports):
+    # given a text part that has encoded one name, and is at work on another
+    release = exports.made[0]
+    names = texts.Names(release, release.text, "cpu", 1)
+    _, known = names.rows(["zebra"])
+    encode, begun, goes_on = names.open(), threading.Event(), threading.Event()
+
+    def slow(asked: Sequence[str]) -> np.ndarray:
+        begun.set()
+        assert goes_on.wait(20)
+        return encode(asked)
+
+    names._encode = slow
+    with ThreadPoolExecutor(2) as pool:
+        new = pool.submit(names.rows, ["okapi"])
+        assert begun.wait(20)
+
+        # when the first is asked for again, then it is there
+        try:
+            _, again = pool.submit(names.rows, ["zebra"]).result(20)
+        finally:
+            goes_on.set()
+
+        np.testing.assert_array_equal(again, known)
+        assert new.result(20)[0] == ["okapi"]
 
 
 def test_a_newer_release_answers_with_its_own_text_tower(exports, tmp_path):
