@@ -83,7 +83,10 @@ class Thumbnails:
         self._not_before = 0.0
 
     def add(self, number: int, data: bytes) -> None:
-        """Keep what may be an image under `number`, and no more than COUNT and `max_bytes` of the newest."""
+        """Keep what may be an image under `number`, and no more than COUNT and `max_bytes` of the newest; one that has
+        more bytes than that alone is not kept, and pushes out no others."""
+        if len(data) > self._max_bytes:
+            return
         with self._lock:
             self._kept.append(_Kept(number, data))
             self._bytes += len(data)
