@@ -221,8 +221,16 @@ def current(path: Path) -> Path:
     """The release folder to serve from `path`: itself when it is one, or the one behind a state folder's RELEASE (or
     CURRENT, where a copy lacks that).
 
-    The answer stays the same release when these move on. Raises ReleaseError when nothing has been released yet.
+    The answer stays the same release when these move on. Raises ReleaseError when nothing has been released yet, or
+    `path` cannot be read.
     """
+    try:
+        return _current(path)
+    except OSError as error:
+        raise ReleaseError(f"no release in {path}: it cannot be read ({error})") from error
+
+
+def _current(path: Path) -> Path:
     if (path / MANIFEST).exists():
         return path.resolve()
     pointer = path / RELEASE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import subprocess
@@ -159,6 +160,29 @@ def test_the_follower_takes_up_a_new_release_by_itself(state):
         while len(classifier.release.classes) != 7 and time.monotonic() < deadline:
             time.sleep(0.01)
         assert len(classifier.release.classes) == 7
+    finally:
+        classifier.close()
+
+
+def test_the_follower_outlives_a_folder_that_cannot_be_read_for_a_while(state, monkeypatch, caplog):
+    classifier = Classifier(state.path)
+    failed = threading.Event()
+
+    def broken(path: Path) -> bool:
+        failed.set()
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as disk:
+        disk.setattr(Path, "exists", broken)
+        classifier.follow(interval_s=0.01)
+        assert failed.wait(20)
+    try:
+        state.point(2)
+        deadline = time.monotonic() + 20
+        while len(classifier.release.classes) != 7 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert len(classifier.release.classes) == 7
+        assert "it cannot be read ([Errno 5] Input/output error)" in caplog.text
     finally:
         classifier.close()
 
