@@ -326,10 +326,11 @@ class Server:
                 response = await self._answer(request)
             finally:
                 self._requests -= 1
-        except Refused as refused:
+        except (Refused, NamesError) as refused:
+            status = refused.status if isinstance(refused, Refused) else 400
             # Its body was not read to the end, so the connection cannot carry another request.
-            headers = {"Connection": "close"} | ({"Retry-After": "1"} if refused.status == 503 else {})
-            response = JSONResponse({"error": str(refused)}, refused.status, headers)
+            headers = {"Connection": "close"} | ({"Retry-After": "1"} if status == 503 else {})
+            response = JSONResponse({"error": str(refused)}, status, headers)
         except ReleaseError as error:
             response = JSONResponse({"error": str(error)}, 503, {"Retry-After": "1"})
         except Exception:
@@ -344,10 +345,7 @@ class Server:
         top = request.query_params.get("top", str(_TOP))
         if not top.isdecimal() or len(top) > 9:
             raise Refused(400, f"got top={top}, expected how many classes to list, 0 for all")
-        try:
-            names = classifier.check_names(request.query_params.getlist("name"))
-        except NamesError as error:
-            raise Refused(400, str(error)) from None
+        names = classifier.check_names(request.query_params.getlist("name"))
         images = await self._images(request)
         prepared = await asyncio.gather(*(self._prepare(classifier, image, names) for image in images))
         usable = [image for image in prepared if isinstance(image, Prepared)]

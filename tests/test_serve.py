@@ -11,7 +11,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +22,7 @@ from prometheus_client import CollectorRegistry
 
 from agent.cli import main
 from exporter import serve
-from exporter.runtime import Classifier, Prediction
+from exporter.runtime import Classifier, NamesError, Prediction, Prepared
 from exporter.serve import Batcher, ServeMetrics, Server
 from tests.test_deploy import program
 from tests.test_runtime import State, Toy, picture, png
@@ -192,6 +192,15 @@ def test_extra_names_are_scored_for_one_image_and_for_several(naming):
 def test_names_that_cannot_be_scored_are_refused_before_the_image_is_read(query, said, naming):
     status, answer = classify(naming[0], png(picture(1)), query=query)
     assert status == 400 and said in answer["error"]
+
+
+def test_names_that_a_new_release_cannot_score_are_refused_also_when_it_came_in_between(naming, monkeypatch):
+    def prepare(image: bytes, names: Sequence[str]) -> Prepared:
+        raise NamesError("release 0123 scores only the classes it has learned")
+
+    monkeypatch.setattr(naming[0].classifier, "prepare", prepare)
+    status, answer = classify(naming[0], png(picture(1)), query="?name=zebra")
+    assert status == 400 and "scores only the classes" in answer["error"]
 
 
 def test_requests_with_and_without_names_go_through_the_model_together(naming):
