@@ -278,7 +278,7 @@ class OnnxExporter:
             _share(folder / TOKENIZER, before, (len(tokenizer), hashlib.sha256(tokenizer).hexdigest()), [tokenizer])
             ids = module.tokenize(names[:2]).cpu().numpy()
             self._text.fitting(module, tensors, module.varying, ids[:, :-1], ids.shape[1], attempt)
-        except Exception as error:  # as above
+        except Exception as error:  # torch and tokenizers share no base class; the model is released all the same
             refused = str(error) if isinstance(error, ReleaseError) else f"{type(error).__name__}: {error}"
             log.warning("the release has no text part: %s", refused)
             for file in (*folder.glob("text.*"), folder / TOKENIZER):

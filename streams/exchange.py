@@ -123,7 +123,8 @@ class Exchange:
     @property
     def joined(self) -> bool:
         """Whether the group has this member; it may have no partitions nevertheless."""
-        return self._member is not None and self._member.generation_id >= 0
+        member = self._member  # other threads ask too
+        return member is not None and member.generation_id >= 0
 
     def take(self, timeout_s: float) -> Sequence[Arrival]:
         """Messages to reply to, in the order of their partitions; none when none came by then. Those taken before
