@@ -16,7 +16,6 @@ The result does not depend on how a stream is cut into tasks, but for the roundi
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -26,9 +25,9 @@ from torch.nn import functional as F
 from agent import config
 from agent.clip import Clip
 from agent.lora import ADAPTED, merged
-from agent.methods.base import InferenceModule, LearnerState, Report, TaskData, TextModule, task_generator
+from agent.methods.base import InferenceModule, LearnerState, Report, TaskData, task_generator
 from agent.methods.heads import Classifier
-from agent.methods.training import GapWatch, admit, untrained
+from agent.methods.training import GapWatch, UntouchedMethod, admit, untrained
 from agent.values import Progress, Update
 
 TOKENS_SHARE = 0.6
@@ -39,7 +38,7 @@ START = (0.002, 0.5)
 a log-normal prior of deviation 1."""
 
 
-class Gapstream:
+class Gapstream(UntouchedMethod):
     name = "gapstream"
     fusion = "text+discriminant"
 
@@ -61,12 +60,6 @@ class Gapstream:
     @property
     def classes(self) -> tuple[str, ...]:
         return tuple(self._classes)
-
-    def encode_names(self, names: Sequence[str]) -> Tensor:
-        return self._clip.encode_names(names)
-
-    def encode_tokens(self, tokens: Tensor) -> Tensor:
-        return self._clip.encode_tokens(tokens)
 
     @torch.no_grad()
     def update(self, task: TaskData, report: Report) -> Update:
@@ -173,9 +166,6 @@ class Gapstream:
         names = self._text_weight * self._clip.logit_scale * self._class_names()
         tower = merged(self._clip.image, {})
         return Discriminant(tower, self.classes, names, scale * rows, bias, self._solved.centre, self._random)
-
-    def text_module(self) -> TextModule:
-        return TextModule(self._clip, merged(self._clip.text, {}))
 
     def state(self) -> LearnerState:
         tensors = {

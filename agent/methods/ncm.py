@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +11,9 @@ from torch.nn import functional as F
 from agent import config
 from agent.clip import Clip
 from agent.lora import merged
-from agent.methods.base import InferenceModule, LearnerState, Report, TaskData, TextModule
+from agent.methods.base import InferenceModule, LearnerState, Report, TaskData
 from agent.methods.heads import Classifier
-from agent.methods.training import ClassMeans, GapWatch, untouched_features, untrained
+from agent.methods.training import ClassMeans, GapWatch, UntouchedMethod, untouched_features, untrained
 from agent.values import Update
 
 
@@ -32,7 +31,7 @@ class NearestMean(Classifier):
         return torch.softmax(self.scale * embedding @ self.means.T, dim=-1)
 
 
-class Ncm:
+class Ncm(UntouchedMethod):
     name = "ncm"
     fusion = "visual"
 
@@ -45,12 +44,6 @@ class Ncm:
     def classes(self) -> tuple[str, ...]:
         return tuple(self._means.classes)
 
-    def encode_names(self, names: Sequence[str]) -> Tensor:
-        return self._clip.encode_names(names)
-
-    def encode_tokens(self, tokens: Tensor) -> Tensor:
-        return self._clip.encode_tokens(tokens)
-
     def update(self, task: TaskData, report: Report) -> Update:
         started = time.perf_counter()
         watch = GapWatch(self, self._clip, task, self._seed)
@@ -62,9 +55,6 @@ class Ncm:
             raise LookupError("no class has been learned yet; there is nothing to infer with")
         means = self._means.rows
         return NearestMean(merged(self._clip.image, {}), self.classes, means, self._clip.logit_scale)
-
-    def text_module(self) -> TextModule:
-        return TextModule(self._clip, merged(self._clip.text, {}))
 
     def state(self) -> LearnerState:
         facts = {"classes": list(self._means.classes), "counts": list(self._means.counts)}

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from agent import gap
 from agent.clip import Clip
-from agent.methods.base import Method, Report, TaskData, task_generator
+from agent.lora import merged
+from agent.methods.base import Method, Report, TaskData, TextModule, task_generator
 from agent.values import GapStatistics, Progress, Update
 
 GAP_SAMPLES = 256
@@ -146,6 +147,21 @@ class Training:
             seconds={"train": time.perf_counter() - self._started},
             details=dict(details or {}),
         )
+
+
+class UntouchedMethod:
+    """What methods have in common that change neither tower: how they encode, and the text tower they release."""
+
+    _clip: Clip
+
+    def encode_names(self, names: Sequence[str]) -> Tensor:
+        return self._clip.encode_names(names)
+
+    def encode_tokens(self, tokens: Tensor) -> Tensor:
+        return self._clip.encode_tokens(tokens)
+
+    def text_module(self) -> TextModule:
+        return TextModule(self._clip, merged(self._clip.text, {}))
 
 
 def untrained(task: TaskData, watch: GapWatch, started: float, report: Report) -> Update:

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-
-from torch import Tensor
 
 from agent import config
 from agent.clip import Clip
 from agent.lora import merged
-from agent.methods.base import InferenceModule, LearnerState, Report, TaskData, TextModule
+from agent.methods.base import InferenceModule, LearnerState, Report, TaskData
 from agent.methods.heads import TextClassifier
-from agent.methods.training import GapWatch, admit, untrained
+from agent.methods.training import GapWatch, UntouchedMethod, admit, untrained
 from agent.values import Update
 
 
-class ZeroShot:
+class ZeroShot(UntouchedMethod):
     name = "zeroshot"
     fusion = "text"
 
@@ -29,12 +26,6 @@ class ZeroShot:
     def classes(self) -> tuple[str, ...]:
         return tuple(self._classes)
 
-    def encode_names(self, names: Sequence[str]) -> Tensor:
-        return self._clip.encode_names(names)
-
-    def encode_tokens(self, tokens: Tensor) -> Tensor:
-        return self._clip.encode_tokens(tokens)
-
     def update(self, task: TaskData, report: Report) -> Update:
         started = time.perf_counter()
         watch = GapWatch(self, self._clip, task, self._seed)
@@ -46,9 +37,6 @@ class ZeroShot:
             raise LookupError("no class has been learned yet; there is nothing to infer with")
         names = self.encode_names(self._classes)
         return TextClassifier(merged(self._clip.image, {}), self.classes, names, self._clip.logit_scale)
-
-    def text_module(self) -> TextModule:
-        return TextModule(self._clip, merged(self._clip.text, {}))
 
     def state(self) -> LearnerState:
         return LearnerState({}, {"classes": list(self._classes)})
