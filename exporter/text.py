@@ -101,6 +101,7 @@ class Names:
         self._device: Device = device
         self._threads = threads
         self._encode: Encode | None = None
+        self._failure = ""
         self._learned: frozenset[str] = frozenset()
         self._rows = np.zeros((0, 0), np.float32)
         self._kept: OrderedDict[str, NDArray[np.float32]] = OrderedDict()
@@ -116,8 +117,14 @@ class Names:
         if self._encode is not None:  # without the lock: names that are kept do not wait for others being encoded
             return self._encode
         with self._encoding:
+            if self._failure:  # files of the size of a text tower are not read again for every request
+                raise ReleaseError(self._failure)
             if self._encode is None:
-                self._encode = self._open()
+                try:
+                    self._encode = self._open()
+                except ReleaseError as error:
+                    self._failure = str(error)
+                    raise
             return self._encode
 
     def rows(self, names: Sequence[str]) -> tuple[list[str], NDArray[np.float32]]:
