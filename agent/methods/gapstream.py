@@ -15,6 +15,7 @@ The result does not depend on how a stream is cut into tasks, but for the roundi
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, replace
 
@@ -32,6 +33,7 @@ from agent.values import Progress, Update
 
 TOKENS_SHARE = 0.6
 """Of the random features; the others are the embedding's."""
+BATCH = 64
 CALIBRATION_IMAGES = 256
 START = (0.002, 0.5)
 """Temperature and weight of the texts before any are measured; the measured ones lean on the last with the strength of
@@ -75,24 +77,26 @@ class Gapstream(UntouchedMethod):
         chosen = torch.zeros(len(task), dtype=torch.bool)
         chosen[sample[:CALIBRATION_IMAGES]] = True
         kept, embeddings = [], []
-        for index in torch.arange(len(task)).split(1024):
-            features, embedding = self._features(task, index)
+        for index in torch.arange(len(task)).split(16 * BATCH):
+            features, embedding = self._features(task, index, report)
             self._learn(features, labels[index.to(labels.device)])
             kept.append(features[chosen[index].to(features.device)])
             embeddings.append(embedding[chosen[index].to(features.device)])
-            report(Progress("train", task.number, samples=int(index[-1]) + 1))
         self._solved = self._solve()
         self._calibrate(torch.cat(kept), torch.cat(embeddings), labels[chosen.to(labels.device)])
         details = {"temperature": self._temperature, "text_weight": self._text_weight}
         return replace(untrained(task, watch, started, report), details=details)
 
-    def _features(self, task: TaskData, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Random features float32 [n, M] and embeddings [n, D]; in batches whose activations stay small."""
+    def _features(self, task: TaskData, index: Tensor, report: Report) -> tuple[Tensor, Tensor]:
+        """Random features float32 [n, M] and embeddings [n, D] of some images, in batches with small activations."""
         both = []
-        for part in index.split(64):
+        for part in index.split(BATCH):
             tokens = task.tokens.batch(part)
             embedding = self._clip.encode_tokens(tokens)
             both.append((self._random(tokens, embedding), embedding))
+            done = int(part[-1]) + 1
+            place = {"step": math.ceil(done / BATCH), "steps": math.ceil(len(task) / BATCH), "samples": done}
+            report(Progress("train", task.number, **place))
         features, embeddings = zip(*both, strict=True)
         return torch.cat(features), torch.cat(embeddings)
 
