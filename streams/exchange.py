@@ -14,6 +14,8 @@ offsets that wait for open transactions), with gaps that are closed here:
   the messages are.
 - A member that was thrown out and joins again goes on where it was in the partitions it gets back, whatever others did
   in between: after every assignment all positions are those of the group.
+- Where the group has no offset, "newest" is another place at every connection: the first becomes the group's offset
+  before anything is taken.
 - Waiting for a commit has no end while the brokers are away: here it has.
 """
 
@@ -27,7 +29,13 @@ from typing import Any, Literal, NamedTuple
 
 from kafka import ConsumerRebalanceListener, KafkaConsumer, KafkaProducer, OffsetAndMetadata, TopicPartition
 from kafka.admin import KafkaAdminClient
-from kafka.errors import KafkaTimeoutError, TopicAlreadyExistsError, UnknownTopicOrPartitionError
+from kafka.errors import (
+    CommitFailedError,
+    KafkaTimeoutError,
+    RebalanceInProgressError,
+    TopicAlreadyExistsError,
+    UnknownTopicOrPartitionError,
+)
 
 from streams.batches import Unreadable, guard, rejections
 from streams.connection import Connection, abandon, connecting, longest_message, short
@@ -211,7 +219,7 @@ class Exchange:
                 **settings,
                 group_id=self._group,
                 enable_auto_commit=False,
-                auto_offset_reset=self._start,
+                auto_offset_reset="earliest",  # also where retention deleted the next messages; `_realign` knows latest
                 isolation_level="read_committed",
                 allow_auto_create_topics=False,
                 session_timeout_ms=_SESSION_MS,
@@ -242,14 +250,21 @@ class Exchange:
         self._positions = {}
         assigned = sorted(self._consumer.assignment())
         try:
-            for where in assigned:
-                committed = self._consumer.committed(where, timeout_ms=_COMMITTED_MS)
-                if committed is not None:
-                    self._consumer.seek(where, committed)
-                    self._positions[Partition(*where)] = committed
-        except KafkaTimeoutError:  # of someone who was killed, a transaction is still open
+            offsets = {where: self._consumer.committed(where, timeout_ms=_COMMITTED_MS) for where in assigned}
+            new = [where for where, offset in offsets.items() if offset is None]
+            if new and self._start == "latest":
+                ends = self._consumer.end_offsets(new, timeout_ms=_COMMITTED_MS)
+                begins = {where: OffsetAndMetadata(end, "", -1) for where, end in ends.items()}
+                self._consumer.commit(begins, timeout_ms=_COMMITTED_MS)
+                offsets |= ends
+        except (KafkaTimeoutError, CommitFailedError, RebalanceInProgressError):
+            # Of someone who was killed, a transaction is still open; or the group goes through another change.
             self._assigned.set()
             return
+        for where, offset in offsets.items():
+            if offset is not None:
+                self._consumer.seek(where, offset)
+                self._positions[Partition(*where)] = offset
         parts = ", ".join(f"{where.topic}/{where.partition}" for where in assigned) or "no partition"
         log.info("group %s gives this process %s", self._group, parts)
 

@@ -190,6 +190,40 @@ def test_kept_partitions_follow_the_group_and_not_their_own_memory(bootstrap, ne
     assert [arrival.item.offset for arrival in taken(exchange)] == [6, 7]
 
 
+def test_what_comes_after_the_newest_is_passed_over_by_no_failure_and_no_restart(new_topic, producer, member) -> None:
+    # given a member that begins at the newest of two partitions with messages
+    topic = new_topic(2)
+    for partition in (0, 0, 1):
+        producer.send(topic, JPEG, partition=partition)
+    producer.flush()
+    exchange = member(topic, start="latest")
+    wait_until(lambda: exchange.take(0.2) or len(exchange.lag()) == 2, 40)
+    # when its first transaction fails in one, and the other is silent until nobody is there
+    producer.send(topic, JPEG, partition=0).get(10)
+    arrivals = taken(exchange)
+    exchange._member = exchange._member._replace(generation_id=exchange._member.generation_id + 7)
+    with pytest.raises(StreamError, match="metadata mismatch"):
+        exchange.commit(arrivals, replies(arrivals))
+    producer.send(topic, JPEG, partition=1).get(10)
+    # then who comes next takes both, and nothing older
+    seen: set[tuple[int, int]] = set()
+    successor = member(topic, start="latest")
+    wait_until(
+        lambda: seen.update((a.item.partition.number, a.item.offset) for a in successor.take(0.5)) or len(seen) > 1, 40
+    )
+    assert seen == {(0, 2), (1, 1)}
+
+
+def test_where_retention_was_faster_what_it_left_is_taken(admin, new_topic, producer, member) -> None:
+    topic = new_topic()
+    exchange = member(topic, start="latest")
+    wait_until(lambda: exchange.take(0.2) or exchange.lag(), 40)
+    exchange.close()
+    play(producer, topic, 5)
+    admin.delete_records({TopicPartition(topic, 0): 3})
+    assert [arrival.item.offset for arrival in taken(exchange)] == [3, 4]
+
+
 def test_a_batch_that_cannot_be_read_is_fetched_once_more_and_then_passed(
     new_topic, producer, member, monkeypatch
 ) -> None:
