@@ -338,7 +338,7 @@ class Gapstream(_Section):
 
     features: int = Field(5000, ge=16)
     """Random features of an image. What is kept between tasks grows with their square (5000: 50 MB, and 20 MB per 1000
-    classes), what an update computes too."""
+    classes), what an update computes too; 5000 take it 0.5 GB of memory."""
     prior_images: float = Field(1000, gt=0)
     """So many images' worth of a spherical scatter is added to the one measured: more is steadier where images are few,
     less is sharper where they are many."""
