@@ -120,7 +120,6 @@ class Responder:
         self._top = top
         self._headers = frozenset(headers)
         self._max_batch = max_batch
-        self._most = exchange.max_reply_bytes - _OVERHEAD
         self._failure = ""
         self._beat = time.monotonic()
         self._shown: set[Partition] = set()
@@ -231,6 +230,7 @@ class Responder:
 
     def _reply(self, arrival: Arrival, answer: Prediction | Unusable) -> tuple[Reply, str]:
         """The message, and the reason why it has no prediction (empty when it has)."""
+        most = self._exchange.max_reply_bytes - _OVERHEAD
         topic, partition = arrival.item.partition
         place = {"topic": topic, "partition": partition, "offset": arrival.item.offset}
         origin = {"origin": place | {"timestamp_ms": arrival.timestamp_ms}}
@@ -240,15 +240,15 @@ class Responder:
         if isinstance(answer, Prediction):
             body = {"release": answer.release, "labels": answer.labels, "scores": answer.scores}
             reply = _message(key, carried, body | origin)
-            if message_size(*reply) <= self._most:
+            if message_size(*reply) <= most:
                 return reply, ""
             size = message_size(*reply)
-            detail = f"the prediction takes {size} bytes with key and headers, at most {self._most}; both are left out"
+            detail = f"the prediction takes {size} bytes with key and headers, at most {most}; both are left out"
             answer = Reason.TOO_LARGE, detail
             key, carried = None, []
         reason, detail = answer
         reply = _message(key, carried, {"error": reason, "detail": detail} | origin)
-        if message_size(*reply) > self._most:
+        if message_size(*reply) > most:
             reply = _message(None, [], {"error": reason, "detail": detail} | origin)
         return reply, reason
 

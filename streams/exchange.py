@@ -21,10 +21,11 @@ offsets that wait for open transactions), with gaps that are closed here:
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from kafka import ConsumerRebalanceListener, KafkaConsumer, KafkaProducer, OffsetAndMetadata, TopicPartition
@@ -120,9 +121,11 @@ class Exchange:
         self._positions: dict[Partition, int] = {}
         self._taken: Sequence[Arrival] = ()
         self._broken: set[tuple[Partition, int]] = set()
+        self.max_reply_bytes = 0
+        """What the output topic takes as one message; known with the first messages, read anew after every failure."""
         try:
-            self.max_reply_bytes = self._checked(create)
-            """What the output topic takes as one message."""
+            with self._admin() as admin:
+                self._check(admin, create)
         except StreamError:
             raise
         except Exception as error:
@@ -169,6 +172,7 @@ class Exchange:
             raise self._dropped(f"{len(arrivals)} messages were not answered", error) from error
         self._taken = self._taken[len(arrivals) :]
         self._positions |= nexts
+        self._broken = {(where, offset) for where, offset in self._broken if offset >= nexts.get(where, 0)}
 
     def lag(self) -> Mapping[Partition, int]:
         """Messages that wait for a reply, by partition; without the partitions nothing is known of yet."""
@@ -198,6 +202,8 @@ class Exchange:
     def _connect(self) -> None:
         settings = self._connection.settings()
         self._assigned.clear()
+        with self._admin() as admin:
+            self.max_reply_bytes = longest_message(admin, self._output)
         with connecting(self._connection):
             self._producer = KafkaProducer(
                 **settings,
@@ -283,27 +289,30 @@ class Exchange:
             item = self._codec.decode(partition, offset, raw, None)
             yield Arrival(item, timestamp_ms if timestamp_ms >= 0 else None, raw)
 
-    def _checked(self, create: bool) -> int:
-        """See to it that the topics are there and may be used; the longest message the output takes."""
+    @contextlib.contextmanager
+    def _admin(self) -> Iterator[KafkaAdminClient]:
         with connecting(self._connection):
             admin = KafkaAdminClient(**self._connection.settings(), request_timeout_ms=_REQUEST_MS)
         try:
-            found = {topic["name"]: topic for topic in admin.describe_topics([*self._topics, self._output])}
-            missing = [name for name, topic in found.items() if topic["error_code"] == _UNKNOWN_TOPIC]
-            if create and missing == [self._output]:
-                partitions = max(len(found[topic]["partitions"]) for topic in self._topics)
-                log.info("creating topic %s with %d partition(s)", self._output, partitions)
-                _create(admin, self._output, partitions)
-                missing = []
-            if missing:
-                raise TopicMissing(self._connection, missing)
-            for name, operation in [*((topic, "READ") for topic in self._topics), (self._output, "WRITE")]:
-                allowed = found[name]["authorized_operations"]
-                if found[name]["error_code"] not in (0, _UNKNOWN_TOPIC) or (allowed and operation not in allowed):
-                    raise StreamError(f"{self._connection} does not let us {operation} topic {name}; allow it there")
-            return longest_message(admin, self._output)
+            yield admin
         finally:
             admin.close()
+
+    def _check(self, admin: KafkaAdminClient, create: bool) -> None:
+        """See to it that the topics are there and may be used."""
+        found = {topic["name"]: topic for topic in admin.describe_topics([*self._topics, self._output])}
+        missing = [name for name, topic in found.items() if topic["error_code"] == _UNKNOWN_TOPIC]
+        if create and missing == [self._output]:
+            partitions = max(len(found[topic]["partitions"]) for topic in self._topics)
+            log.info("creating topic %s with %d partition(s)", self._output, partitions)
+            _create(admin, self._output, partitions)
+            missing = []
+        if missing:
+            raise TopicMissing(self._connection, missing)
+        for name, operation in [*((topic, "READ") for topic in self._topics), (self._output, "WRITE")]:
+            allowed = found[name]["authorized_operations"]
+            if found[name]["error_code"] not in (0, _UNKNOWN_TOPIC) or (allowed and operation not in allowed):
+                raise StreamError(f"{self._connection} does not let us {operation} topic {name}; allow it there")
 
 
 class _Listener(ConsumerRebalanceListener):

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from kafka import KafkaConsumer, KafkaProducer, OffsetAndMetadata, TopicPartition
+from kafka.admin import ConfigResource, ConfigResourceType
 from kafka.errors import CorruptRecordError
 
 from streams.batches import Unreadable
@@ -114,14 +115,15 @@ def test_what_was_taken_and_not_passed_comes_again(new_topic, producer, member) 
 
 
 def test_a_reply_that_is_not_delivered_takes_its_whole_transaction_with_it(
-    bootstrap, new_topic, producer, member
+    admin, bootstrap, new_topic, producer, member
 ) -> None:
-    # given a topic that does not take one of the replies
+    # given a topic that does not take one of the replies any more
     topic = new_topic()
-    new_topic(name=f"{topic}.out", **{"max.message.bytes": "2000"})
     play(producer, topic, 3)
     exchange = member(topic)
     arrivals = taken(exchange)
+    assert exchange.max_reply_bytes > 10**6
+    admin.alter_configs([ConfigResource(ConfigResourceType.TOPIC, f"{topic}.out", {"max.message.bytes": "2000"})])
     large = replies(arrivals)
     large[1] = large[1]._replace(value=b"x" * 5000)
     # when they are sent
@@ -129,6 +131,7 @@ def test_a_reply_that_is_not_delivered_takes_its_whole_transaction_with_it(
         exchange.commit(arrivals, large)
     # then none of them can be read, and the messages are answered at the second try, once
     again = taken(exchange)
+    assert exchange.max_reply_bytes < 2000
     assert [arrival.item.offset for arrival in again] == [0, 1, 2]
     exchange.commit(again, replies(again))
     assert len(read(bootstrap, topic)) == 3
@@ -249,6 +252,9 @@ def test_a_batch_that_cannot_be_read_is_fetched_once_more_and_then_passed(
     assert [arrival.item.offset for arrival in arrivals] == [0, 1, 2]
     item = arrivals[1].item
     assert isinstance(item, Rejected) and item.reason == Reason.UNDECODABLE and arrivals[1].raw is None
+    # and once it is passed, nothing of it is remembered
+    exchange.commit(arrivals, replies(arrivals))
+    assert not exchange._broken
 
 
 def test_members_that_come_and_go_answer_everything_once(bootstrap, new_topic, producer, member) -> None:
