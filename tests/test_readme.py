@@ -91,7 +91,7 @@ def test_the_table_of_rows_is_that_of_the_dashboard():
 
 
 def test_every_command_shown_can_be_parsed():
-    shown = re.findall(r"^\.venv/bin/gapstream (.+)$", README, re.MULTILINE)
+    shown = re.findall(r"^\.venv/bin/gapstream (.+)$", README.replace("\\\n", ""), re.MULTILINE)
     assert shown
     for line in shown:
         name, *arguments = shlex.split(line, comments=True)
