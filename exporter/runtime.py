@@ -161,9 +161,15 @@ class Classifier:
         served = self._served
         names = self.check_names(extra)
         prepared = Prepared(self._pixels(image, served.release.preprocess), served.release.preprocess, names)
-        if names and served.names is not None:
-            served.names.rows(names)  # kept, for when it is classified
+        self.encode_names(names)
         return prepared
+
+    def encode_names(self, extra: Sequence[str]) -> None:
+        """All of `classify` that needs only the names: they are kept, for when images come with them. May wait for the
+        names of others. Raises NamesError, and ReleaseError when the text part cannot be used."""
+        served = self._served
+        if self.check_names(extra) and served.names is not None:
+            served.names.rows(extra)
 
     def classify(
         self, images: Sequence[bytes | Image.Image | Prepared], top: int = 5, extra: Sequence[str] = ()

@@ -1,6 +1,7 @@
 """`gapstream serve`: answers images over HTTP with the release readers follow; onnxruntime alone, no torch.
 
 Requests are read and decoded side by side; whatever is ready when the model is free goes through it as one batch.
+Names are encoded elsewhere: who asks for none, or for names that are known, does not wait for them.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
@@ -226,6 +227,8 @@ class Server:
         self._stopping = threading.Event()
         self._batcher = Batcher(self._classify, max_batch, self._metrics.batch.observe)
         self._decoders = ThreadPoolExecutor(os.cpu_count(), "decoder")
+        # New names wait for each other; a thread for every request lets those that are known pass by.
+        self._namers = ThreadPoolExecutor(max_requests, "namer")
         routes = [
             Route("/v1/classify", self._on_classify, methods=["POST"]),
             Route("/v1/labels", self._on_labels),
@@ -287,6 +290,7 @@ class Server:
                 self._classifier.close()
             self._batcher.close()
             self._decoders.shutdown()
+            self._namers.shutdown()
             self._socket.close()
 
     def stop(self) -> None:
@@ -347,7 +351,9 @@ class Server:
             raise Refused(400, f"got top={top}, expected how many classes to list, 0 for all")
         names = classifier.check_names(request.query_params.getlist("name"))
         images = await self._images(request)
-        prepared = await asyncio.gather(*(self._prepare(classifier, image, names) for image in images))
+        _, *prepared = await asyncio.gather(
+            self._encode_names(classifier, names), *(self._prepare(classifier, image, names) for image in images)
+        )
         usable = [image for image in prepared if isinstance(image, Prepared)]
         self._metrics.images.labels("ok").inc(len(usable))
         self._metrics.images.labels("rejected").inc(len(prepared) - len(usable))
@@ -365,11 +371,16 @@ class Server:
                 body["predictions"].append({"labels": answer.labels, "scores": answer.scores})
         return JSONResponse(body, 200 if usable else 422)
 
-    async def _prepare(self, classifier: Classifier, image: bytes, names: Sequence[str]) -> Prepared | ImageError:
+    async def _encode_names(self, classifier: Classifier, names: Sequence[str]) -> None:
+        if names:
+            await asyncio.get_running_loop().run_in_executor(self._namers, classifier.encode_names, names)
+
+    async def _prepare(self, classifier: Classifier, image: bytes, names: tuple[str, ...]) -> Prepared | ImageError:
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._decoders, classifier.prepare, image, names)
+            prepared = await asyncio.get_running_loop().run_in_executor(self._decoders, classifier.prepare, image)
         except ImageError as error:
             return error
+        return replace(prepared, extra=names)
 
     async def _images(self, request: Request) -> list[bytes]:
         """The encoded images of a request, at least one."""

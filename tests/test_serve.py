@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from prometheus_client import CollectorRegistry
 
 from agent.cli import main
 from exporter import serve
-from exporter.runtime import Classifier, NamesError, Prediction, Prepared
+from exporter.runtime import Classifier, NamesError, Prediction
 from exporter.serve import Batcher, ServeMetrics, Server
 from tests.test_deploy import program
 from tests.test_runtime import State, Toy, picture, png
@@ -195,12 +196,40 @@ def test_names_that_cannot_be_scored_are_refused_before_the_image_is_read(query,
 
 
 def test_names_that_a_new_release_cannot_score_are_refused_also_when_it_came_in_between(naming, monkeypatch):
-    def prepare(image: bytes, names: Sequence[str]) -> Prepared:
+    def encode_names(names: Sequence[str]) -> None:
         raise NamesError("release 0123 scores only the classes it has learned")
 
-    monkeypatch.setattr(naming[0].classifier, "prepare", prepare)
+    monkeypatch.setattr(naming[0].classifier, "encode_names", encode_names)
     status, answer = classify(naming[0], png(picture(1)), query="?name=zebra")
     assert status == 400 and "scores only the classes" in answer["error"]
+
+
+def test_who_asks_for_no_new_names_does_not_wait_for_those_that_are_encoded(naming, monkeypatch):
+    # given a name that is known, and as many requests with new ones, which are being encoded, as images can be decoded
+    server, _ = naming
+    image = png(picture(1))
+    assert classify(server, image, query="?name=zebra")[0] == 200
+    count = os.cpu_count() or 1
+    begun, go = threading.Semaphore(0), threading.Event()
+
+    class Encoding:
+        def __enter__(self) -> None:
+            begun.release()
+            go.wait(20)
+
+        def __exit__(self, *_: object) -> None: ...
+
+    monkeypatch.setattr(server.classifier._served.names, "_encoding", Encoding())
+    with ThreadPoolExecutor(count) as pool:
+        slow = [pool.submit(classify, server, image, query=f"?name=new+{number}") for number in range(count)]
+        assert all(begun.acquire(timeout=20) for _ in slow)
+        try:
+            # when others ask for none and for the one that is known, then they are answered
+            assert classify(server, image)[0] == classify(server, image, query="?name=zebra")[0] == 200
+            assert not any(one.done() for one in slow)
+        finally:
+            go.set()
+        assert [one.result()[0] for one in slow] == [200] * count
 
 
 def test_requests_with_and_without_names_go_through_the_model_together(naming):
