@@ -37,6 +37,8 @@ _MEMORY = 768 * 2**20
 _CPU_S = 5
 _WAIT_S = 15
 _PICTURE_BYTES = 32 * 1024
+_ENVIRONMENT = ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "PYTHONHOME", "PYTHONPATH", "PYTHONUSERBASE")
+"""What Python may need to start and to find its packages. The rest may be secrets, and is kept from the decoders."""
 
 
 def picture_of(data: bytes) -> bytes | None:
@@ -48,7 +50,7 @@ def picture_of(data: bytes) -> bytes | None:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             timeout=_WAIT_S,
-            env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+            env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ} | {"OPENBLAS_NUM_THREADS": "1"},
         )
     except (OSError, subprocess.TimeoutExpired):
         return None

@@ -92,6 +92,18 @@ def test_a_decoder_that_crashes_or_hangs_takes_only_its_own_process(monkeypatch,
         monkeypatch.undo()
 
 
+def test_a_decoder_is_not_told_the_secrets_of_the_environment(monkeypatch, tmp_path):
+    program = tmp_path / "python"
+    program.write_text("#!/bin/sh\nenv\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    monkeypatch.setenv("GAPSTREAM_SOURCE__KAFKA__PASSWORD", "hush")
+    monkeypatch.setenv("PYTHONPATH", "/somewhere")
+    told = picture_of(b"x")
+    assert told is not None and b"hush" not in told
+    assert b"PYTHONPATH=/somewhere\n" in told and b"PATH=" + os.environb[b"PATH"] in told
+
+
 def test_nothing_is_decoded_before_somebody_looks_and_everything_once(maker):
     kept = Thumbnails(make=maker)
     kept.add(1, b"one")
