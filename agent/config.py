@@ -580,8 +580,8 @@ class ServeKafka(_Section):
     """Consumer group: every process of it answers a part of the partitions. Its transactions bear names that begin with
     it."""
     start: Literal["earliest", "latest"] = "earliest"
-    """Where the group begins in a partition that it has no offset of. Where retention deleted its next messages, it goes
-    on with the oldest there are."""
+    """Where the group begins in a partition that it has no offset of. Where retention deleted its next messages, it
+    goes on with the oldest there are."""
     top: int = Field(5, ge=0)
     """Classes listed in a prediction; 0 is all."""
     headers: tuple[str, ...] = ()
