@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import logging
 import multiprocessing
+import os
 import socket
 import statistics
 import sys
@@ -59,7 +60,8 @@ class Watched(Metrics):
 
 
 def scrape(port: int, on: Event, scrapes: Any) -> None:
-    """GET /metrics every PERIOD_S while `on`, with as little work of its own as can be."""
+    """GET /metrics every PERIOD_S while `on`, as little in the way as can be: Prometheus has a machine of its own."""
+    os.nice(19)
     while True:
         on.wait()
         started = time.monotonic()
