@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import importlib
 import logging
 import os
@@ -237,7 +236,6 @@ def serve_command(arguments: argparse.Namespace) -> None:
 
     config = config_from(arguments)
     log_to_stderr(config)
-    give_memory_back()
     limits = config.serve.model_dump(exclude={"kafka"})
     limits |= {"max_pixels": config.source.max_image_pixels, "max_name_chars": config.source.max_label_chars}
     server = Server(config.state.path, **limits)
@@ -250,15 +248,6 @@ def serve_command(arguments: argparse.Namespace) -> None:
             parts.enter_context(beside(config, server))
         if not stop.is_set():
             server.run()
-
-
-def give_memory_back() -> None:
-    """Keep glibc from holding on to what releases took that are no longer served: blocks of a model's size are mapped
-    one by one, whatever was freed before, and few arenas are shared by all threads."""
-    with contextlib.suppress(AttributeError, OSError):  # another C library
-        mallopt, mmap_threshold, arena_max = ctypes.CDLL(None).mallopt, -3, -8
-        mallopt(mmap_threshold, 2**22)
-        mallopt(arena_max, 2)
 
 
 def report_command(arguments: argparse.Namespace) -> None:
