@@ -1,12 +1,7 @@
 """The state folder: finds the commit to continue from, and makes the next one current by a single rename.
 
-    state/lock                  held by the one agent that may write here
-    state/CURRENT               symlink to commits/000042, replaced by one rename: the truth
-    state/commits/000042/       manifest.json (written last), learner.*, report.json, release/, holdout/
-    state/commits/*.staging     being written; swept at the next start, like commits newer than CURRENT
-    state/commits/*.damaged     a commit that failed its check, set aside for whoever wants to look
-
-A folder holds a commit only if its manifest is intact and names every other file with size and sha256.
+A folder holds a commit only if its manifest is intact and names every other file with size and sha256. Where everything
+lies in a state folder says agent.layout.
 """
 
 from __future__ import annotations
@@ -18,7 +13,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -27,30 +21,38 @@ from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
+from agent.layout import (
+    COMMITS,
+    DAMAGED,
+    LOCK,
+    MANIFEST,
+    NEWEST_RELEASE,
+    POINTER,
+    PRUNED,
+    RELEASE,
+    RELEASE_IN_COMMIT,
+    REPORT,
+    STAGING,
+    commit_name,
+    commit_number,
+)
 from agent.values import Commit, Outcome
-from exporter.release import RELEASE
+from exporter.files import link_or_copy, point, sync, sync_folders
 from streams.record import Offsets, Partition
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
-MANIFEST = "manifest.json"
 _PACKAGES = (
     "gapstream", "torch", "open_clip_torch", "timm", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy",
 )  # fmt: skip
-_NUMBER = re.compile(r"\d{6,}")
 
 Files = Mapping[str, tuple[int, str]]
 """Path relative to the commit's folder -> (size in bytes, sha256)."""
 
 
-_RELEASE = "release/"
-NEWEST_RELEASE = Path("CURRENT/release")
-"""Where readers are sent unless an older release is pinned (agent.releases)."""
-
-
 @dataclass(frozen=True)
-class Facts:
+class Provenance:
     """What a commit records beside the outcome."""
 
     fingerprint: str
@@ -92,12 +94,12 @@ def seal(folder: Path) -> dict[str, tuple[int, str]]:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
                 os.fsync(file.fileno())
             files[path.relative_to(folder).as_posix()] = (path.stat().st_size, digest)
-    _sync_folders(folder)
+    sync_folders(folder)
     return files
 
 
 @dataclass(frozen=True)
-class _Known:
+class _Verified:
     commit: Commit
     files: Files
 
@@ -107,11 +109,11 @@ class CommitStore:
 
     def __init__(self, path: Path, keep: int) -> None:
         self.path = path.absolute()
-        self._commits = self.path / "commits"
-        self._pointer = self.path / "CURRENT"
+        self._commits = self.path / COMMITS
+        self._pointer = self.path / POINTER
         self._keep = keep
         self._lock: IO[str] | None = None
-        self._last: _Known | None = None
+        self._last: _Verified | None = None
 
     def lock(self) -> None:
         """Become the only agent on this folder, creating it when needed, until `close` or the end of the process.
@@ -120,7 +122,7 @@ class CommitStore:
         """
         with self._writing():
             self._commits.mkdir(parents=True, exist_ok=True)
-            file = (self.path / "lock").open("a+")
+            file = (self.path / LOCK).open("a+")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -196,7 +198,7 @@ class CommitStore:
         with self._writing():
             for link in (self._pointer, self.path / RELEASE):
                 link.with_name(f"{link.name}.new").unlink(missing_ok=True)
-            for folder in [*self._commits.glob("*.staging"), *self._commits.glob("*.pruned")]:
+            for folder in [*self._commits.glob(f"*{STAGING}"), *self._commits.glob(f"*{PRUNED}")]:
                 shutil.rmtree(folder)
             for number in self._numbers():
                 if target is not None and number > target:
@@ -204,14 +206,14 @@ class CommitStore:
 
     def stage(self) -> Path:
         """An empty folder for the next commit; an earlier one that was not committed is emptied."""
-        staging = self._folder(self._next).with_suffix(".staging")
+        staging = self._folder(self._next).with_suffix(STAGING)
         with self._writing():
             if staging.exists():
                 shutil.rmtree(staging)
             staging.mkdir()
         return staging
 
-    def commit(self, outcome: Outcome, facts: Facts) -> Commit:
+    def commit(self, outcome: Outcome, provenance: Provenance) -> Commit:
         """Make `outcome` the current commit; from the return on, a crash continues from here.
 
         `outcome.staging` is the folder `stage` gave, sealed. When it has no `release/`, the release of the commit
@@ -219,39 +221,45 @@ class CommitStore:
         changed then.
         """
         files = dict(outcome.files)
-        if self._last and not any(name.startswith(_RELEASE) for name in files):
+        if self._last and not any(_is_of_release(name) for name in files):
             files |= self._link(
-                outcome.staging, {name: file for name, file in self._last.files.items() if name.startswith(_RELEASE)}
+                outcome.staging, {name: file for name, file in self._last.files.items() if _is_of_release(name)}
             )
-        return self._publish(outcome.staging, files, outcome.next_offsets, outcome.task, outcome.classes, facts)
+        return self._publish(outcome.staging, files, outcome.next_offsets, outcome.task, outcome.classes, provenance)
 
-    def carry(self, offsets: Offsets, task: int, facts: Facts) -> Commit:
+    def carry(self, offsets: Offsets, task: int, provenance: Provenance) -> Commit:
         """Commit `offsets` with nothing newly learned: all else is the commit before, linked.
 
         `task` is the number of the last task that is over, learned or not.
         """
         staging = self.stage()
         files = self._link(staging, self._last.files) if self._last else {}
-        return self._publish(staging, files, offsets, task, self._last.commit.classes if self._last else (), facts)
+        return self._publish(staging, files, offsets, task, self._last.commit.classes if self._last else (), provenance)
 
     def _publish(
-        self, staging: Path, files: Files, offsets: Offsets, tasks: int, classes: tuple[str, ...], facts: Facts
+        self,
+        staging: Path,
+        files: Files,
+        offsets: Offsets,
+        tasks: int,
+        classes: tuple[str, ...],
+        provenance: Provenance,
     ) -> Commit:
         number = self._next
-        seen = dict.fromkeys([*(self._last.commit.seen if self._last else ()), *facts.classes])
+        seen = dict.fromkeys([*(self._last.commit.seen if self._last else ()), *provenance.classes])
         body = {
             "format": FORMAT,
             "number": number,
             "parent": self._last.commit.number if self._last else None,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "offsets": sorted([partition.topic, partition.number, offset] for partition, offset in offsets.items()),
-            "fingerprint": facts.fingerprint,
+            "fingerprint": provenance.fingerprint,
             "classes": list(classes),
             "seen": list(seen),
             "tasks": tasks,
-            "totals": dict(facts.totals),
+            "totals": dict(provenance.totals),
             "files": {name: list(entry) for name, entry in sorted(files.items())},
-            "config": dict(facts.config),
+            "config": dict(provenance.config),
             "versions": _versions(),
         }
         with self._writing():
@@ -260,16 +268,16 @@ class CommitStore:
                 json.dump(body | {"sha256": _digest(body)}, file, indent=1)
                 file.flush()
                 os.fsync(file.fileno())
-            _sync_folders(staging)
+            sync_folders(staging)
             staging.rename(self._folder(number))
-            _sync(self._commits)
+            sync(self._commits)
             self._point(number)
-            self._last = _Known(self._describe(number, body), files)
+            self._last = _Verified(self._describe(number, body), files)
             for old in sorted(self._numbers())[: -self._keep]:
                 self._delete(old)
         return self._last.commit
 
-    def _read(self, number: int) -> _Known:
+    def _read(self, number: int) -> _Verified:
         folder = self._folder(number)
         try:
             body = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -292,11 +300,11 @@ class CommitStore:
                 raise _Damaged(f"{name}: {error.strerror}") from error
             if found != digest:
                 raise _Damaged(f"{name} has sha256 {found[:12]}..., expected {digest[:12]}... and {size} bytes")
-        return _Known(self._describe(number, body), files)
+        return _Verified(self._describe(number, body), files)
 
     def _describe(self, number: int, body: Mapping[str, Any]) -> Commit:
         folder = self._folder(number)
-        report = folder / "report.json"
+        report = folder / REPORT
         return Commit(
             number=number,
             path=folder,
@@ -305,8 +313,8 @@ class CommitStore:
             classes=tuple(body["classes"]),
             tasks=body["tasks"],
             totals=body["totals"],
-            report=json.loads(report.read_text(encoding="utf-8")) if "report.json" in body["files"] else {},
-            release=folder / "release" if any(name.startswith(_RELEASE) for name in body["files"]) else None,
+            report=json.loads(report.read_text(encoding="utf-8")) if REPORT in body["files"] else {},
+            release=folder / RELEASE_IN_COMMIT if any(_is_of_release(name) for name in body["files"]) else None,
             seen=tuple(body["seen"]),
         )
 
@@ -317,15 +325,11 @@ class CommitStore:
             for name in files:
                 source, target = self._last.commit.path / name, staging / name
                 target.parent.mkdir(parents=True, exist_ok=True)
-                try:
-                    target.hardlink_to(source)
-                except OSError:
-                    shutil.copyfile(source, target)
-                    _sync(target)
+                link_or_copy(source, target)
         return files
 
     def _point(self, number: int) -> None:
-        point(self._pointer, Path("commits") / f"{number:06d}")
+        point(self._pointer, Path(COMMITS) / commit_name(number))
         if not (self.path / RELEASE).is_symlink():
             point(self.path / RELEASE, NEWEST_RELEASE)
 
@@ -339,12 +343,12 @@ class CommitStore:
             raise StateError(
                 f"{self._pointer} is not a symlink; delete it, and the newest intact commit will be taken"
             ) from error
-        if not _NUMBER.fullmatch(name):
+        if commit_number(name) is None:
             raise StateError(f"{self._pointer} names {name!r}, not a commit; delete it to take the newest intact one")
-        return int(name)
+        return commit_number(name)
 
     def _set_aside(self, number: int) -> None:
-        aside = self._folder(number).with_suffix(".damaged")
+        aside = self._folder(number).with_suffix(DAMAGED)
         with self._writing():
             if aside.exists():
                 shutil.rmtree(aside)
@@ -352,15 +356,15 @@ class CommitStore:
 
     def _delete(self, number: int) -> None:
         """In two steps, so that a folder with a commit's name is never half deleted."""
-        doomed = self._folder(number).with_suffix(".pruned")
+        doomed = self._folder(number).with_suffix(PRUNED)
         self._folder(number).rename(doomed)
         shutil.rmtree(doomed)
 
     def _numbers(self) -> list[int]:
-        return [int(path.name) for path in self._commits.glob("*") if _NUMBER.fullmatch(path.name)]
+        return [n for path in self._commits.glob("*") if (n := commit_number(path.name)) is not None]
 
     def _folder(self, number: int) -> Path:
-        return self._commits / f"{number:06d}"
+        return self._commits / commit_name(number)
 
     @property
     def _next(self) -> int:
@@ -377,13 +381,8 @@ class CommitStore:
             ) from error
 
 
-def point(link: Path, target: Path) -> None:
-    """Make `link` a symlink to `target` by one rename that survives a power cut."""
-    new = link.with_name(f"{link.name}.new")
-    new.unlink(missing_ok=True)
-    new.symlink_to(target)
-    new.replace(link)
-    _sync(link.parent)
+def _is_of_release(name: str) -> bool:
+    return name.startswith(f"{RELEASE_IN_COMMIT}/")
 
 
 def _check_present(folder: Path, files: Files) -> None:
@@ -406,17 +405,3 @@ def _versions() -> dict[str, str]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found
-
-
-def _sync_folders(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder]:
-        if path.is_dir():
-            _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -16,7 +16,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
-from agent.commits import CommitStore, Facts
+from agent.commits import CommitStore, Provenance
+from agent.layout import has_learned
 from agent.values import Commit, Outcome, Progress
 from agent.worker import Worker, WorkerDied
 from streams.buffer import Task, TaskBuffer
@@ -211,7 +212,7 @@ class Pipeline:
 
     def _outcome(self, task: Task, outcome: Outcome) -> _Settlement:
         def commit() -> Commit:
-            made = self.commits.commit(outcome, self._facts(task, self._totals(task, outcome)))
+            made = self.commits.commit(outcome, self._provenance(task, self._totals(task, outcome)))
             self.metrics.committed(made, outcome)
             return made
 
@@ -220,7 +221,7 @@ class Pipeline:
 
     def _quarantine(self, task: Task, why: str) -> _Settlement:
         def commit() -> Commit:
-            made = self.commits.carry(task.next_offsets, task.number, self._facts(task, self._totals(task, None)))
+            made = self.commits.carry(task.next_offsets, task.number, self._provenance(task, self._totals(task, None)))
             self.metrics.restored(made)
             return made
 
@@ -294,7 +295,7 @@ class Pipeline:
             log.warning("what was rejected since the last commit will be read again: %s", error)
             return
         tasks, totals = (self.commit.tasks, self.commit.totals) if self.commit else (0, {})
-        self.commit = self.commits.carry(offsets, tasks, self._facts(None, totals))
+        self.commit = self.commits.carry(offsets, tasks, self._provenance(None, totals))
         self.source.acknowledge(self.commit.offsets)
 
     def _report(self) -> None:
@@ -309,10 +310,10 @@ class Pipeline:
     @property
     def _learned(self) -> Path | None:
         """Folder of the commit a learner is set up from; None while nothing has been learned."""
-        return self.commit.path if self.commit and (self.commit.path / "learner.json").exists() else None
+        return self.commit.path if self.commit and has_learned(self.commit.path) else None
 
-    def _facts(self, task: Task | None, totals: Mapping[str, float]) -> Facts:
-        return Facts(self.source.fingerprint, task.classes if task else (), totals, self.config)
+    def _provenance(self, task: Task | None, totals: Mapping[str, float]) -> Provenance:
+        return Provenance(self.source.fingerprint, task.classes if task else (), totals, self.config)
 
     def _totals(self, task: Task, outcome: Outcome | None) -> dict[str, float]:
         """The counters after `task`; `outcome` is None when it was quarantined."""

@@ -1,35 +1,38 @@
-"""Which release readers follow: `gapstream releases`, `gapstream rollback`, and the Triton repository beside it.
-
-<state>/RELEASE          symlink: CURRENT/release, or pinned/<number>
-<state>/pinned/<number>/ the release of commit <number>, linked, so that it outlives the commit
-"""
+"""Which release readers follow: the newest, or one that is pinned; and the Triton repository beside them."""
 
 from __future__ import annotations
 
-import argparse
 import logging
-import os
 import queue
 import shutil
 import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-from agent.commits import NEWEST_RELEASE, point
 from agent.config import Release as Settings
+from agent.layout import (
+    COMMITS,
+    NEWEST_RELEASE,
+    PINNED,
+    RELEASE,
+    RELEASE_IN_COMMIT,
+    STAGING,
+    commit_name,
+    commit_number,
+)
 from agent.values import Commit
 from exporter import release as releases
 from exporter import triton
-from exporter.release import RELEASE, Release, ReleaseError
+from exporter.files import link_or_copy, point
+from exporter.release import Release, ReleaseError
 
 log = logging.getLogger(__name__)
 
-_PINNED = "pinned"
 _CLOSE_S = 5
 
 
 @dataclass(frozen=True)
-class Known:
+class KeptRelease:
     """A release that readers can be sent to."""
 
     number: int
@@ -37,14 +40,15 @@ class Known:
     release: Release
 
 
-def known(state: Path) -> list[Known]:
+def kept_releases(state: Path) -> list[KeptRelease]:
     """The releases of all kept commits and the pinned one, oldest first. Unreadable ones are left out with a warning.
 
     Commits that only carry on the release before them are left out too.
     """
-    folders = {int(path.parent.name): path for path in state.glob("commits/[0-9]*/release") if _is_number(path.parent)}
-    folders = {int(path.name): path for path in state.glob(f"{_PINNED}/*") if _is_number(path)} | folders
-    found: list[Known] = []
+    committed = [(path.parent.name, path) for path in state.glob(f"{COMMITS}/*/{RELEASE_IN_COMMIT}")]
+    held = [(path.name, path) for path in state.glob(f"{PINNED}/*")]
+    folders = {number: path for name, path in held + committed if (number := commit_number(name)) is not None}
+    found: list[KeptRelease] = []
     for number, folder in sorted(folders.items()):
         try:
             release = releases.read(folder)
@@ -52,7 +56,7 @@ def known(state: Path) -> list[Known]:
             log.warning("%s", error)
             continue
         if not found or release.id != found[-1].release.id:
-            found.append(Known(number, release))
+            found.append(KeptRelease(number, release))
     return found
 
 
@@ -62,7 +66,7 @@ def pinned(state: Path) -> int | None:
         target = (state / RELEASE).readlink()
     except OSError:
         return None
-    return int(target.name) if target.parent.name == _PINNED and _is_number(target) else None
+    return commit_number(target.name) if target.parent.name == PINNED else None
 
 
 def pin(state: Path, number: int) -> Release:
@@ -70,20 +74,18 @@ def pin(state: Path, number: int) -> Release:
 
     Raises ReleaseError when there is no such release or it is damaged; readers stay where they were.
     """
-    folder = state / _PINNED / f"{number:06d}"
-    source = state / "commits" / folder.name / "release"
+    folder = state / PINNED / commit_name(number)
+    source = state / COMMITS / folder.name / RELEASE_IN_COMMIT
     if not folder.exists():
         release = releases.read(source)
-        staging = folder.with_suffix(".staging")
+        staging = folder.with_suffix(STAGING)
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
         for name in (*release.files, releases.MANIFEST):
             try:
-                os.link(source / name, staging / name)
+                link_or_copy(source / name, staging / name)
             except FileNotFoundError as error:
                 raise ReleaseError(f"commit {number} was deleted just now; choose a newer one") from error
-            except OSError:  # no hard links here
-                shutil.copyfile(source / name, staging / name)
         staging.rename(folder)
     release = releases.read(folder)
     try:
@@ -93,7 +95,7 @@ def pin(state: Path, number: int) -> Release:
             shutil.rmtree(folder)
         raise
     point(state / RELEASE, folder.relative_to(state))
-    for other in (state / _PINNED).iterdir():
+    for other in (state / PINNED).iterdir():
         if other != folder:
             shutil.rmtree(other)
     return release
@@ -103,7 +105,7 @@ def unpin(state: Path) -> Release:
     """Send readers to the newest release again, now and whenever there is a newer one. Raises ReleaseError."""
     newest = releases.read((state / NEWEST_RELEASE).resolve())
     point(state / RELEASE, NEWEST_RELEASE)
-    shutil.rmtree(state / _PINNED, ignore_errors=True)
+    shutil.rmtree(state / PINNED, ignore_errors=True)
     return newest
 
 
@@ -161,53 +163,3 @@ class Publisher:
                 publish(self._settings, self._state, commit.number, commit.release)
             except (ReleaseError, OSError) as error:
                 log.error("the release of commit %06d is not in the Triton repository: %s", commit.number, error)
-
-
-def releases_command(arguments: argparse.Namespace) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    from agent.cli import config_from
-
-    state = config_from(arguments).state.path
-    found, held = known(state), pinned(state)
-    if not found:
-        raise ReleaseError(f"nothing is released in {state} yet")
-    table = Table("commit", "release", "made (UTC)", "classes", "accuracy", "forms", "parity", "")
-    followed = held if held is not None else found[-1].number
-    for entry in found:
-        release, accuracy = entry.release, entry.release.facts.get("accuracy")
-        forms = [release.precision, *(name for name in release.variants if release.offers(name))]
-        table.add_row(
-            str(entry.number),
-            release.id,
-            release.created.removesuffix("+00:00").replace("T", " "),
-            str(len(release.classes)),
-            "" if accuracy is None else f"{accuracy:.1%}",
-            ", ".join(forms),
-            f"{release.parity.probabilities:.1g}",
-            ("readers are held here" if held else "readers are here") if entry.number == followed else "",
-        )
-    Console().print(table)
-
-
-def rollback_command(arguments: argparse.Namespace) -> None:
-    from agent.cli import config_from
-
-    config = config_from(arguments)
-    state = config.state.path
-    if arguments.newest:
-        release = unpin(state)
-        number = int(release.path.parent.name)
-        print(f"readers follow the newest release again: {release.id} of commit {number}")
-    else:
-        number = arguments.number
-        release = pin(state, number)
-        print(f"readers are held at release {release.id} of commit {number}; the learner goes on")
-        print("`gapstream rollback --newest` lets them follow it again")
-    if config.release.layout == "triton":
-        publish(config.release, state, number, release.path)
-
-
-def _is_number(path: Path) -> bool:
-    return path.name.isdecimal()

@@ -18,13 +18,22 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from agent import methods
-from agent.clip import load_clip
 from agent.commits import seal
 from agent.config import Config
-from agent.evaluation import Evaluator, add_phase
-from agent.holdout import HoldOut
-from agent.images import LoadedImages, TokensAt, load_tokens
+from agent.layout import (
+    LEARNER_TENSORS,
+    LEARNER_VALUES,
+    RELEASE_IN_COMMIT,
+    REPORT,
+    SCRATCH,
+    current_commit,
+    has_learned,
+)
 from agent.methods.base import LearnerState, TaskData
+from agent.model.clip import load_clip
+from agent.model.images import LoadedImages, TokensAt, load_tokens
+from agent.scoring.evaluator import Evaluator, add_phase
+from agent.scoring.holdout import HoldOut
 from agent.values import LateRejection, Outcome, Progress, Update
 from exporter.onnx import Labelled, OnnxExporter, Text
 from exporter.preprocess import decode
@@ -36,21 +45,20 @@ from streams.spool import Sample
 
 log = logging.getLogger(__name__)
 
-TENSORS, FACTS, REPORT, RELEASE = "learner.safetensors", "learner.json", "report.json", "release"
 CHECK_IMAGES = 8
 """Images a release is checked on; the exporter repeats them up to its largest batch and ships a few of them."""
 ACCURACY_IMAGES = 500
 """Held-out images at most that the smaller forms of a release are scored on; they are in memory all at once."""
 _PACKAGES = ("gapstream", "torch", "open_clip_torch", "timm", "numpy", "pillow")
 
-Report = Callable[[Progress], None]
+OnProgress = Callable[[Progress], None]
 
 
 class LearnerError(Exception):
     """A checkpoint cannot be continued; the message says what differs and what to do."""
 
 
-class Learner:
+class Trainer:
     """Continues from the commit at `commit` (None: nothing learned yet). Runs in one thread of its own process."""
 
     def __init__(self, config: Config, commit: Path | None) -> None:
@@ -79,30 +87,32 @@ class Learner:
             release.opset, release.max_batch, release.parity_atol, config.model.threads, release.precisions
         )
 
-    def learn(self, task: Task, staging: Path, report: Report) -> Outcome:
+    def learn(self, task: Task, staging: Path, on_progress: OnProgress) -> Outcome:
         """Decode, predict, update, score, release, save: the next commit but its manifest, in `staging`."""
         parent = _parent(staging)
         started = time.perf_counter()
-        loaded = self._decode(task, report)
+        loaded = self._decode(task, on_progress)
         decoded = time.perf_counter()
         good = [task.samples[i] for i in loaded.kept]
         choices = self._holdout.split(good)
         data = _task_data(task, good, [i for i, choice in enumerate(choices) if choice == "train"], loaded)
-        before = self._evaluator.before(self._method, self._module, data, report)
-        update = self._update(data, report)
+        before = self._evaluator.before(self._method, self._module, data, on_progress)
+        update = self._update(data, on_progress)
         if update is not None:
             self._module = self._method.inference_module()
-        scores = self._evaluator.after(self._method, self._module, data, update, before, _last_report(parent), report)
+        scores = self._evaluator.after(
+            self._method, self._module, data, update, before, _last_report(parent), on_progress
+        )
         add_phase(scores, "decode", decoded - started)
         scores |= self.facts()
 
         exporting = time.perf_counter()
-        report(Progress("export", task.number))
+        on_progress(Progress("export", task.number))
         held = [sample for sample, choice in zip(good, choices, strict=True) if choice == "hold"]
-        refused = self._release(task, held, scores, staging, parent and parent / RELEASE)
+        refused = self._release(task, held, scores, staging, parent and parent / RELEASE_IN_COMMIT)
         add_phase(scores, "export", time.perf_counter() - exporting)
 
-        report(Progress("commit", task.number))
+        on_progress(Progress("commit", task.number))
         self._save(staging)
         self._holdout.write(staging, parent)
         (staging / REPORT).write_text(json.dumps(scores, indent=1, allow_nan=False), encoding="utf-8")
@@ -120,23 +130,23 @@ class Learner:
             rejected=tuple(_late(task.samples[i], error.reason, error.detail) for i, error in loaded.failed),
         )
 
-    def _decode(self, task: Task, report: Report) -> LoadedImages:
+    def _decode(self, task: Task, on_progress: OnProgress) -> LoadedImages:
         count = len(task.samples)
-        report(Progress("decode", task.number, steps=count))
+        on_progress(Progress("decode", task.number, steps=count))
         return load_tokens(
             [sample.read for sample in task.samples],
             self._clip,
             max_pixels=self._config.source.max_image_pixels,
             cache_bytes=self._config.method.cache_bytes,
-            scratch=self._config.state.path / "scratch",
-            advance=lambda done: report(Progress("decode", task.number, step=done, steps=count)),
+            scratch=self._config.state.path / SCRATCH,
+            advance=lambda done: on_progress(Progress("decode", task.number, step=done, steps=count)),
         )
 
-    def _update(self, data: TaskData, report: Report) -> Update | None:
+    def _update(self, data: TaskData, on_progress: OnProgress) -> Update | None:
         if not len(data):
             log.warning("task %d has no image to learn: none could be decoded, or all are held out", data.number)
             return None
-        return self._method.update(data, report)
+        return self._method.update(data, on_progress)
 
     def _release(
         self, task: Task, held: Sequence[Sample], scores: dict[str, Any], staging: Path, before: Path | None
@@ -167,7 +177,7 @@ class Learner:
                     module,
                     self._clip.preprocess,
                     facts,
-                    staging / RELEASE,
+                    staging / RELEASE_IN_COMMIT,
                     self._check_images(held),
                     self._accuracy_images(module.classes),
                     text,
@@ -225,9 +235,9 @@ class Learner:
 
     def _save(self, staging: Path) -> None:
         state = self._method.state()
-        save_file({k: v.detach().cpu().contiguous() for k, v in state.tensors.items()}, staging / TENSORS)
+        save_file({k: v.detach().cpu().contiguous() for k, v in state.tensors.items()}, staging / LEARNER_TENSORS)
         facts = {**self._learned_by(), "facts": dict(state.facts)}
-        (staging / FACTS).write_text(json.dumps(facts, indent=1, ensure_ascii=False), encoding="utf-8")
+        (staging / LEARNER_VALUES).write_text(json.dumps(facts, indent=1, ensure_ascii=False), encoding="utf-8")
 
     def _learned_by(self) -> dict[str, Any]:
         """What a checkpoint's numbers mean something under."""
@@ -235,17 +245,17 @@ class Learner:
         return {"method": method.name, "lora": method.lora.model_dump(), "model": self._clip.identity}
 
     def _load(self, commit: Path) -> None:
-        if not (commit / FACTS).exists():  # only rejected records so far
+        if not has_learned(commit):  # only rejected records so far
             return
-        saved = json.loads((commit / FACTS).read_text(encoding="utf-8"))
+        saved = json.loads((commit / LEARNER_VALUES).read_text(encoding="utf-8"))
         wanted = self._learned_by()
-        if _told_apart_by(saved) != _told_apart_by(wanted):
+        if _compatibility(saved) != _compatibility(wanted):
             raise LearnerError(
-                f"{commit} was learned by {_told(saved)}, but the configuration says {_told(wanted)}. Nothing was "
-                "changed: restore the configuration, or set state.path to a new folder to start over"
+                f"{commit} was learned by {_in_words(saved)}, but the configuration says {_in_words(wanted)}. Nothing "
+                "was changed: restore the configuration, or set state.path to a new folder to start over"
             )
         try:
-            self._method.load_state(LearnerState(load_file(commit / TENSORS), saved["facts"]))
+            self._method.load_state(LearnerState(load_file(commit / LEARNER_TENSORS), saved["facts"]))
         except (KeyError, RuntimeError) as error:  # what torch says of other names and other shapes
             raise LearnerError(
                 f"{commit} was learned with other settings below method.{self._method.name} than the configuration "
@@ -262,8 +272,7 @@ class Learner:
 
 def _parent(staging: Path) -> Path | None:
     """The current commit's folder: what was learned last, perhaps carried on by a commit that learned nothing."""
-    current = staging.parent.parent / "CURRENT"
-    return current.resolve() if current.exists() else None
+    return current_commit(staging.parent.parent)
 
 
 def _last_report(parent: Path | None) -> dict[str, Any] | None:
@@ -285,11 +294,11 @@ def _late(sample: Sample, reason: str, detail: str) -> LateRejection:
     return LateRejection(sample.partition, sample.offset, Reason(reason), detail)
 
 
-def _told_apart_by(learned: Mapping[str, Any]) -> tuple[Any, ...]:
+def _compatibility(learned: Mapping[str, Any]) -> tuple[Any, ...]:
     return learned["method"], learned["lora"], learned["model"]["sha256"], learned["model"]["prompt"]
 
 
-def _told(learned: Mapping[str, Any]) -> str:
+def _in_words(learned: Mapping[str, Any]) -> str:
     model, lora = learned["model"], learned["lora"]
     return (
         f"{learned['method']} (adapters of rank {lora['rank']}, alpha {lora['alpha']:g}) on {model['name']} "

@@ -26,14 +26,14 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from agent.config import Config
+from agent.process import LOG_FORMAT
 from agent.values import Outcome, Progress
 from streams.buffer import Task
 from streams.source import SpoolError
 
 log = logging.getLogger(__name__)
 
-LOG_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
-TRAINER = "agent.trainer:Learner"
+TRAINER = "agent.trainer:Trainer"
 _PROGRESS_EVERY_S = 0.1
 
 FailureKind = Literal["start", "error", "died", "silent"]
@@ -42,7 +42,7 @@ FailureKind = Literal["start", "error", "died", "silent"]
 class Learner(Protocol):
     """What runs in the worker. Built as `Class(config, commit)`; `commit` is None when nothing was learned yet."""
 
-    def learn(self, task: Task, staging: Path, report: Callable[[Progress], None]) -> Outcome: ...
+    def learn(self, task: Task, staging: Path, on_progress: Callable[[Progress], None]) -> Outcome: ...
 
 
 class WorkerDied(Exception):
@@ -281,18 +281,18 @@ def _child_main(config: Config, learner: str, commit: Path | None, tasks: Connec
     try:
         learning: Learner = _load(learner)(config, commit)
         news.send(_Ready())
-        report = _Reporter(news)
+        on_progress = _ProgressSender(news)
         while True:
             try:
                 task, staging = tasks.recv()
             except EOFError:
                 return
-            news.send(learning.learn(task, staging, report))
+            news.send(learning.learn(task, staging, on_progress))
     except Exception as error:
         news.send(_Failed.now(error))
 
 
-class _Reporter:
+class _ProgressSender:
     """Sends progress often enough to watch and seldom enough never to fill the pipe."""
 
     def __init__(self, news: Connection) -> None:

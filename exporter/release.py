@@ -30,7 +30,10 @@ GOLDEN = "golden.npz"
 TEXT = "text.onnx"
 TEXT_ROWS = "text.npy"
 TOKENIZER = "tokenizer.json"
+RELEASE_FOLDER = "release"
+"""The folder of a release inside a commit."""
 CURRENT = "CURRENT"
+"""Symlink in a state folder to the current commit."""
 RELEASE = "RELEASE"
 """Symlink in a state folder to the release readers follow: the current commit's, or an older one that is pinned."""
 
@@ -239,7 +242,7 @@ def _current(path: Path) -> Path:
     link = path / CURRENT
     if not link.exists():
         raise ReleaseError(f"no release in {path}: neither {MANIFEST} nor {CURRENT} is there; was a task learned yet?")
-    folder = link.resolve() / "release"
+    folder = link.resolve() / RELEASE_FOLDER
     if not folder.exists():
         raise ReleaseError(f"no release in {path}: the current commit {folder.parent.name} has none")
     return folder.resolve()

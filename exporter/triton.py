@@ -9,10 +9,10 @@ shapes to be completed from the model, and has one version served: the latest, o
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
+from exporter.files import link_or_copy, sync
 from exporter.release import MANIFEST, MODEL, Release
 
 _CONFIG = """\
@@ -57,7 +57,7 @@ def publish(
         staging = model / f".staging-{version}"
         _stage(release, staging)
         staging.rename(folder)
-        _sync(model)
+        sync(model)
     if config.read_text(encoding="utf-8") != text:
         _replace(config, text)
     for old in set(versions(repository, name)[:-keep]) - {pinned}:
@@ -81,37 +81,20 @@ def _stage(release: Release, staging: Path) -> None:
         target.mkdir()
     for name in release.files:
         if not name.startswith("model.") or name in parts:
-            _copy(release.path / name, (target if name in parts else staging) / name)
-    _copy(release.path / MANIFEST, staging / MANIFEST)
+            link_or_copy(release.path / name, (target if name in parts else staging) / name)
+    link_or_copy(release.path / MANIFEST, staging / MANIFEST)
     _write(staging / "labels.txt", "".join(f"{label}\n" for label in release.classes))
     for folder in {target, staging}:
-        _sync(folder)
-
-
-def _copy(source: Path, target: Path) -> None:
-    """A hard link where source and target share a file system (both are never changed), else a copy."""
-    try:
-        target.hardlink_to(source)
-    except OSError:
-        shutil.copyfile(source, target)
-        _sync(target)
+        sync(folder)
 
 
 def _write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
-    _sync(path)
+    sync(path)
 
 
 def _replace(path: Path, text: str) -> None:
     new = path.with_name(".config.new")
     _write(new, text)
     new.rename(path)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(path.parent)

@@ -33,7 +33,7 @@ class S3:
     secret_key: str = field(default="", repr=False)
 
 
-class Fetcher:
+class ImageStore:
     """Gets the bytes behind a URL. Used from several threads."""
 
     def __init__(

@@ -16,9 +16,9 @@ import binascii
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from streams.record import (
     Control,
@@ -59,12 +59,6 @@ class Claim:
     raw: Raw
 
 
-class Fetcher(Protocol):
-    """Gets the image behind a URL, see streams.claims."""
-
-    def fetch(self, url: str) -> bytes: ...
-
-
 class Codec:
     """Decodes messages within given limits. Never raises: what cannot be used comes out as Rejected."""
 
@@ -102,12 +96,12 @@ class Codec:
             return Rejected(partition, offset, why.reason, why.detail, raw)
         return Record(partition, offset, label, image, timestamp_s, raw)
 
-    def fetched(self, claim: Claim, fetcher: Fetcher | None) -> Record | Rejected:
-        """The record of a claim; its image is fetched here. Without a `fetcher` no image may be elsewhere."""
+    def fetched(self, claim: Claim, fetch: Callable[[str], bytes] | None) -> Record | Rejected:
+        """The record of a claim; its image is fetched here. Without a store no image may be elsewhere."""
         try:
-            if fetcher is None:
+            if fetch is None:
                 raise Unusable(Reason.FETCH_FORBIDDEN, f"{claim.url[:500]!r}: no prefix is allowed")
-            return self.redeem(claim, fetcher.fetch(claim.url))
+            return self.redeem(claim, fetch(claim.url))
         except Unusable as why:
             return Rejected(claim.partition, claim.offset, why.reason, why.detail, claim.raw)
         except Exception as error:
@@ -256,102 +250,3 @@ def encode_image(label: str, image: bytes) -> tuple[bytes, list[tuple[str, bytes
 def encode_control(kind: ControlKind) -> tuple[None, list[tuple[str, bytes]]]:
     """Value and headers of a mark. Its message needs a key, as a client may refuse to send neither key nor value."""
     return None, [(CONTROL, kind.value.encode())]
-
-
-_DETAIL_BYTES = 4096
-
-
-def dead_letter(rejected: Rejected, max_bytes: int) -> Raw:
-    """The message that sets a record aside: its own key, value and headers, and where it came from and why.
-
-    Origin and reason are headers named as Kafka Connect names them. A header without a value and a message without key
-    and value, which clients cannot send, are written so that `original` gives them back. What would be longer than
-    `max_bytes` goes without its value (hash and length stay), and if need be without key and headers.
-    """
-    raw = rejected.raw or Raw(None, None)
-    topic, partition = rejected.partition
-    notes: dict[str, object] = {
-        "__connect.errors.topic": topic,
-        "__connect.errors.partition": partition,
-        "__connect.errors.offset": rejected.offset,
-        "__connect.errors.connector.name": "gapstream",
-        "__connect.errors.task.id": 0,
-        "__connect.errors.stage": "VALUE_CONVERTER",
-        "__connect.errors.class.name": "streams.formats.Codec",
-        "__connect.errors.exception.class.name": f"gapstream.{rejected.reason}",
-        "__connect.errors.exception.message": _text(rejected.detail)[:_DETAIL_BYTES].decode("utf-8", "ignore"),
-        "gapstream.errors.reason": rejected.reason,
-    }
-    nulls = [str(index) for index, (_, value) in enumerate(raw.headers) if value is None]
-    if nulls:
-        notes["gapstream.errors.null-headers"] = ",".join(nulls)
-    key, value, headers = raw.key, raw.value, raw.headers
-    if message_size(key, value, headers) + 512 + _DETAIL_BYTES > max_bytes and value is not None:
-        notes["gapstream.errors.dropped"] = "value"
-        notes["gapstream.errors.value-bytes"] = len(value)
-        notes["gapstream.errors.value-sha256"] = hashlib.sha256(value).hexdigest()
-        value = None
-    if message_size(key, value, headers) + 512 + _DETAIL_BYTES > max_bytes:
-        notes["gapstream.errors.dropped"] = "key, value and headers"
-        key, headers = None, ()
-    if key is None and value is None:
-        notes["gapstream.errors.null-key"] = "true"
-        key = f"{topic}-{partition}-{rejected.offset}".encode()
-    written = tuple((name, content or b"") for name, content in headers)
-    notes["gapstream.errors.headers"] = len(written)
-    return Raw(key, value, written + tuple((name, str(note).encode()) for name, note in notes.items()))
-
-
-def _text(text: str) -> bytes:
-    return text.encode("utf-8", "backslashreplace")  # JSON can spell half a surrogate pair
-
-
-def message_size(key: bytes | None, value: bytes | None, headers: Sequence[tuple[str, bytes | None]]) -> int:
-    """Bytes a message takes, about and at least."""
-    written = sum(len(name.encode()) + len(content or b"") + 10 for name, content in headers)
-    return len(key or b"") + len(value or b"") + written
-
-
-@dataclass(frozen=True, slots=True)
-class Origin:
-    """What a dead letter says about its record."""
-
-    partition: Partition
-    offset: int
-    reason: str
-    detail: str
-    dropped: str
-    """What was too large to be kept; empty: nothing."""
-
-
-def origin(letter: Raw) -> Origin:
-    """Raises ValueError for a message that `dead_letter` did not write."""
-    notes = {name: (value or b"").decode("utf-8", "replace") for name, value in letter.headers}
-    try:
-        return Origin(
-            Partition(notes["__connect.errors.topic"], int(notes["__connect.errors.partition"])),
-            int(notes["__connect.errors.offset"]),
-            notes["gapstream.errors.reason"],
-            notes["__connect.errors.exception.message"],
-            notes.get("gapstream.errors.dropped", ""),
-        )
-    except KeyError as missing:
-        raise ValueError(f"not a dead letter of gapstream: no header {missing}") from None
-
-
-def original(letter: Raw) -> Raw:
-    """The message as it was before it became a dead letter, to be sent again.
-
-    Raises ValueError when parts of it were dropped, or for a message that `dead_letter` did not write.
-    """
-    notes = dict(letter.headers)
-    if "gapstream.errors.dropped" in notes:
-        dropped = (notes["gapstream.errors.dropped"] or b"").decode()
-        raise ValueError(f"cannot be sent again: its {dropped} was too large to be kept")
-    try:
-        count = int(notes["gapstream.errors.headers"] or b"")
-    except KeyError as missing:
-        raise ValueError(f"not a dead letter of gapstream: no header {missing}") from None
-    nulls = {int(index) for index in (notes.get("gapstream.errors.null-headers") or b"").split(b",") if index}
-    headers = tuple((name, None if at in nulls else value) for at, (name, value) in enumerate(letter.headers[:count]))
-    return Raw(None if "gapstream.errors.null-key" in notes else letter.key, letter.value, headers)

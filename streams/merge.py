@@ -56,8 +56,8 @@ class Merge(Generic[Entry]):
             return ()
         return [partition for partition, entries in self._waiting.items() if not entries]
 
-    def take(self, whatever: bool = False) -> list[Entry]:
-        """The entries whose place is certain; with `whatever`, also the others as far as they are known."""
+    def take(self, uncertain: bool = False) -> list[Entry]:
+        """The entries whose place is certain; with `uncertain`, also the others as far as they are known."""
         if len(self._waiting) == 1:
             (only,) = self._waiting.values()
             entries = [entry for _, entry in only]
@@ -66,7 +66,7 @@ class Merge(Generic[Entry]):
         taken: list[Entry] = []
         heads = [(queue[0][0], partition) for partition, queue in self._waiting.items() if queue]
         heapq.heapify(heads)
-        certain = float("inf") if whatever else self._certain_ms()
+        certain = float("inf") if uncertain else self._certain_ms()
         while heads:
             timestamp, first = heads[0]
             if timestamp >= certain:
@@ -77,7 +77,7 @@ class Merge(Generic[Entry]):
                 heapq.heapreplace(heads, (queue[0][0], first))
             else:
                 heapq.heappop(heads)
-                certain = min(certain, self._quiet[first] - self._wait_ms) if not whatever else certain
+                certain = min(certain, self._quiet[first] - self._wait_ms) if not uncertain else certain
         return taken
 
     def _certain_ms(self) -> float:

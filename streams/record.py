@@ -50,6 +50,10 @@ class Reason(enum.StrEnum):
     TASK_FAILED = "task_failed"
 
 
+MESSAGE_OVERHEAD = 500
+_HEADER_OVERHEAD = 150
+
+
 @dataclass(frozen=True, slots=True)
 class Raw:
     """The message as it came, kept so that a dead letter can carry it unchanged."""
@@ -57,6 +61,16 @@ class Raw:
     key: bytes | None
     value: bytes | None
     headers: tuple[tuple[str, bytes | None], ...] = ()
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes the message takes in memory, about: what it carries, and the objects around it."""
+        return (
+            MESSAGE_OVERHEAD
+            + len(self.key or b"")
+            + len(self.value or b"")
+            + sum(len(name) + len(value or b"") + _HEADER_OVERHEAD for name, value in self.headers)
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,8 +4,9 @@ import logging
 import sys
 import threading
 
-from agent.cli import run_agent, stop_on_signals
 from agent.config import load
+from agent.process import stop_on_signals
+from agent.run import run_agent
 from tests.fakes import FAKE_LEARNER
 
 if __name__ == "__main__":

@@ -13,16 +13,16 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from agent import bench as module
-from agent.bench import Run, bench, optimised, peak_memory, run_one, settings, split_methods
-from agent.bench_data import BenchError, Listing, list_images, load_data
-from agent.bench_table import mean_and_spread
+from agent.bench import runs as module
+from agent.bench.data import BenchError, Listing, list_images, load_data
+from agent.bench.runs import Run, bench, optimised, peak_memory, run_one, settings, split_methods
+from agent.bench.tables import mean_and_spread
 from agent.cli import main
-from agent.clip import Clip, load_clip
 from agent.config import Config, ConfigError, load
-from agent.evaluation import Evaluator
-from agent.holdout import HoldOut
 from agent.methods import build
+from agent.model.clip import Clip, load_clip
+from agent.scoring.evaluator import Evaluator
+from agent.scoring.holdout import HoldOut
 from streams.archive import ArchiveFolder
 from tests.tiny import silent
 

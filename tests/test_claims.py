@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from streams.claims import S3, Fetcher, check_prefix, signed
+from streams.claims import S3, ImageStore, check_prefix, signed
 from streams.record import Reason, Unusable
 
 
@@ -56,7 +56,7 @@ def server() -> Iterator[tuple[str, list[tuple[str, str | None]]]]:
     http.server_close()
 
 
-def reason(fetcher: Fetcher, url: str) -> Reason:
+def reason(fetcher: ImageStore, url: str) -> Reason:
     with pytest.raises(Unusable) as why:
         fetcher.fetch(url)
     return why.value.reason
@@ -65,7 +65,7 @@ def reason(fetcher: Fetcher, url: str) -> Reason:
 def test_an_allowed_image_is_fetched_and_a_busy_server_is_asked_again(server) -> None:
     base, seen = server
     waits: list[float] = []
-    fetcher = Fetcher([f"{base}/a/"], 1000, sleep=waits.append)
+    fetcher = ImageStore([f"{base}/a/"], 1000, sleep=waits.append)
     assert fetcher.fetch(f"{base}/a/ok.jpg") == b"image"
     assert fetcher.fetch(f"{base}/a/busy") == b"image"
     assert waits == [0.5] and len(seen) == 3
@@ -83,7 +83,7 @@ def test_an_allowed_image_is_fetched_and_a_busy_server_is_asked_again(server) ->
 )
 def test_what_cannot_be_had_has_a_reason(name: str, expected: Reason, asked: int, server) -> None:
     base, seen = server
-    assert reason(Fetcher([f"{base}/"], 1000, sleep=lambda s: None), f"{base}/{name}") == expected
+    assert reason(ImageStore([f"{base}/"], 1000, sleep=lambda s: None), f"{base}/{name}") == expected
     assert len(seen) == asked
 
 
@@ -108,7 +108,7 @@ def test_what_cannot_be_had_has_a_reason(name: str, expected: Reason, asked: int
 )
 def test_nothing_outside_an_allowed_prefix_is_asked_for(rest: str, server) -> None:
     base, seen = server
-    assert reason(Fetcher([f"{base}/a/"], 1000), base + rest) == Reason.FETCH_FORBIDDEN
+    assert reason(ImageStore([f"{base}/a/"], 1000), base + rest) == Reason.FETCH_FORBIDDEN
     assert not seen
 
 
@@ -117,19 +117,19 @@ def test_files_are_read_below_the_allowed_folder_only(tmp_path: Path) -> None:
     (tmp_path / "in/a b.jpg").write_bytes(b"image")
     (tmp_path / "secret").write_bytes(b"secret")
     (tmp_path / "in/link").symlink_to(tmp_path / "secret")
-    fetcher = Fetcher([f"file://{tmp_path}/in/"], 5)
+    fetcher = ImageStore([f"file://{tmp_path}/in/"], 5)
     assert fetcher.fetch(f"file://{tmp_path}/in/a%20b.jpg") == b"image"
     assert reason(fetcher, f"file://{tmp_path}/in/link") == Reason.FETCH_FORBIDDEN
     assert reason(fetcher, f"file://{tmp_path}/secret") == Reason.FETCH_FORBIDDEN
     assert reason(fetcher, f"file://{tmp_path}/in/none") == Reason.FETCH_FAILED
     assert reason(fetcher, f"file://{tmp_path}/in/") == Reason.FETCH_FAILED
-    assert reason(Fetcher([f"file://{tmp_path}/"], 5), f"file://{tmp_path}/secret") == Reason.TOO_LARGE
+    assert reason(ImageStore([f"file://{tmp_path}/"], 5), f"file://{tmp_path}/secret") == Reason.TOO_LARGE
 
 
 def test_s3_is_asked_at_its_endpoint_with_a_signature_when_there_are_keys(server) -> None:
     base, seen = server
-    assert Fetcher(["s3://bucket/a/"], 9, s3=S3(base)).fetch("s3://bucket/a/ok.jpg") == b"image"
-    assert Fetcher(["s3://bucket/"], 9, s3=S3(base, "eu", "id", "key")).fetch("s3://bucket/ok.jpg") == b"image"
+    assert ImageStore(["s3://bucket/a/"], 9, s3=S3(base)).fetch("s3://bucket/a/ok.jpg") == b"image"
+    assert ImageStore(["s3://bucket/"], 9, s3=S3(base, "eu", "id", "key")).fetch("s3://bucket/ok.jpg") == b"image"
     (first, nobody), (second, who) = seen
     assert (first, nobody, second) == ("/bucket/a/ok.jpg", None, "/bucket/ok.jpg")
     assert who and who.startswith("AWS4-HMAC-SHA256 Credential=id/") and "/eu/s3/aws4_request" in who

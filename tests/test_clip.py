@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from agent.clip import Clip, ModelError, load_clip
 from agent.config import Model
+from agent.model.clip import Clip, ModelError, load_clip
 from tests.tiny import TEXT, VISION, tiny_clip, tiny_model, tiny_timm_clip
 
 NAMES = ["cat", "a very long name of a thing that fills the context and more and more", "dog"]

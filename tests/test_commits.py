@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.commits import CommitStore, Facts, StateError, StateLocked, _digest, seal
+from agent.commits import CommitStore, Provenance, StateError, StateLocked, _digest, seal
 from agent.values import Commit, Outcome
 from tests.fakes import LIST, write_release
 
@@ -53,8 +53,8 @@ def staged(store: CommitStore, task: int, release: bool = True) -> Outcome:
     )
 
 
-def facts(task: int) -> Facts:
-    return Facts("print", ("cat", f"class {task}"), {"records": 10.0 * task}, {"task": {"samples": 3}})
+def facts(task: int) -> Provenance:
+    return Provenance("print", ("cat", f"class {task}"), {"records": 10.0 * task}, {"task": {"samples": 3}})
 
 
 def committed(store: CommitStore, task: int, release: bool = True) -> Commit:

@@ -6,7 +6,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 from rich.console import Console
 
-from agent import demo
+from agent.commands import demo
 from agent.commits import seal
 from agent.values import Commit, Outcome, Progress
 from exporter.metrics import Metrics

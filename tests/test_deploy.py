@@ -1,6 +1,5 @@
 """What is shipped beside the code says what the code does: alert rules, dashboard, service unit."""
 
-import argparse
 import json
 import re
 import shutil
@@ -100,9 +99,7 @@ def test_the_settings_in_the_compose_file_and_the_manifest_are_valid(tmp_path):
     config = load(None, compose["services"]["agent"]["environment"])
     assert config.source.kafka.topics == ("images",)
     command = compose["services"]["producer"]["command"]
-    parser = argparse.ArgumentParser(exit_on_error=False)
-    cli.COMMANDS[command[0]][1](parser)
-    assert parser.parse_args(command[1:]).topic == "images"
+    assert cli.parser().parse_args(command).topic == "images"
 
     manifests = yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text(encoding="utf-8"))
     (settings,) = [one["data"] for one in manifests if one["kind"] == "ConfigMap"]

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from agent import doctor
 from agent.cli import main
+from agent.commands import doctor
+from agent.commands.doctor import Finding, examine
 from agent.commits import CommitStore
 from agent.config import Config
-from agent.doctor import Finding, examine
 from tests.fakes import ListSource, pipeline, records
 
 

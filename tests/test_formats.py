@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from streams.formats import Claim, Codec, dead_letter, encode_control, encode_image, origin, original
+from streams.dead_letter_format import dead_letter, origin, original
+from streams.formats import Claim, Codec, encode_control, encode_image
 from streams.record import Control, ControlKind, Partition, Raw, Reason, Record, Rejected
 from tests.bad_images import MAX_BYTES, MAX_PIXELS, OddImage, all_images
 

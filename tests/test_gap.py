@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from agent import gap
+from agent.model import gap
 from agent.values import GapStatistics
 
 

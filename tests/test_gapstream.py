@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from agent.clip import Clip
 from agent.config import Method
 from agent.methods.base import TaskData
 from agent.methods.gapstream import Gapstream, RandomFeatures, leave_one_out
+from agent.model.clip import Clip
 from tests.tiny import PlainTokens, silent, tiny_clip, tiny_task
 
 NAMES = ("red", "green", "blue", "black")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.holdout import HoldOut, HoldOutError, TrainedFilter
+from agent.scoring.holdout import HoldOut, HoldOutError, TrainedFilter
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.func import functional_call
 
-from agent.lora import Adapters, merged
+from agent.model.lora import Adapters, merged
 from tests.tiny import tiny_clip, tiny_timm_clip
 
 

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from agent import config, methods
-from agent.clip import Clip, load_clip
-from agent.images import load_tokens
 from agent.methods.base import LearnerState, Method, TaskData
+from agent.model.clip import Clip, load_clip
+from agent.model.images import load_tokens
 from agent.values import Progress, Update
 from exporter.onnx import OnnxExporter, Text
 from exporter.preprocess import Preprocess

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from agent.methods.base import InferenceModule
 from exporter import onnx as exporting
 from exporter import release as releases
-from exporter.onnx import OnnxExporter, ParityError
+from exporter.onnx import OnnxExporter
+from exporter.parity import ParityError
 from exporter.preprocess import Preprocess
 from exporter.release import ReleaseError
 

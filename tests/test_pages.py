@@ -6,7 +6,7 @@ import time
 import pytest
 from prometheus_client import CollectorRegistry
 
-from agent.report import write_report
+from agent.commands.report import write_report
 from agent.values import Commit, Progress
 from exporter.http import StatusServer
 from exporter.metrics import Metrics

@@ -1,6 +1,5 @@
 """The README says what is true: its metrics, commands, keys and links are those of the code."""
 
-import argparse
 import json
 import re
 import shlex
@@ -94,10 +93,7 @@ def test_every_command_shown_can_be_parsed():
     shown = re.findall(r"^\.venv/bin/gapstream (.+)$", README.replace("\\\n", ""), re.MULTILINE)
     assert shown
     for line in shown:
-        name, *arguments = shlex.split(line, comments=True)
-        parser = argparse.ArgumentParser(exit_on_error=False)
-        cli.COMMANDS[name][1](parser)
-        parser.parse_args(arguments)
+        cli.parser().parse_args(shlex.split(line, comments=True))
 
 
 def test_every_command_named_exists():

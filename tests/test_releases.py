@@ -6,7 +6,7 @@ import pytest
 
 from agent.cli import main
 from agent.config import Config, Release
-from agent.releases import Publisher, known, pin, pinned, publish, unpin
+from agent.releases import Publisher, kept_releases, pin, pinned, publish, unpin
 from agent.values import Commit
 from exporter import release as releases
 from exporter.release import ReleaseError
@@ -66,7 +66,7 @@ def test_a_rollback_outlives_its_commit_and_the_learner_goes_on(state):
     # then
     assert not (state / "commits" / "000001").exists()
     assert served(state) == older
-    assert [entry.number for entry in known(state)] == [1, 4, 5]
+    assert [entry.number for entry in kept_releases(state)] == [1, 4, 5]
     releases.read(releases.current(state)).verify()
     assert releases.read(releases.current(state)).id == release.id
 

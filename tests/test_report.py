@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.report import ReportError, write_report
+from agent.commands.report import ReportError, write_report
 
 PIXEL = "data:image/gif;base64,R0lGODlhAQABAIAAAP///wAAACwAAAAAAQABAAACAkQBADs="
 

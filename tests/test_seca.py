@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from agent.clip import Clip
 from agent.config import Method
 from agent.methods.base import task_generator
 from agent.methods.seca import BesideTower, PromptedText, Refinement, Relevance, Seca
 from agent.methods.training import divergence
+from agent.model.clip import Clip
 from tests.tiny import silent, tiny_clip, tiny_task, tiny_timm_clip
 
 QUICK = {"lr": 5e-3, "prompt_lr": 5e-3, "batch_size": 8, "epochs": 2}

@@ -404,7 +404,7 @@ def test_the_command_answers_without_torch_and_ends_well_on_sigterm(state, tmp_p
     code = (
         "import sys; from agent.cli import main; "
         f"e = main(['serve', '--set', 'state.path={state.path}', '--set', 'serve.port=0', '--set', 'serve.threads=1']);"
-        "print(*sorted({'torch', 'open_clip', 'streams.kafka'} & set(sys.modules)), e)"
+        "print(*sorted({'torch', 'open_clip', 'streams.kafka.source'} & set(sys.modules)), e)"
     )
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=log, text=True)

@@ -16,13 +16,13 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from agent.cli import main
+from agent.commands.serve_kafka import Responder
 from agent.config import load
-from agent.serve_kafka import Responder
 from exporter.release import ReleaseError
 from exporter.runtime import Classifier
 from exporter.serve import KafkaMetrics
-from streams.exchange import Arrival, Reply
 from streams.formats import Claim, Codec
+from streams.kafka.exchange import Arrival, Reply
 from streams.record import Partition, Raw, Reason, Record, Rejected
 from streams.source import StreamError
 from tests.test_runtime import State, Toy, picture, png
@@ -286,14 +286,14 @@ def test_a_wrong_configuration_is_said_before_anything_begins(settings, said, ca
 
 
 def test_a_cluster_that_is_not_there_ends_it_with_a_clear_message(capsys, monkeypatch):
-    monkeypatch.setattr("streams.connection.CONNECT_S", 0.3)
+    monkeypatch.setattr("streams.kafka.connection.CONNECT_S", 0.3)
     settings = ["serve.port=0", "serve.kafka.topics=images", "source.kafka.bootstrap_servers=127.0.0.1:1"]
     assert main(["serve", "--kafka", *(part for setting in settings for part in ("--set", setting))]) == 1
     assert "cannot connect to 127.0.0.1:1" in capsys.readouterr().err
 
 
 def test_neither_torch_nor_open_clip_is_needed():
-    code = "import sys, agent.serve_kafka; print({'torch', 'open_clip'} & set(sys.modules))"
+    code = "import sys, agent.commands.serve_kafka; print({'torch', 'open_clip'} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
 
 

@@ -18,10 +18,10 @@ import torch
 from open_clip.tokenizer import get_clean_fn
 from PIL import Image
 
-from agent.clip import Clip, ModelError
-from agent.lora import merged
 from agent.methods.base import TextModule
-from agent.methods.heads import TextClassifier
+from agent.methods.classifiers import TextClassifier
+from agent.model.clip import Clip, ModelError
+from agent.model.lora import merged
 from exporter import release as releases
 from exporter import text as texts
 from exporter.onnx import OnnxExporter, Text

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from agent.commits import CommitStore, Facts
+from agent.commits import CommitStore, Provenance
 from agent.config import Config
-from agent.trainer import Learner, LearnerError
+from agent.trainer import LearnerError, Trainer
 from agent.values import Commit, Outcome, Progress
 from exporter.runtime import Classifier
 from streams.archive import ArchiveFolder
@@ -22,7 +22,7 @@ from streams.spool import Spool
 from tests.bad_images import bad_images, good_images
 
 SAMPLE = Partition("sample", 0)
-FACTS = Facts("f", (), {}, {})
+FACTS = Provenance("f", (), {}, {})
 
 
 MGCLIP = {"name": "mgclip"}
@@ -53,7 +53,7 @@ class Bench:
         size = sum(len(image) for _, image in images)
         return Task(self.tasks, classes, tuple(samples), {SAMPLE: self.offset}, "end", size, len(samples), {})
 
-    def learn(self, learner: Learner, task: Task, seen: list[Progress] | None = None) -> tuple[Outcome, Commit]:
+    def learn(self, learner: Trainer, task: Task, seen: list[Progress] | None = None) -> tuple[Outcome, Commit]:
         report = (lambda progress: None) if seen is None else seen.append
         outcome = learner.learn(task, self.store.stage(), report)
         return outcome, self.store.commit(outcome, FACTS)
@@ -69,7 +69,7 @@ def images_of(*classes: str, count: int = 16, start: int = 0) -> list[tuple[str,
 def learned(tmp_path_factory):
     """Two tasks learned one after the other."""
     bench = Bench(tmp_path_factory.mktemp("learned"))
-    learner = Learner(bench.config, None)
+    learner = Trainer(bench.config, None)
     seen: list[Progress] = []
     tasks = [bench.task(images_of(*names)) for names in (("cat", "ship"), ("dog", "truck"))]
     steps = [bench.learn(learner, task, seen) for task in tasks]
@@ -127,7 +127,7 @@ def test_photographs_of_a_class_never_learned_are_found_by_its_name(learned, nev
 
 def test_without_a_text_part_nothing_else_changes(learned, tmp_path):
     bench = Bench(tmp_path, release={"text": False, "max_batch": 4})
-    _, commit = bench.learn(Learner(bench.config, None), bench.task(images_of("cat", "ship")))
+    _, commit = bench.learn(Trainer(bench.config, None), bench.task(images_of("cat", "ship")))
     assert {path.name for path in commit.release.iterdir()} == {"model.onnx", "golden.npz", "release.json"}
     whole = learned[1][0][1].release
     assert (commit.release / "model.onnx").read_bytes() == (whole / "model.onnx").read_bytes()
@@ -149,8 +149,8 @@ def test_a_new_trainer_on_the_commit_ends_with_the_same_bits(learned, tmp_path):
     _, steps, _ = learned
     # given the same stream, with the trainer replaced after the first task
     bench = Bench(tmp_path)
-    first = bench.learn(Learner(bench.config, None), bench.task(images_of("cat", "ship")))[1]
-    second = bench.learn(Learner(bench.config, first.path), bench.task(images_of("dog", "truck")))[1]
+    first = bench.learn(Trainer(bench.config, None), bench.task(images_of("cat", "ship")))[1]
+    second = bench.learn(Trainer(bench.config, first.path), bench.task(images_of("dog", "truck")))[1]
     # then learner and scores are those of the undisturbed run
     assert (second.path / "learner.safetensors").read_bytes() == (steps[1][1].path / "learner.safetensors").read_bytes()
     undisturbed = steps[1][0].report
@@ -164,7 +164,7 @@ def test_broken_images_are_set_aside_with_their_reason_and_the_rest_is_learned(t
     assert broken and fine
     bench = Bench(tmp_path, evaluation={"holdout_fraction": 0})
     images = [("odd", image.data) for image in (*broken, *fine)] + images_of("cat", count=4)
-    outcome, _ = bench.learn(Learner(bench.config, None), bench.task(images))
+    outcome, _ = bench.learn(Trainer(bench.config, None), bench.task(images))
     assert [(late.offset, late.reason) for late in outcome.rejected] == [(i, b.reason) for i, b in enumerate(broken)]
     assert outcome.report["samples"] == len(fine) + 4
     assert outcome.classes == ("odd", "cat")
@@ -172,23 +172,23 @@ def test_broken_images_are_set_aside_with_their_reason_and_the_rest_is_learned(t
 
 def test_a_task_of_nothing_but_broken_images_commits_its_offsets_and_releases_nothing(tmp_path):
     bench = Bench(tmp_path)
-    outcome, commit = bench.learn(Learner(bench.config, None), bench.task([("odd", b"\xff\xd8\xff not an image")] * 3))
+    outcome, commit = bench.learn(Trainer(bench.config, None), bench.task([("odd", b"\xff\xd8\xff not an image")] * 3))
     assert outcome.update is None and outcome.classes == () and "nothing was learned" in outcome.release_refused
     assert {late.reason for late in outcome.rejected} <= {Reason.UNDECODABLE, Reason.TRUNCATED}
     assert commit.offsets == {SAMPLE: 3} and commit.release is None
     # and the next one continues from there
-    assert bench.learn(Learner(bench.config, commit.path), bench.task(images_of("cat", "ship", count=4)))[1].release
+    assert bench.learn(Trainer(bench.config, commit.path), bench.task(images_of("cat", "ship", count=4)))[1].release
 
 
 def test_one_sample_of_a_name_never_seen_is_a_task(tmp_path):
     bench = Bench(tmp_path, evaluation={"holdout_fraction": 0.9})
-    outcome, commit = bench.learn(Learner(bench.config, None), bench.task([("zorblax 9", images_of("cat")[0][1])]))
+    outcome, commit = bench.learn(Trainer(bench.config, None), bench.task([("zorblax 9", images_of("cat")[0][1])]))
     assert outcome.classes == ("zorblax 9",) and outcome.report["samples"] == 1 and commit.release is not None
 
 
 def test_a_release_that_forgets_too_much_is_refused_and_the_one_before_serves_on(tmp_path, monkeypatch):
     bench = Bench(tmp_path, release={"max_old_class_drop": 0.05, "max_batch": 4})
-    learner = Learner(bench.config, None)
+    learner = Trainer(bench.config, None)
     _, first = bench.learn(learner, bench.task(images_of("cat", "ship")))
     # given an update that ruins the rows of the old classes
     update = learner._method.update
@@ -210,7 +210,7 @@ def test_a_release_that_forgets_too_much_is_refused_and_the_one_before_serves_on
 
 def test_smaller_forms_are_scored_on_held_out_images_and_reported(tmp_path):
     bench = Bench(tmp_path, release={"precisions": ("int8",), "max_batch": 4})
-    outcome, commit = bench.learn(Learner(bench.config, None), bench.task(images_of("cat", "ship")))
+    outcome, commit = bench.learn(Trainer(bench.config, None), bench.task(images_of("cat", "ship")))
     measured = outcome.report["release"]["variants"]["int8"]
     assert measured["parity"]["images"] == 4 and 0.5 < measured["accuracy_fp32"] <= 1
     assert (commit.release / "model.int8.onnx").exists() == (measured["refused"] is None)
@@ -218,7 +218,7 @@ def test_smaller_forms_are_scored_on_held_out_images_and_reported(tmp_path):
 
 def test_tokens_beyond_the_memory_bound_go_to_disk_and_leave_nothing_behind(learned, tmp_path):
     bench = Bench(tmp_path, method=MGCLIP | {"cache_bytes": 0})
-    _, commit = bench.learn(Learner(bench.config, None), bench.task(images_of("cat", "ship")))
+    _, commit = bench.learn(Trainer(bench.config, None), bench.task(images_of("cat", "ship")))
     expected = load_file(learned[1][0][1].path / "learner.safetensors")
     assert all(
         torch.equal(value, expected[key]) for key, value in load_file(commit.path / "learner.safetensors").items()
@@ -238,13 +238,13 @@ def test_a_checkpoint_of_another_model_or_method_is_refused(learned, change, sai
     bench, steps, _ = learned
     other = Config.model_validate(bench.config.model_dump() | change)
     with pytest.raises(LearnerError, match=rf"(?s){said}.*restore the configuration, or set state\.path"):
-        Learner(other, steps[1][1].path)
+        Trainer(other, steps[1][1].path)
 
 
 def test_a_checkpoint_of_the_same_method_with_other_sizes_is_refused(tmp_path):
     small = {"name": "gapstream", "gapstream": {"features": 32}}
     bench = Bench(tmp_path, method=small)
-    _, commit = bench.learn(Learner(bench.config, None), bench.task(images_of("cat", "ship")))
+    _, commit = bench.learn(Trainer(bench.config, None), bench.task(images_of("cat", "ship")))
     other = Config.model_validate(bench.config.model_dump() | {"method": {"name": "gapstream"}})
     with pytest.raises(LearnerError, match=r"other settings below method\.gapstream .*\(.*3000.*\).*restore them"):
-        Learner(other, commit.path)
+        Trainer(other, commit.path)

@@ -7,7 +7,6 @@ import torch
 from open_clip.tokenizer import SimpleTokenizer
 from pydantic import ValidationError
 
-from agent.clip import Clip, ModelError
 from agent.config import Lora, Method, VrLwf
 from agent.methods.base import task_generator
 from agent.methods.finetune import Finetune
@@ -15,6 +14,7 @@ from agent.methods.student import AllWeights, Student, Teacher
 from agent.methods.training import divergence
 from agent.methods.vrlwf import VrLwf as Learner
 from agent.methods.vrlwf import random_sentences
+from agent.model.clip import Clip, ModelError
 from tests.tiny import silent, tiny_clip, tiny_task, tiny_timm_clip
 
 QUICK = {"lr": 5e-3, "batch_size": 8, "epochs": 2}

@@ -8,9 +8,9 @@ import open_clip
 import torch
 from torch import Tensor
 
-from agent.clip import Clip
 from agent.config import Model
 from agent.methods.base import TaskData
+from agent.model.clip import Clip
 from exporter.preprocess import Preprocess
 
 VISION = {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 16}

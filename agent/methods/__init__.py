@@ -6,9 +6,9 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from agent.clip import Clip
     from agent.config import Method as Settings
     from agent.methods.base import Method
+    from agent.model.clip import Clip
 
 METHODS = {
     "finetune": "agent.methods.finetune:Finetune",

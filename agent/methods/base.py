@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from agent.clip import Clip
+from agent.model.clip import Clip
 from agent.values import Progress, Update
 
-Report = Callable[[Progress], None]
+OnProgress = Callable[[Progress], None]
 
 
 class Tokens(Protocol):
@@ -112,7 +112,7 @@ class Method(Protocol):
     def classes(self) -> tuple[str, ...]:
         """Learned class names in order of first appearance."""
 
-    def update(self, task: TaskData, report: Report) -> Update:
+    def update(self, task: TaskData, on_progress: OnProgress) -> Update:
         """Learn `task`. Deterministic given state, task and seed (bitwise on a CPU with the same threads)."""
 
     def encode_names(self, names: Sequence[str]) -> Tensor:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 
 from agent import config
-from agent.clip import Clip
-from agent.methods.base import InferenceModule, LearnerState, Report, TaskData
-from agent.methods.heads import TextClassifier
+from agent.methods.base import InferenceModule, LearnerState, OnProgress, TaskData
+from agent.methods.classifiers import TextClassifier
 from agent.methods.student import Student, StudentMethod
 from agent.methods.training import GapWatch, Training, admit, cosine, local_loss
+from agent.model.clip import Clip
 from agent.values import Update
 
 
@@ -28,7 +28,7 @@ class Finetune(StudentMethod):
     def classes(self) -> tuple[str, ...]:
         return tuple(self._classes)
 
-    def update(self, task: TaskData, report: Report) -> Update:
+    def update(self, task: TaskData, on_progress: OnProgress) -> Update:
         settings, scale = self._settings, self._clip.logit_scale
         labels = task.labels.to(self._clip.device)
         ids = self._clip.tokenize(task.classes)
@@ -41,7 +41,7 @@ class Finetune(StudentMethod):
             decay=cosine,
             watch=GapWatch(self, self._clip, task, self._seed),
             seed=self._seed,
-            report=report,
+            on_progress=on_progress,
         )
         for epoch in range(training.epochs):
             for index in training.batches(epoch):

@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from agent import config
-from agent.clip import Clip
-from agent.lora import ADAPTED, merged
-from agent.methods.base import InferenceModule, LearnerState, Report, TaskData, task_generator
-from agent.methods.heads import Classifier
+from agent.methods.base import InferenceModule, LearnerState, OnProgress, TaskData, task_generator
+from agent.methods.classifiers import Classifier
 from agent.methods.training import GapWatch, UntouchedMethod, admit, untrained
+from agent.model.clip import Clip
+from agent.model.lora import ADAPTED, merged
 from agent.values import Progress, Update
 
 TOKENS_SHARE = 0.6
@@ -64,7 +64,7 @@ class Gapstream(UntouchedMethod):
         return tuple(self._classes)
 
     @torch.no_grad()
-    def update(self, task: TaskData, report: Report) -> Update:
+    def update(self, task: TaskData, on_progress: OnProgress) -> Update:
         started = time.perf_counter()
         watch = GapWatch(self, self._clip, task, self._seed)
         admit(self._classes, task)
@@ -78,16 +78,16 @@ class Gapstream(UntouchedMethod):
         chosen[sample[:CALIBRATION_IMAGES]] = True
         kept, embeddings = [], []
         for index in torch.arange(len(task)).split(16 * BATCH):
-            features, embedding = self._features(task, index, report)
+            features, embedding = self._features(task, index, on_progress)
             self._learn(features, labels[index.to(labels.device)])
             kept.append(features[chosen[index].to(features.device)])
             embeddings.append(embedding[chosen[index].to(features.device)])
         self._solved = self._solve()
         self._calibrate(torch.cat(kept), torch.cat(embeddings), labels[chosen.to(labels.device)])
         details = {"temperature": self._temperature, "text_weight": self._text_weight}
-        return replace(untrained(task, watch, started, report), details=details)
+        return replace(untrained(task, watch, started, on_progress), details=details)
 
-    def _features(self, task: TaskData, index: Tensor, report: Report) -> tuple[Tensor, Tensor]:
+    def _features(self, task: TaskData, index: Tensor, on_progress: OnProgress) -> tuple[Tensor, Tensor]:
         """Random features float32 [n, M] and embeddings [n, D] of some images, in batches with small activations."""
         both = []
         for part in index.split(BATCH):
@@ -96,7 +96,7 @@ class Gapstream(UntouchedMethod):
             both.append((self._random(tokens, embedding), embedding))
             done = int(part[-1]) + 1
             place = {"step": math.ceil(done / BATCH), "steps": math.ceil(len(task) / BATCH), "samples": done}
-            report(Progress("train", task.number, **place))
+            on_progress(Progress("train", task.number, **place))
         features, embeddings = zip(*both, strict=True)
         return torch.cat(features), torch.cat(embeddings)
 

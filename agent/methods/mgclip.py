@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from agent import config, gap
-from agent.clip import Clip
-from agent.methods.base import InferenceModule, LearnerState, Report, TaskData, task_generator
-from agent.methods.heads import CalibratedFusion, FaithfulFusion
+from agent import config
+from agent.methods.base import InferenceModule, LearnerState, OnProgress, TaskData, task_generator
+from agent.methods.classifiers import CalibratedFusion, FaithfulFusion
 from agent.methods.student import Student, StudentMethod
 from agent.methods.training import ClassMeans, GapWatch, cosine, local_loss
+from agent.model import gap
+from agent.model.clip import Clip
 from agent.values import Progress, Update
 
 log = logging.getLogger(__name__)
@@ -49,12 +50,12 @@ class MgClip(StudentMethod):
     def classes(self) -> tuple[str, ...]:
         return tuple(self._visual.classes)
 
-    def update(self, task: TaskData, report: Report) -> Update:
+    def update(self, task: TaskData, on_progress: OnProgress) -> Update:
         started = time.perf_counter()
         watch = GapWatch(self, self._clip, task, self._seed, self._settings.drift_relative_to)
-        training = self._preserve(task, watch, report)
+        training = self._preserve(task, watch, on_progress)
         trained = time.perf_counter()
-        self._compensate(task, report)
+        self._compensate(task, on_progress)
         return Update(
             **training,
             samples=len(task),
@@ -65,7 +66,7 @@ class MgClip(StudentMethod):
             seconds={"train": trained - started, "compensate": time.perf_counter() - trained},
         )
 
-    def _preserve(self, task: TaskData, watch: GapWatch, report: Report) -> dict[str, Any]:
+    def _preserve(self, task: TaskData, watch: GapWatch, on_progress: OnProgress) -> dict[str, Any]:
         """Adapter training under the gap rule; the last state inside it is what stays."""
         settings, student = self._settings, self._student
         paper = settings.schedule == "paper"
@@ -92,7 +93,7 @@ class MgClip(StudentMethod):
                 total += step_loss.detach() * len(index)
                 place = (epoch + 1, epochs, step, steps, epoch * len(task) + step * settings.batch_size)
                 drift = drifts[-1] if drifts else watch.drift(watch.before)
-                report(Progress("train", task.number, *place, step_loss.item(), drift, settings.drift_budget))
+                on_progress(Progress("train", task.number, *place, step_loss.item(), drift, settings.drift_budget))
             run += 1
             statistics = watch.measure()
             drift = watch.drift(statistics)
@@ -138,10 +139,10 @@ class MgClip(StudentMethod):
             },
         }
 
-    def _compensate(self, task: TaskData, report: Report) -> None:
+    def _compensate(self, task: TaskData, on_progress: OnProgress) -> None:
         """A row per class: means of the features, running ones for a class that comes back, then local training."""
         settings, labels = self._settings, task.labels.to(self._clip.device)
-        features = self._student.features(task.tokens, tick=lambda: report(Progress("compensate", task.number)))
+        features = self._student.features(task.tokens, tick=lambda: on_progress(Progress("compensate", task.number)))
         self._visual.add(task, features)
         if len(task.classes) == 1:
             return
@@ -160,7 +161,7 @@ class MgClip(StudentMethod):
                 loss.backward()
                 optimizer.step()
                 step += 1
-            report(
+            on_progress(
                 Progress("compensate", task.number, epoch + 1, settings.visual_epochs, step, steps, loss=loss.item())
             )
         self._visual.rows[where] = rows.detach()

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from agent import config
-from agent.clip import Clip
-from agent.lora import merged
-from agent.methods.base import InferenceModule, LearnerState, Report, TaskData
-from agent.methods.heads import Classifier
+from agent.methods.base import InferenceModule, LearnerState, OnProgress, TaskData
+from agent.methods.classifiers import Classifier
 from agent.methods.training import ClassMeans, GapWatch, UntouchedMethod, untouched_features, untrained
+from agent.model.clip import Clip
+from agent.model.lora import merged
 from agent.values import Update
 
 
@@ -44,11 +44,11 @@ class Ncm(UntouchedMethod):
     def classes(self) -> tuple[str, ...]:
         return tuple(self._means.classes)
 
-    def update(self, task: TaskData, report: Report) -> Update:
+    def update(self, task: TaskData, on_progress: OnProgress) -> Update:
         started = time.perf_counter()
         watch = GapWatch(self, self._clip, task, self._seed)
         self._means.add(task, untouched_features(self._clip, task))
-        return untrained(task, watch, started, report)
+        return untrained(task, watch, started, on_progress)
 
     def inference_module(self) -> InferenceModule:
         if not self.classes:

@@ -26,10 +26,8 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from agent import config
-from agent.clip import Clip
-from agent.lora import ADAPTED, merged
-from agent.methods.base import InferenceModule, LearnerState, Report, TaskData, TextModule, Tokens, task_generator
-from agent.methods.heads import Classifier
+from agent.methods.base import InferenceModule, LearnerState, OnProgress, TaskData, TextModule, Tokens, task_generator
+from agent.methods.classifiers import Classifier
 from agent.methods.training import (
     ClassMeans,
     GapWatch,
@@ -39,6 +37,8 @@ from agent.methods.training import (
     untouched_features,
     untrained,
 )
+from agent.model.clip import Clip
+from agent.model.lora import ADAPTED, merged
 from agent.values import Update
 
 MAX_DISTILLATION = 9
@@ -81,7 +81,7 @@ class Seca:
     def encode_tokens(self, tokens: Tensor) -> Tensor:
         return self._encode(tokens, self._adapter.named)
 
-    def update(self, task: TaskData, report: Report) -> Update:
+    def update(self, task: TaskData, on_progress: OnProgress) -> Update:
         started = time.perf_counter()
         settings, scale, device = self._settings, self._clip.logit_scale, self._clip.device
         labels = task.labels.to(device)
@@ -92,7 +92,7 @@ class Seca:
         words = self._clip.encode_names(self.classes)
         if len(task.classes) == 1:
             self._refine(here, words)
-            return untrained(task, watch, started, report)
+            return untrained(task, watch, started, on_progress)
 
         context = torch.randn(self._text.shape, generator=task_generator(self._seed, task.number, "context"))
         prompt = nn.Parameter(0.02 * context.to(device))
@@ -117,7 +117,7 @@ class Seca:
             decay=lambda epoch, done: 0.1 ** sum(epoch >= milestone for milestone in settings.milestones),
             watch=watch,
             seed=self._seed,
-            report=report,
+            on_progress=on_progress,
         )
         dropout = torch.Generator(device).manual_seed(task_generator(self._seed, task.number, "dropout").initial_seed())
         back = set(here.tolist())

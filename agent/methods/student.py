@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from agent.clip import Clip
 from agent.config import Lora
-from agent.lora import Adapters, merged
 from agent.methods.base import TextModule, Tokens, task_generator
+from agent.model.clip import Clip
+from agent.model.lora import Adapters, merged
 
 Weights = Mapping[str, Tensor]
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from agent import gap
-from agent.clip import Clip
-from agent.lora import merged
-from agent.methods.base import Method, Report, TaskData, TextModule, task_generator
+from agent.methods.base import Method, OnProgress, TaskData, TextModule, task_generator
+from agent.model import gap
+from agent.model.clip import Clip
+from agent.model.lora import merged
 from agent.values import GapStatistics, Progress, Update
 
 GAP_SAMPLES = 256
@@ -38,7 +38,7 @@ class GapWatch:
         return self._statistics(self._method)
 
     def drift(self, now: GapStatistics) -> float | None:
-        """Change of the negative mean, see `agent.gap.drift`."""
+        """Change of the negative mean, see `agent.model.gap.drift`."""
         return gap.drift(now, self.untouched, self._relative_to)
 
     def _statistics(self, model: Method | Clip) -> GapStatistics:
@@ -73,7 +73,7 @@ class Training:
         decay: Callable[[int, float], float],
         watch: GapWatch,
         seed: int,
-        report: Report,
+        on_progress: OnProgress,
     ) -> None:
         """`decay(epoch, done)`: factor of the learning rates; epoch from 0, done (0 to 1): share of all steps over."""
         self.epochs = epochs if len(task.classes) > 1 else 0
@@ -87,7 +87,7 @@ class Training:
         self._steps = math.ceil(len(task) / batch_size)
         self._decay = decay
         self._watch = watch
-        self._report = report
+        self._report = on_progress
         self._order = task_generator(seed, task.number, "order")
         self._started = time.perf_counter()
         self._finite = trained.tensors()
@@ -164,9 +164,9 @@ class UntouchedMethod:
         return TextModule(self._clip, merged(self._clip.text, {}))
 
 
-def untrained(task: TaskData, watch: GapWatch, started: float, report: Report) -> Update:
+def untrained(task: TaskData, watch: GapWatch, started: float, on_progress: OnProgress) -> Update:
     """The update that left the towers as they were; `started` as of `time.perf_counter`."""
-    report(Progress("train", task.number, samples=len(task), drift=watch.drift(watch.before)))
+    on_progress(Progress("train", task.number, samples=len(task), drift=watch.drift(watch.before)))
     return Update(
         epochs=0,
         epochs_run=0,

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from agent import config
-from agent.clip import Clip, ModelError
-from agent.methods.base import InferenceModule, LearnerState, Report, TaskData, task_generator
-from agent.methods.heads import TextClassifier
+from agent.methods.base import InferenceModule, LearnerState, OnProgress, TaskData, task_generator
+from agent.methods.classifiers import TextClassifier
 from agent.methods.student import Student, StudentMethod, Teacher
 from agent.methods.training import GapWatch, Training, admit, cosine, divergence, local_loss
+from agent.model.clip import Clip, ModelError
 from agent.values import Update
 
 
@@ -44,7 +44,7 @@ class VrLwf(StudentMethod):
     def classes(self) -> tuple[str, ...]:
         return tuple(self._classes)
 
-    def update(self, task: TaskData, report: Report) -> Update:
+    def update(self, task: TaskData, on_progress: OnProgress) -> Update:
         settings, scale = self._settings, self._clip.logit_scale
         labels = task.labels.to(self._clip.device)
         ids = self._clip.tokenize(task.classes)
@@ -57,7 +57,7 @@ class VrLwf(StudentMethod):
             decay=cosine,
             watch=GapWatch(self, self._clip, task, self._seed),
             seed=self._seed,
-            report=report,
+            on_progress=on_progress,
         )
         held = self._held_to_teacher(task, ids) if settings.weight and training.epochs else None
         for epoch in range(training.epochs):

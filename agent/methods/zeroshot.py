@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 
 from agent import config
-from agent.clip import Clip
-from agent.lora import merged
-from agent.methods.base import InferenceModule, LearnerState, Report, TaskData
-from agent.methods.heads import TextClassifier
+from agent.methods.base import InferenceModule, LearnerState, OnProgress, TaskData
+from agent.methods.classifiers import TextClassifier
 from agent.methods.training import GapWatch, UntouchedMethod, admit, untrained
+from agent.model.clip import Clip
+from agent.model.lora import merged
 from agent.values import Update
 
 
@@ -26,11 +26,11 @@ class ZeroShot(UntouchedMethod):
     def classes(self) -> tuple[str, ...]:
         return tuple(self._classes)
 
-    def update(self, task: TaskData, report: Report) -> Update:
+    def update(self, task: TaskData, on_progress: OnProgress) -> Update:
         started = time.perf_counter()
         watch = GapWatch(self, self._clip, task, self._seed)
         admit(self._classes, task)
-        return untrained(task, watch, started, report)
+        return untrained(task, watch, started, on_progress)
 
     def inference_module(self) -> InferenceModule:
         if not self._classes:

@@ -32,10 +32,10 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from agent.clip import Clip, load_clip
 from agent.config import Model
 from agent.methods.base import InferenceModule, TextModule
-from agent.methods.heads import FaithfulFusion
+from agent.methods.classifiers import FaithfulFusion
+from agent.model.clip import Clip, load_clip
 from exporter.onnx import OnnxExporter, Text
 from exporter.release import Release
 from exporter.runtime import Classifier, Session

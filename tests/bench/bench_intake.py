@@ -19,9 +19,9 @@ from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 from kafka.admin import KafkaAdminClient
 
 from streams.buffer import CutRule, TaskBuffer
-from streams.connection import Connection
 from streams.formats import Codec
-from streams.kafka import KafkaSource
+from streams.kafka.connection import Connection
+from streams.kafka.source import KafkaSource
 from streams.spool import Spool
 from tests.bad_images import encoded, picture
 from tests.kafka.agents import Agent, current, wait_until

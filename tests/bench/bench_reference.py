@@ -18,8 +18,8 @@ import tempfile
 import threading
 from pathlib import Path
 
-from agent.cli import run_agent
 from agent.config import Config
+from agent.run import run_agent
 
 REFERENCE = {
     "accuracy after each task": (77.80, 70.90, 62.00, 60.00, 58.20, 55.90, 54.23, 51.00, 50.42, 48.92),

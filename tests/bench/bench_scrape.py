@@ -25,8 +25,8 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry
 
-from agent.cli import run_agent
 from agent.config import load
+from agent.run import run_agent
 from exporter.metrics import Metrics
 from tests.processes import free_port
 

@@ -25,15 +25,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from agent.clip import Clip, load_clip
-from agent.commits import CommitStore, Facts
+from agent.commits import CommitStore, Provenance
 from agent.config import Config
-from agent.images import load_tokens
 from agent.methods.base import TaskData, task_generator
-from agent.methods.heads import CalibratedFusion
+from agent.methods.classifiers import CalibratedFusion
 from agent.methods.mgclip import MgClip
 from agent.methods.student import Student
-from agent.trainer import Learner
+from agent.model.clip import Clip, load_clip
+from agent.model.images import load_tokens
+from agent.trainer import Trainer
 from exporter.preprocess import decode
 from streams.archive import ArchiveFolder
 from streams.buffer import Task
@@ -71,7 +71,7 @@ def grow(tasks: Sequence[Images], method: str) -> list[float]:
         config = Config.model_validate({"state": {"path": state}, "method": {"name": method}})
         store, spool = CommitStore(state, 2), Spool(state / "spool", 2**31)
         store.lock()
-        learner = Learner(config, None)
+        learner = Trainer(config, None)
         for number, images in enumerate(tasks, 1):
             samples = tuple(spool.append(Record(PARTITION, i, name, data)) for i, (name, data) in enumerate(images))
             spool.end_segment()
@@ -80,7 +80,7 @@ def grow(tasks: Sequence[Images], method: str) -> list[float]:
             started = time.perf_counter()
             outcome = learner.learn(task, store.stage(), lambda progress: None)
             totals.append(time.perf_counter() - started)
-            store.commit(outcome, Facts("bench", names, {}, {}))
+            store.commit(outcome, Provenance("bench", names, {}, {}))
             spool.release(samples)
             s = outcome.report["seconds"]
             compensate = s.get("compensate", 0.0)

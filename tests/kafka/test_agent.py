@@ -19,10 +19,12 @@ from kafka.admin import KafkaAdminClient
 from agent.config import Config
 from agent.worker import InlineWorker
 from streams.buffer import CutRule
-from streams.connection import Connection
-from streams.formats import Codec, original
-from streams.kafka import KafkaDeadLetters, KafkaSource
-from streams.letters import letters
+from streams.dead_letter_format import original
+from streams.formats import Codec
+from streams.kafka.connection import Connection
+from streams.kafka.dead_letters import KafkaDeadLetters
+from streams.kafka.replay import dead_letters
+from streams.kafka.source import KafkaSource
 from streams.record import Partition, Reason
 from tests.bad_images import OddImage, all_images, encoded, picture
 from tests.fakes import pipeline
@@ -100,10 +102,10 @@ def test_of_a_poisoned_stream_the_good_is_learned_and_the_bad_set_aside_with_its
 
     # then every good one is learned once, every bad one set aside once with its reason and as it was
     learned = Counter((Partition(*place[:2]), place[2]) for place in json.loads(model(tmp_path))["learned"])
-    aside = {(one.origin.partition, one.origin.offset): one for one in letters(connection, [f"{topic}.dlq"])}
+    aside = {(one.origin.partition, one.origin.offset): one for one in dead_letters(connection, [f"{topic}.dlq"])}
     assert learned == Counter(place for place, (reason, _) in sent.items() if reason is None)
     assert aside.keys() == {place for place, (reason, _) in sent.items() if reason}
-    assert len(aside) == sum(1 for _ in letters(connection, [f"{topic}.dlq"]))
+    assert len(aside) == sum(1 for _ in dead_letters(connection, [f"{topic}.dlq"]))
     for place, letter in aside.items():
         reason, value = sent[place]
         assert original(letter.raw).value == value
@@ -186,9 +188,8 @@ def test_killed_agents_trainers_and_brokers_leave_the_model_of_an_undisturbed_ru
         assert calm.stop() == 0
         assert model(state) == model(tmp_path / "calm")
         learned = Counter(tuple(place) for place in json.loads(model(state))["learned"])
-        aside = {
-            (*one.origin.partition, one.origin.offset) for one in letters(Connection([broker.bootstrap]), ["t.dlq"])
-        }
+        letters = dead_letters(Connection([broker.bootstrap]), ["t.dlq"])
+        aside = {(*letter.origin.partition, letter.origin.offset) for letter in letters}
         assert max(learned.values()) == 1 and not learned.keys() & aside
         assert len(learned) + len(aside) == 1000
     finally:

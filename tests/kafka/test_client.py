@@ -15,10 +15,11 @@ from kafka import TopicPartition
 from kafka.errors import KafkaConnectionError
 from kafka.record.memory_records import MemoryRecords, MemoryRecordsBuilder
 
-from streams.batches import Message, Unreadable, _PartitionRecords
-from streams.claims import Fetcher
-from streams.connection import Connection
-from streams.kafka import Breaker, KafkaSource
+from streams.claims import ImageStore
+from streams.kafka.breaker import Breaker
+from streams.kafka.connection import Connection
+from streams.kafka.record_batches import Message, Unreadable, _PartitionRecords
+from streams.kafka.source import KafkaSource
 from streams.record import Item, Partition, Reason, Record, Rejected
 from streams.source import PositionError, StreamError
 from tests.kafka.agents import wait_until
@@ -32,7 +33,7 @@ def message(offset: int, label: str = "cat") -> Message:
 
 
 class FakeClient:
-    """Stands in for streams.kafka._Client: `script` is what the polls of all clients do, one after the other."""
+    """Stands in for streams.kafka.source.Client: `script` is what the polls of all clients do, one after the other."""
 
     script: list[Any]
     made: list[FakeClient]
@@ -87,8 +88,8 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def make(*steps: Any, **options: Any) -> tuple[KafkaSource, list[FakeClient]]:
         own = type("Own", (FakeClient,), {"script": list(steps), "made": []})
-        monkeypatch.setattr("streams.kafka._Client", own)
-        monkeypatch.setattr("streams.kafka._BACKOFF_S", 0.001)
+        monkeypatch.setattr("streams.kafka.source.Client", own)
+        monkeypatch.setattr("streams.kafka.source._BACKOFF_S", 0.001)
         opened.append(KafkaSource(Connection(["x:1"]), ["t"], CODEC, **options))
         opened[-1].seek({})
         return opened[-1], own.made
@@ -218,7 +219,7 @@ def test_images_elsewhere_come_in_their_place_with_the_right_reasons(
 
     urls = [f"file://{tmp_path}/{name}" for name in ("a.jpg", "b.jpg", "none.jpg")]
     steps = [message(0), claim(1, urls[0]), claim(2, urls[1]), claim(3, urls[2]), claim(4, "file:///etc/hostname")]
-    source, _ = scripted([*steps, message(5)], fetcher=Fetcher([f"file://{tmp_path}/"], 10**6))
+    source, _ = scripted([*steps, message(5)], images=ImageStore([f"file://{tmp_path}/"], 10**6))
 
     items = read(source, 6)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from agent.commands.doctor import Finding, _answers, _looked_at, _source
 from agent.config import Config
-from agent.doctor import Finding, _answers, _looked_at, _source
 from agent.values import Commit
 from streams.record import Partition
 

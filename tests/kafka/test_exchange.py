@@ -14,10 +14,10 @@ from kafka import KafkaConsumer, KafkaProducer, OffsetAndMetadata, TopicPartitio
 from kafka.admin import ConfigResource, ConfigResourceType
 from kafka.errors import CorruptRecordError
 
-from streams.batches import Unreadable
-from streams.connection import Connection
-from streams.exchange import Arrival, Exchange, Reply
 from streams.formats import Codec
+from streams.kafka.connection import Connection
+from streams.kafka.exchange import Arrival, Exchange, Reply
+from streams.kafka.record_batches import Unreadable
 from streams.record import Control, Partition, Reason, Record, Rejected
 from streams.source import StreamError
 from tests.bad_images import encoded, picture
@@ -240,7 +240,7 @@ def test_a_batch_that_cannot_be_read_is_fetched_once_more_and_then_passed(
             ]
             return {where: torn for where in polled}
 
-    monkeypatch.setattr("streams.exchange.KafkaConsumer", TornConsumer)
+    monkeypatch.setattr("streams.kafka.exchange.KafkaConsumer", TornConsumer)
     topic = new_topic()
     play(producer, topic, 3)
     exchange = member(topic)

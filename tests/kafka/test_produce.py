@@ -10,9 +10,9 @@ import pytest
 
 from agent.cli import main
 from streams.archive import ArchiveSource
-from streams.connection import Connection
-from streams.kafka import KafkaSource
-from streams.produce import create_topic, play
+from streams.kafka.connection import Connection
+from streams.kafka.produce import create_topic, play
+from streams.kafka.source import KafkaSource
 from streams.record import Control, ControlKind, Partition, Reason, Record
 from streams.source import StreamError
 from tests.bad_images import encoded, picture

@@ -13,12 +13,13 @@ import pytest
 from kafka import KafkaProducer
 from kafka.admin import KafkaAdminClient
 
-from agent.commands_kafka import connection
 from agent.config import ConfigError, load, resolved, to_toml
-from streams.connection import Connection
+from agent.parts import connection
 from streams.formats import encode_image
-from streams.kafka import KafkaDeadLetters, KafkaSource
-from streams.letters import letters
+from streams.kafka.connection import Connection
+from streams.kafka.dead_letters import KafkaDeadLetters
+from streams.kafka.replay import dead_letters
+from streams.kafka.source import KafkaSource
 from streams.record import Record, Rejected
 from streams.source import StreamError
 from tests.kafka.broker import PASSWORD, USER, Broker
@@ -79,7 +80,7 @@ def test_two_topics_with_twelve_partitions_three_codecs_tls_and_scram(
     assert len({partition for partition, _ in orders[0]}) == 24
     found = {(item.partition.topic, item.label if isinstance(item, Record) else "rejected") for item in items}
     assert found == sent
-    assert sum(1 for _ in letters(safe, [f"{topic}.dlq" for topic in topics])) == len(rejected) == 30
+    assert sum(1 for _ in dead_letters(safe, [f"{topic}.dlq" for topic in topics])) == len(rejected) == 30
 
 
 @pytest.mark.parametrize("mechanism", ["PLAIN", "OAUTHBEARER"])

@@ -10,9 +10,10 @@ import pytest
 from kafka import KafkaProducer, TopicPartition
 from kafka.admin import KafkaAdminClient
 
-from streams.connection import Connection
 from streams.formats import Codec, encode_control, encode_image
-from streams.kafka import Breaker, KafkaSource
+from streams.kafka.breaker import Breaker
+from streams.kafka.connection import Connection
+from streams.kafka.source import KafkaSource
 from streams.record import Control, ControlKind, Item, Offsets, Partition, Reason, Record, Rejected
 from streams.source import PositionError, StreamError
 from tests.bad_images import encoded, picture
@@ -331,7 +332,7 @@ def test_header_names_that_are_not_text_do_not_stop_the_stream(
 def test_a_decompression_bomb_is_rejected_and_the_stream_goes_on(
     codec: str, open_source: Open, bootstrap: str, new_topic: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("streams.batches.inflate.__defaults__", (2**20,))
+    monkeypatch.setattr("streams.kafka.record_batches.inflate.__defaults__", (2**20,))
     topic = new_topic()
     squeezing = KafkaProducer(
         bootstrap_servers=bootstrap, compression_type=codec, max_request_size=2**24, batch_size=2**24, linger_ms=200

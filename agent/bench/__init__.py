@@ -1,0 +1,1 @@
+"""The comparison of methods on a stream: runs, data, tables and charts."""

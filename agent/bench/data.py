@@ -1,0 +1,179 @@
+"""The images of a comparison: listed without reading any, then decoded once for all methods."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from agent.config import Config
+from agent.methods.base import TaskData
+from agent.model.clip import Clip
+from agent.model.images import TokensAt, load_tokens
+from exporter.preprocess import ImageError
+from streams.archive import ArchiveFolder, ArchiveSource, Entry
+from streams.record import Unusable
+
+log = logging.getLogger(__name__)
+
+
+class BenchError(Exception):
+    """There is nothing to compare; the message says why."""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The images of a comparison, not read yet."""
+
+    tasks: tuple[tuple[tuple[str, Entry], ...], ...]
+    """(class name, file) of the training images of every task, in stream order."""
+    test: tuple[tuple[str, Entry], ...]
+    probe: tuple[tuple[str, Entry], ...]
+    digest: str
+    """Hex sha256 of all class names, file names, sizes and checksums, in order."""
+
+    @property
+    def images(self) -> int:
+        return sum(map(len, self.tasks)) + len(self.test) + len(self.probe)
+
+
+def list_images(config: Config, tasks: int = 0) -> Listing:
+    """The stream cut at its boundary marks, its test images (of the same archive without `evaluation.test_archive`),
+    and the probe. tasks: only the first so many; 0 is all. Raises BenchError and StreamError."""
+    settings, limits = config.evaluation, config.source
+    bounds: dict[str, Any] = {"max_image_bytes": limits.max_image_bytes, "max_label_chars": limits.max_label_chars}
+    archive = config.source.archive
+    groups: list[list[tuple[str, Entry]]] = [[]]
+    for item in ArchiveSource(**archive.model_dump(exclude={"on_end"}), **bounds).listing():
+        if item is None:
+            groups.append([])
+        else:
+            groups[-1].append(item)
+    groups = [group for group in groups if group]
+    groups = groups[:tasks] if tasks else groups
+    spelling = {name.casefold(): name for group in groups for name, _ in group}
+    test = ArchiveFolder(settings.test_archive or archive.path, settings.test_split, ("test", "val"), **bounds)
+    trained = {entry.path for group in groups for _, entry in group}
+    if not settings.test_archive and any(e.path in trained for name in test.classes for e in test.images(name)):
+        raise BenchError(
+            f"{test.path} has no split folder `test` or `val` beside its training images; expected "
+            "train/class name/image and test/class name/image, or evaluation.test_archive"
+        )
+    listed = [
+        (spelling[name.casefold()], entry)
+        for name in test.classes
+        if name.casefold() in spelling
+        for entry in test.images(name, settings.test_per_class)
+    ]
+    missing = sorted(set(spelling.values()) - {name for name, _ in listed})
+    if missing:
+        raise BenchError(f"{test.path} has no test images of {', '.join(missing[:5])}; every class needs some")
+    probed: list[tuple[str, Entry]] = []
+    if settings.probe_archive:
+        probe = ArchiveFolder(settings.probe_archive, settings.probe_split, ("test", "val"), **bounds)
+        probed = [(name, e) for name in probe.classes for e in probe.images(name, settings.probe_per_class)]
+    parts = (*groups, listed, probed)
+    facts = [[(name, entry.path, entry.size, entry.crc) for name, entry in part] for part in parts]
+    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    return Listing(tuple(map(tuple, groups)), tuple(listed), tuple(probed), digest)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Images to score on, with the untouched model's embeddings."""
+
+    names: tuple[str, ...]
+    labels: Tensor
+    """int64 [N] on the CPU, index into `names`."""
+    tokens: TokensAt
+    untouched: Tensor
+    """float32 [N, D], L2-normalised, on the CPU."""
+
+    def of(self, names: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Index int64 [n] of the images of these names, and their labels int64 [n] as index into them."""
+        place = torch.full((len(self.names),), -1)
+        for i, name in enumerate(names):
+            if name in self.names:
+                place[self.names.index(name)] = i
+        labels = place[self.labels]
+        index = (labels >= 0).nonzero().squeeze(1)
+        return index, labels[index]
+
+
+@dataclass(frozen=True)
+class Data:
+    tasks: tuple[TaskData, ...]
+    test: Scored
+    probe: Scored | None
+    _tokens: TokensAt
+    """Of all training images, in stream order."""
+
+    def joint(self) -> tuple[tuple[int, TaskData], ...]:
+        """All tasks as one, to be scored where the last one is."""
+        classes = tuple(dict.fromkeys(name for task in self.tasks for name in task.classes))
+        labels = [torch.tensor([classes.index(name) for name in task.classes])[task.labels] for task in self.tasks]
+        return ((len(self.tasks) - 1, TaskData(1, classes, torch.cat(labels), self._tokens)),)
+
+
+def load_data(
+    listing: Listing, clip: Clip, config: Config, scratch: Path, advance: Callable[[int], None] = lambda done: None
+) -> Data:
+    """Decode every image of the listing once, in this order: tasks, test, probe. Images that cannot be decoded are left
+    out with a warning. Raises BenchError when a task has none left."""
+    parts = (*listing.tasks, listing.test, listing.probe)
+    entries = [item for part in parts for item in part]
+    loaded = load_tokens(
+        [partial(_read, entry) for _, entry in entries],
+        clip,
+        max_pixels=config.source.max_image_pixels,
+        # on a CPU in a file, so that memory stays bounded and what a method needs can be told apart
+        cache_bytes=config.method.cache_bytes if clip.device.type != "cpu" else 0,
+        scratch=scratch,
+        advance=advance,
+    )
+    for index, error in loaded.failed:
+        log.warning("image %s is left out: %s", entries[index][1].path, error)
+    ends = torch.tensor([len(part) for part in parts]).cumsum(0).tolist()
+    sections: list[list[int]] = [[] for _ in parts]
+    part = 0
+    for row, index in enumerate(loaded.kept):
+        while index >= ends[part]:
+            part += 1
+        sections[part].append(row)
+
+    def of(rows: Sequence[int]) -> tuple[tuple[str, ...], Tensor, TokensAt]:
+        labels = [entries[loaded.kept[row]][0] for row in rows]
+        names = tuple(dict.fromkeys(labels))
+        number = {name: i for i, name in enumerate(names)}
+        index = torch.tensor([number[label] for label in labels], dtype=torch.int64)
+        return names, index, TokensAt(loaded.tokens, torch.tensor(rows, dtype=torch.int64))
+
+    *learned, test, probe = sections
+    if not all(learned) or not test:
+        raise BenchError("a task or the test set has no image that can be decoded; see the warnings above")
+    return Data(
+        tuple(TaskData(number, *of(rows)) for number, rows in enumerate(learned, 1)),
+        _scored(*of(test), clip, config.evaluation.batch_size),
+        _scored(*of(probe), clip, config.evaluation.batch_size) if probe else None,
+        TokensAt(loaded.tokens, torch.tensor([row for rows in learned for row in rows])),
+    )
+
+
+def _scored(names: tuple[str, ...], labels: Tensor, tokens: TokensAt, clip: Clip, batch: int) -> Scored:
+    parts = [clip.encode_tokens(tokens.batch(index)).cpu() for index in torch.arange(len(labels)).split(batch)]
+    return Scored(names, labels, tokens, torch.cat(parts))
+
+
+def _read(entry: Entry) -> bytes:
+    try:
+        return entry.read()
+    except Unusable as error:
+        raise ImageError("undecodable", str(error)) from error

@@ -1,0 +1,1 @@
+"""The commands of `gapstream`, one file each; agent/cli.py lists them."""

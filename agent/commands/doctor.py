@@ -1,0 +1,263 @@
+"""`gapstream doctor`: looks at everything an agent needs before it runs, and says how to mend what is wrong.
+
+Nothing is changed and nothing is learned; it may be asked beside a running agent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+from rich.markup import escape
+
+from agent.commands.arguments import add_config, config_from
+from agent.commits import CommitStore, StateError
+from agent.config import Config
+from agent.layout import LOCK, SPOOL, has_learned
+from agent.parts import open_exchange, source_parts
+from agent.values import Commit
+from streams.source import DeadLetterError
+
+Level = Literal["ok", "warning", "problem"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one look gave."""
+
+    about: str
+    level: Level
+    text: str
+    cure: str = ""
+    """What to do about it; empty where the text says it."""
+
+
+add_arguments = add_config
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prints a line for each finding; 1 when one of them is a problem, else 0."""
+    config = config_from(arguments)
+    console = Console(highlight=False, soft_wrap=True)
+    colours = {"ok": "green", "warning": "yellow", "problem": "red"}
+    problems = 0
+    for finding in examine(config):
+        problems += finding.level == "problem"
+        colour = colours[finding.level]
+        console.print(f"[{colour}]{finding.level:<8}[/] {finding.about:<9} {escape(finding.text)}")
+        if finding.cure:
+            console.print(f"{'':18} -> {escape(finding.cure)}")
+    console.print(f"\n{problems} problem(s)" if problems else "\nready to run")
+    return 1 if problems else 0
+
+
+def examine(config: Config) -> Iterator[Finding]:
+    """Every finding, the quick ones first. The model is loaded, and downloaded where it is not there yet."""
+    running = _lock_holder(config.state.path)
+    yield _state(config.state.path, running)
+    commit = None
+    try:
+        commit = CommitStore(config.state.path, config.state.keep_commits).verified()
+        yield Finding("commit", "ok", _told(commit))
+    except (StateError, OSError) as error:
+        yield Finding("commit", "problem", str(error))
+    yield _disk(config, commit)
+    yield from _http(config, running)
+    kind = config.source.kind
+    cure = f"check [source.{kind}], and that what it names can be reached and read from here"
+    yield from _looked_at("source", cure, lambda: _source(config, commit))
+    cure = "check [serve.kafka], and that its topics can be read and written from here"
+    yield from _looked_at("answers", cure, lambda: _answers(config))
+    cure = "check [model], [method] and the archives of [evaluation]"
+    yield from _looked_at("learner", cure, lambda: _learner(config, commit))
+    cure = "`gapstream rollback N` sends readers to an older one, see `gapstream releases`"
+    yield from _looked_at("release", cure, lambda: _release(config, commit))
+
+
+def _looked_at(about: str, cure: str, look: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+    """What the look finds; what it raises is a finding too, of whatever class: libraries have their own."""
+    try:
+        yield from look()
+    except Exception as error:
+        kind = type(error)
+        ours = kind.__module__.partition(".")[0] in ("agent", "exporter", "streams")
+        yield Finding(about, "problem", str(error) if ours else f"{kind.__name__}: {error}", cure)
+
+
+def _lock_holder(state: Path) -> str:
+    """Process id of the agent that works on the state folder; empty when there is none."""
+    try:
+        file = (state / LOCK).open()
+    except OSError:
+        return ""
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return file.read().strip() or "unknown"
+    return ""
+
+
+def _state(path: Path, running: str) -> Finding:
+    folder = _existing(path)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".doctor-", dir=folder) as scratch:
+            (Path(scratch) / "link").symlink_to("nothing")
+    except OSError as error:
+        who = f"user {os.geteuid()}"
+        text = f"{folder} cannot be written with files and symlinks by {who}: {error.strerror or error}"
+        return Finding("state", "problem", text, "give that user the folder, or set state.path to another one")
+    if running:
+        return Finding("state", "ok", f"{path}, an agent is running on it (process {running})")
+    return Finding("state", "ok", f"{path}" + ("" if path.exists() else ", will be made"))
+
+
+def _told(commit: Commit | None) -> str:
+    if commit is None:
+        return "none yet, learning begins at the start"
+    return f"{commit.number:06d} is intact: {len(commit.classes)} classes after {commit.tasks} task(s)"
+
+
+def _disk(config: Config, commit: Commit | None) -> Finding:
+    """Held against what the agent may come to need beside what is there already."""
+    folder = _existing(config.state.path)
+    free = shutil.disk_usage(folder).free
+    size = sum(file.stat().st_size for file in commit.path.rglob("*")) if commit else 0
+    spool = config.spool.max_bytes - _size(config.state.path / SPOOL)
+    text = f"{_mib(free)} free below {folder}"
+    if free < 2 * size + 64 * 2**20:
+        wanted = f"a commit has {_mib(size)} and the next one is written beside it"
+        return Finding("disk", "problem", f"{text}; {wanted}", "free some space, or lower state.keep_commits")
+    if free < 2 * size + spool:
+        wanted = f"the spool may take {_mib(spool)} more"
+        cure = "free some space, or lower spool.max_bytes; a full disk stops the agent"
+        return Finding("disk", "warning", f"{text}; {wanted}", cure)
+    return Finding("disk", "ok", text)
+
+
+def _http(config: Config, running: str) -> Iterator[Finding]:
+    host, port = config.http.host, config.http.port
+    if not config.http.enabled or running:
+        return
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        text = f"{host}:{port} cannot be listened on: {error.strerror or error}"
+        yield Finding("http", "problem", text, "set http.host and http.port to a free address")
+    else:
+        yield Finding("http", "ok", f"{host}:{port}" if port else f"{host}, any free port")
+
+
+def _source(config: Config, commit: Commit | None) -> Iterator[Finding]:
+    """Opened, and brought to where the commit ends."""
+    parts = source_parts(config)
+    where = parts.place(config)
+    with contextlib.closing(parts.source(config)) as source:
+        if commit is not None and not source.continues(commit.fingerprint):
+            text = f"{where} is not the stream that {commit.path} was learned from, its offsets mean nothing here"
+            yield Finding("source", "problem", text, "set [source] back to that stream, or state.path to a new folder")
+            return
+        source.seek(commit.offsets if commit else {})
+        at = ", ".join(f"{topic}/{number}:{offset}" for (topic, number), offset in sorted(source.positions.items()))
+        yield Finding("source", "ok", f"{where}; read from {at or 'the beginning'}")
+    if letters := parts.dead_letter_place(config):
+        try:
+            parts.dead_letters(config, create=False).close()
+        except DeadLetterError as error:
+            if parts.may_create_dead_letters(config):
+                text = f"{error}. The agent will try to create it"
+                yield Finding("letters", "warning", text, "create it yourself where the agent may not")
+            else:
+                yield Finding("letters", "problem", str(error))
+        else:
+            yield Finding("letters", "ok", f"{letters} takes rejected records")
+
+
+def _answers(config: Config) -> Iterator[Finding]:
+    """What `gapstream serve --kafka` needs, where that is configured."""
+    section = config.serve.kafka
+    if not section.topics:
+        return
+    from streams.kafka.exchange import TopicMissing
+
+    try:
+        open_exchange(config, create=False).close()
+    except TopicMissing as error:
+        if not (section.create and error.topics == [section.output]):
+            raise
+        text = f"{error}. `gapstream serve --kafka` will try to"
+        yield Finding("answers", "warning", text, "create it yourself where that process may not")
+    else:
+        yield Finding("answers", "ok", f"{', '.join(section.topics)} can be answered in {section.output}")
+
+
+def _learner(config: Config, commit: Commit | None) -> Iterator[Finding]:
+    """Set up as the trainer does: weights, device, method, test archives, and what the commit holds."""
+    import torch
+
+    from agent.trainer import Trainer
+
+    learned = commit.path if commit and has_learned(commit.path) else None
+    facts = Trainer(config, learned).facts()
+    model = f"{facts['model']['name']} ({facts['model']['pretrained']})"
+    yield Finding("learner", "ok", f"{facts['method']} on {model}, device {facts['device']}, torch {torch.__version__}")
+    if facts["device"] == "cpu" and torch.cuda.is_available():
+        yield Finding("learner", "warning", f"{torch.cuda.get_device_name()} is not used", "set model.device to auto")
+
+
+def _release(config: Config, commit: Commit | None) -> Iterator[Finding]:
+    """The current one opened, and asked what it was shipped with."""
+    import onnxruntime
+    import torch
+
+    from agent.releases import pinned
+    from exporter.runtime import Classifier
+
+    if commit is None or commit.release is None:
+        has = ", ".join(name.removesuffix("ExecutionProvider") for name in onnxruntime.get_available_providers())
+        yield Finding("release", "ok", f"none yet; onnxruntime {onnxruntime.__version__} was built for {has}")
+        return
+    classifier = Classifier(commit.release)
+    release = classifier.release
+    yield Finding(
+        "release", "ok", f"{release.id}: {len(release.classes)} classes, passes its test on {classifier.provider}"
+    )
+    if (number := pinned(config.state.path)) is not None:
+        text = f"readers are held at the release of commit {number}"
+        yield Finding("release", "warning", text, "`gapstream rollback --newest` lets them follow it again")
+    if torch.cuda.is_available() and classifier.provider == "CPUExecutionProvider":
+        text = "torch can use the GPU and onnxruntime cannot, so releases are checked and served on the CPU"
+        yield Finding("release", "warning", text, "install onnxruntime-gpu for the CUDA version of this torch")
+
+
+def _existing(path: Path) -> Path:
+    """The folder itself, or the nearest one above that is there."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def _size(folder: Path) -> int:
+    total = 0
+    for file in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # a running agent deletes what it has learned
+            total += file.stat().st_size
+    return total
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.0f} MiB"

@@ -1,0 +1,257 @@
+"""`gapstream serve --kafka`: images of topics in, predictions out, each exactly once for readers of committed messages.
+
+A prediction is JSON under its image's key: `release`, `labels` and `scores`, or `error` and `detail`; and `origin`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+from agent.config import Config, ConfigError
+from agent.parts import codec, image_store, open_exchange
+from exporter.preprocess import ImageError
+from exporter.release import ReleaseError
+from exporter.runtime import Classifier, Prediction, Prepared
+from exporter.serve import KafkaMetrics, Server
+from streams.background import in_background
+from streams.dead_letter_format import message_size
+from streams.formats import Claim
+from streams.kafka.exchange import Arrival, Exchange, Reply
+from streams.record import Control, Partition, Reason, Record, Rejected
+from streams.source import StreamError
+
+log = logging.getLogger(__name__)
+
+STALLED_S = 300
+"""The thread that answers is not alive when it was silent for so long."""
+_POLL_S = 0.5
+_BATCH_S = 30
+_STOP_S = 8
+_WAIT_S = (0.5, 30)
+_FETCHES = 8
+_OVERHEAD = 256
+
+Unusable = tuple[str, str]
+"""Reason and detail."""
+
+
+@contextlib.contextmanager
+def beside(config: Config, server: Server) -> Iterator[None]:
+    """Answer the configured topics while the block runs, which runs `server`. Raises ConfigError, StreamError."""
+    section = config.serve.kafka
+    if not section.topics:
+        raise ConfigError('serve.kafka.topics is empty; expected the topics to answer, like ["images"]')
+    if section.group == config.source.kafka.group:
+        raise ConfigError(
+            f"serve.kafka.group: got {section.group}, which is source.kafka.group, where the learner writes its "
+            "offsets; expected a group of its own"
+        )
+    decoder, images = codec(config, labelled=False), image_store(config)
+    responder = Responder(
+        open_exchange(config, create=section.create),
+        lambda: server.classifier,
+        KafkaMetrics(server.registry, Reason),
+        lambda: server.stopping,
+        fetch=lambda claim: decoder.fetched(claim, images.fetch if images else None),
+        top=section.top,
+        headers=section.headers,
+        max_batch=config.serve.max_batch,
+    )
+    server.watch(responder)
+    responder.start()
+    log.info("answering %s in %s", ", ".join(section.topics), section.output)
+    try:
+        yield
+    finally:
+        server.stop()
+        responder.join()
+
+
+class Responder:
+    """Takes messages, classifies their images and gives the answers back, in a thread of its own."""
+
+    def __init__(
+        self,
+        exchange: Exchange,
+        classifier: Callable[[], Classifier | None],
+        metrics: KafkaMetrics,
+        stopping: Callable[[], bool],
+        *,
+        fetch: Callable[[Claim], Record | Rejected],
+        top: int = 5,
+        headers: Sequence[str] = (),
+        max_batch: int = 64,
+    ) -> None:
+        """`classifier` None: nothing is taken yet. `fetch`: gets the image of a message that only points at one. `top`:
+        classes in a prediction, 0 for all. `headers`: names of those that are carried on."""
+        self._exchange = exchange
+        self._classifier = classifier
+        self._metrics = metrics
+        self._stopping = stopping
+        self._fetch = fetch
+        self._top = top
+        self._headers = frozenset(headers)
+        self._max_batch = max_batch
+        self._failure = ""
+        self._beat = time.monotonic()
+        self._shown: set[Partition] = set()
+        self._decoders = ThreadPoolExecutor(os.cpu_count(), "kafka-decoder")
+        self._thread = threading.Thread(target=self._run, name="kafka-responder", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def join(self) -> None:
+        """Wait for the end that `stopping` has asked for; what is left undone is taken again by whoever comes next."""
+        self._thread.join(_STOP_S)
+        if self._thread.is_alive():
+            log.warning("Kafka did not answer within %d s and is left behind; nothing is lost", _STOP_S)
+
+    def why_not_alive(self) -> list[str]:
+        silent = time.monotonic() - self._beat
+        return [f"the Kafka thread was last seen {silent:.0f} s ago"] if silent > STALLED_S else []
+
+    def why_not_ready(self) -> list[str]:
+        if self._failure:
+            return [self._failure]
+        return [] if self._exchange.joined else ["the consumer group has not been joined yet"]
+
+    def _run(self) -> None:
+        failures = 0
+        while not self._stopping():
+            self._beat = time.monotonic()
+            classifier = self._classifier()
+            try:
+                if classifier is None:
+                    time.sleep(_POLL_S)
+                elif arrivals := self._exchange.take(_POLL_S):
+                    self._answer(arrivals, classifier)
+                    failures = 0
+                self._failure = ""
+                self._show_lag()
+            except Exception as error:
+                failures += 1
+                wait = min(_WAIT_S[0] * 2 ** (failures - 1), _WAIT_S[1])
+                self._failure = f"{error}; tried again in {wait:.1f} s"
+                log.warning("%s", self._failure, exc_info=not isinstance(error, StreamError))
+                self._sleep(wait)
+        self._exchange.close()
+        self._decoders.shutdown()
+
+    def _sleep(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and not self._stopping():
+            time.sleep(min(0.2, seconds))
+
+    def _answer(self, arrivals: Sequence[Arrival], classifier: Classifier) -> None:
+        """All of them in one transaction, or the first, where it takes long or the end has come."""
+        began = time.monotonic()
+        answers: list[Prediction | Unusable | None] = []
+        while len(answers) < len(arrivals) and not (self._stopping() or time.monotonic() - began > _BATCH_S):
+            self._beat = time.monotonic()
+            answers += self._classified(self._part(arrivals[len(answers) :]), classifier)
+        if not answers:
+            return
+        done = arrivals[: len(answers)]
+        replies, rejected = [], Counter[str]()
+        for arrival, answer in zip(done, answers, strict=True):
+            if answer is not None:
+                reply, reason = self._reply(arrival, answer)
+                replies.append(reply)
+                rejected[reason] += 1
+        try:
+            self._exchange.commit(done, replies)
+        except StreamError:
+            self._metrics.transactions.labels("aborted").inc()
+            raise
+        self._metrics.transactions.labels("committed").inc()
+        self._metrics.seconds.observe(time.monotonic() - began)
+        for topic, count in Counter(arrival.item.partition.topic for arrival in done).items():
+            self._metrics.records.labels(topic).inc(count)
+        self._metrics.predictions.inc(rejected.pop("", 0))
+        for reason, count in rejected.items():
+            self._metrics.rejected.labels(reason).inc(count)
+
+    def _classified(self, arrivals: Sequence[Arrival], classifier: Classifier) -> list[Prediction | Unusable | None]:
+        """What is to be said to each; None for marks, to which nothing is."""
+        waiting = [
+            in_background(partial(self._fetch, arrival.item), "image-fetch")
+            if isinstance(arrival.item, Claim)
+            else arrival.item
+            for arrival in arrivals
+        ]
+        items = [item.result() if isinstance(item, Future) else item for item in waiting]
+        while True:
+            found = list(self._decoders.map(lambda item: _prepared(item, classifier), items))
+            usable = [image for image in found if isinstance(image, Prepared)]
+            try:
+                predictions = iter(classifier.classify(usable, self._top))
+            except ReleaseError as error:  # a new release with another preprocessing came in between
+                log.info("%s", error)
+                continue
+            return [next(predictions) if isinstance(image, Prepared) else image for image in found]
+
+    def _part(self, arrivals: Sequence[Arrival]) -> Sequence[Arrival]:
+        """The first, to be answered together: a batch of images, or fewer where some are still to be fetched."""
+        fetches = 0
+        for number, arrival in enumerate(arrivals[: self._max_batch], 1):
+            fetches += isinstance(arrival.item, Claim)
+            if fetches == _FETCHES:
+                return arrivals[:number]
+        return arrivals[: self._max_batch]
+
+    def _reply(self, arrival: Arrival, answer: Prediction | Unusable) -> tuple[Reply, str]:
+        """The message, and the reason why it has no prediction (empty when it has)."""
+        most = self._exchange.max_reply_bytes - _OVERHEAD
+        topic, partition = arrival.item.partition
+        place = {"topic": topic, "partition": partition, "offset": arrival.item.offset}
+        origin = {"origin": place | {"timestamp_ms": arrival.timestamp_ms}}
+        key = arrival.raw.key if arrival.raw else None
+        headers = arrival.raw.headers if arrival.raw else ()
+        carried = [(name, value or b"") for name, value in headers if name in self._headers]
+        if isinstance(answer, Prediction):
+            body = {"release": answer.release, "labels": answer.labels, "scores": answer.scores}
+            reply = _message(key, carried, body | origin)
+            if message_size(*reply) <= most:
+                return reply, ""
+            size = message_size(*reply)
+            detail = f"the prediction takes {size} bytes with key and headers, at most {most}; both are left out"
+            answer = Reason.TOO_LARGE, detail
+            key, carried = None, []
+        reason, detail = answer
+        reply = _message(key, carried, {"error": reason, "detail": detail} | origin)
+        if message_size(*reply) > most:
+            reply = _message(None, [], {"error": reason, "detail": detail} | origin)
+        return reply, reason
+
+    def _show_lag(self) -> None:
+        lag = self._exchange.lag()
+        for where in self._shown - lag.keys():
+            self._metrics.lag.remove(*where)
+        for where, waiting in lag.items():
+            self._metrics.lag.labels(*where).set(waiting)
+        self._shown = set(lag)
+
+
+def _prepared(item: Record | Rejected | Control, classifier: Classifier) -> Prepared | Unusable | None:
+    if isinstance(item, Record):
+        try:
+            return classifier.prepare(item.image)
+        except ImageError as error:
+            return error.reason, error.detail
+    return (item.reason, item.detail) if isinstance(item, Rejected) else None
+
+
+def _message(key: bytes | None, headers: list[tuple[str, bytes]], body: dict[str, Any]) -> Reply:
+    value = json.dumps(body, ensure_ascii=False).encode("utf-8", "backslashreplace")
+    return Reply(key, value, [*headers, ("content-type", b"application/json")])

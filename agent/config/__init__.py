@@ -1,0 +1,33 @@
+"""Every setting: what there is (sections, methods), and how it is read (loading). No torch.
+
+Components take their own section or plain arguments, never the whole configuration; the environment is read here alone.
+"""
+
+from agent.config.base import ConfigError
+from agent.config.loading import load, resolved, to_toml
+from agent.config.methods import Finetune, Gapstream, Lora, Method, MgClip, Seca, VrLwf
+from agent.config.sections import (
+    Agent,
+    Archive,
+    Config,
+    Evaluation,
+    Http,
+    Kafka,
+    KafkaImages,
+    KafkaSecurity,
+    Model,
+    Release,
+    Serve,
+    ServeKafka,
+    Source,
+    Spool,
+    State,
+    Task,
+    Triton,
+)
+
+__all__ = [
+    "Agent", "Archive", "Config", "ConfigError", "Evaluation", "Finetune", "Gapstream", "Http", "Kafka", "KafkaImages",
+    "KafkaSecurity", "Lora", "Method", "MgClip", "Model", "Release", "Seca", "Serve", "ServeKafka", "Source", "Spool",
+    "State", "Task", "Triton", "VrLwf", "load", "resolved", "to_toml",
+]  # fmt: skip

@@ -1,0 +1,233 @@
+"""Reads the configuration once: a TOML file, GAPSTREAM_* variables, overrides. All mistakes are reported together.
+
+A key `[task] samples` is `task.samples` in messages and GAPSTREAM_TASK__SAMPLES in the environment, which wins over
+the file. Relative paths in a file are relative to that file.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import (
+    BaseModel,
+    SecretStr,
+    ValidationError,
+)
+from pydantic.fields import FieldInfo
+
+from agent.config.base import MAYBE_PATH, ConfigError
+from agent.config.sections import Config
+
+ENV_PREFIX = "GAPSTREAM_"
+
+
+def load(path: Path | None, env: Mapping[str, str], overrides: Mapping[str, str] | None = None) -> Config:
+    """The configuration from a TOML file, over it GAPSTREAM_* variables, over them `overrides` (full key -> text).
+
+    Without a file every key has its default. Text from `env` and `overrides` is read as the key's type; a list is
+    written as in TOML or with commas. Raises ConfigError that lists every mistake.
+    """
+    mistakes: list[str] = []
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    if path is not None:
+        values = _read_toml(path, mistakes)
+        _resolve_paths(values, Config, path.absolute().parent)
+    for variable, text in sorted(env.items()):
+        if variable.startswith(ENV_PREFIX):
+            key = variable.removeprefix(ENV_PREFIX).lower().replace("__", ".")
+            _set(values, origins, key, text, variable, mistakes)
+    for key, text in (overrides or {}).items():
+        _set(values, origins, key, text, "--set", mistakes)
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        mistakes += _explain(error, origins)
+    if mistakes:
+        where = f" in {path}" if path else ""
+        raise ConfigError("\n  ".join([f"the configuration{where} has {len(mistakes)} mistake(s):", *mistakes]))
+    return config
+
+
+def resolved(config: Config) -> dict[str, Any]:
+    """Every key with its value, JSON-able, secrets masked."""
+    return config.model_dump(mode="json")
+
+
+def to_toml(config: Config, documented: bool = False) -> str:
+    """`config` as a file that `load` reads back (but for masked secrets); with `documented` each key is explained."""
+    lines: list[str] = []
+
+    def write(section: type[BaseModel], values: Mapping[str, Any], prefix: str) -> None:
+        fields = section.model_fields
+        if prefix:
+            lines.extend(["", *(_comment(section.__doc__) if documented else []), f"[{prefix}]"])
+        for name, field in fields.items():
+            if not _is_section(field):
+                if documented:
+                    lines.extend(_comment(field.description, field))
+                lines.append(f"{name} = {_toml_value(values[name])}")
+        for name, field in fields.items():
+            if _is_section(field):
+                write(_section(field), values[name], f"{prefix}.{name}".lstrip("."))
+
+    if documented:
+        lines += _comment(_EXAMPLE_HEAD)
+    write(Config, resolved(config), "")
+    return "\n".join(lines).lstrip("\n") + "\n"
+
+
+_EXAMPLE_HEAD = """Every key of gapstream with its default. Delete what you do not change; run with
+
+    gapstream run --config gapstream.toml
+
+The environment wins over this file: GAPSTREAM_TASK__SAMPLES=100 is samples under [task]. Relative paths are relative
+to this file. All mistakes are reported at once; `gapstream config` prints what is in force."""
+
+
+def _is_section(field: FieldInfo) -> bool:
+    return isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+
+
+def _section(field: FieldInfo) -> type[BaseModel]:
+    assert isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+    return field.annotation
+
+
+def _leaves(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Full name and field of every key below `section`."""
+    for name, field in section.model_fields.items():
+        if _is_section(field):
+            yield from _leaves(_section(field), f"{prefix}{name}.")
+        else:
+            yield prefix + name, field
+
+
+def _read_toml(path: Path, mistakes: list[str]) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        mistakes.append(f"{path} cannot be read: {error.strerror or error}")
+    except UnicodeDecodeError as error:
+        mistakes.append(f"{path} is not UTF-8: {error}")
+    except tomllib.TOMLDecodeError as error:
+        mistakes.append(f"{path} is not TOML: {error}")
+    return {}
+
+
+def _resolve_paths(values: dict[str, Any], section: type[BaseModel], base: Path) -> None:
+    for name, field in section.model_fields.items():
+        value = values.get(name)
+        if _is_section(field):
+            if isinstance(value, dict):
+                _resolve_paths(value, _section(field), base)
+        elif isinstance(value, str) and value not in _literals(field.annotation) and _names_a_file(field, value):
+            values[name] = str(base / value)
+
+
+def _names_a_file(field: FieldInfo, value: str) -> bool:
+    if MAYBE_PATH in field.metadata:
+        return Path(value).suffix in (".safetensors", ".pt", ".bin")
+    return bool(value) and Path in (field.annotation, *get_args(field.annotation))
+
+
+def _is_secret(field: FieldInfo) -> bool:
+    return SecretStr in get_args(field.annotation)
+
+
+def _literals(annotation: Any) -> tuple[Any, ...]:
+    if get_origin(annotation) is Literal:
+        return get_args(annotation)
+    return tuple(value for part in get_args(annotation) for value in _literals(part))
+
+
+def _set(
+    values: dict[str, Any], origins: dict[str, str], key: str, text: str, origin: str, mistakes: list[str]
+) -> None:
+    """Put the text of one variable or override where its key is."""
+    field = dict(_leaves()).get(key)
+    if field is None:
+        mistakes.append(f"{key} ({origin}): there is no such key{_did_you_mean(key)}")
+        return
+    *sections, name = key.split(".")
+    for section in sections:
+        inner = values.setdefault(section, {})
+        if not isinstance(inner, dict):
+            return  # the file has a value where a section belongs, which is a mistake of its own
+        values = inner
+    origins[key] = origin
+    values[name] = text
+    if get_origin(field.annotation) is tuple:
+        try:
+            values[name] = tomllib.loads(f"list = {text}")["list"] if text.startswith("[") else _comma_separated(text)
+        except tomllib.TOMLDecodeError:
+            mistakes.append(f'{key} ({origin}): got {text}, expected a list as in TOML, like ["cat", "dog"]')
+            values[name] = ()
+
+
+def _comma_separated(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _explain(error: ValidationError, origins: Mapping[str, str]) -> list[str]:
+    """One line for each key; a key of several types has one error for each of them."""
+    found: dict[str, list[str]] = {}
+    for detail in error.errors(include_url=False):
+        key, known = _full_name(detail["loc"])
+        where = f"{key} ({origins[key]})" if key in origins else key
+        if detail["type"] == "extra_forbidden" and not known:
+            text = f"there is no such key{_did_you_mean(key)}"
+        elif detail["type"] == "value_error":
+            text = str(detail["ctx"]["error"])
+        else:
+            field = dict(_leaves()).get(key)
+            got = "a secret" if field and _is_secret(field) else repr(detail["input"])
+            text = f"got {got}, expected: {detail['msg'].removeprefix('Input should be ')}"
+        found.setdefault(where, []).append(text)
+    lines = []
+    for where, texts in found.items():
+        first, *others = dict.fromkeys(texts)
+        lines.append(f"{where}: {first}" + "".join(f" or {other.partition('expected: ')[2]}" for other in others))
+    return lines
+
+
+def _full_name(location: tuple[int | str, ...]) -> tuple[str, bool]:
+    """The key a validation error is about, without pydantic's marks for parts of a union, and whether it exists."""
+    names: list[str] = []
+    section: type[BaseModel] = Config
+    for part in location:
+        field = section.model_fields.get(str(part))
+        names.append(str(part))
+        if field is None:
+            return ".".join(names), False
+        if not _is_section(field):
+            break
+        section = _section(field)
+    return ".".join(names), True
+
+
+def _did_you_mean(key: str) -> str:
+    keys = [name for name, _ in _leaves()]
+    last = key.rpartition(".")[2]
+    same_name = [name for name in keys if name.rpartition(".")[2] == last or name.replace(".", "_") == key]
+    close = same_name or difflib.get_close_matches(key, keys, n=1, cutoff=0.7)
+    return f"; did you mean {' or '.join(close)}?" if close else ""
+
+
+def _comment(text: str | None, field: FieldInfo | None = None) -> list[str]:
+    lines = [line.strip() for line in (text or "").strip().splitlines()]
+    choices = _literals(field.annotation) if field else ()
+    if len(choices) > 1 and not all(f"`{choice}`" in (text or "") for choice in choices):
+        lines.append("One of: " + ", ".join(map(str, choices)))
+    return [f"# {line}".rstrip() for line in lines]
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(_toml_value, value))}]"
+    return json.dumps("" if value is None else value, ensure_ascii=False)

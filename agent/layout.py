@@ -1,0 +1,70 @@
+"""The name of every file and folder inside a state folder; whoever reads or writes one takes its name from here.
+
+    <state>/
+      lock                      held by the one agent that may write here
+      CURRENT                   symlink to commits/000042, replaced by one rename: the truth
+      RELEASE                   symlink to CURRENT/release, or to pinned/000040: what readers follow
+      commits/000042/           manifest.json (written last), learner.*, report.json, release/, holdout/
+      commits/000043.staging/   being written; swept at the next start, like commits newer than CURRENT
+      commits/000041.damaged/   a commit that failed its check, set aside for whoever wants to look
+      commits/000039.pruned/    being deleted
+      pinned/000040/            the release of a commit, linked, so that it outlives the commit
+      dead_letters/             rejected records of an archive
+      spool/, scratch/          caches: emptied at every start, or without a name while in use
+
+Names that readers of releases need too are defined in exporter.release, which may not import this package.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from exporter.release import CURRENT, RELEASE_FOLDER
+from exporter.release import RELEASE as RELEASE
+
+LOCK = "lock"
+COMMITS = "commits"
+PINNED = "pinned"
+SPOOL = "spool"
+SCRATCH = "scratch"
+DEAD_LETTERS = "dead_letters"
+POINTER = CURRENT
+
+STAGING = ".staging"
+PRUNED = ".pruned"
+DAMAGED = ".damaged"
+
+MANIFEST = "manifest.json"
+LEARNER_TENSORS = "learner.safetensors"
+LEARNER_VALUES = "learner.json"
+REPORT = "report.json"
+RELEASE_IN_COMMIT = RELEASE_FOLDER
+HOLDOUT = "holdout"
+
+NEWEST_RELEASE = Path(POINTER) / RELEASE_IN_COMMIT
+"""Where readers are sent unless an older release is pinned; relative to the state folder, as a symlink needs it."""
+
+_NUMBER = re.compile(r"\d{6,}")
+"""Six digits make names sort as numbers do; longer ones, after a million commits, are read as numbers all the same."""
+
+
+def commit_name(number: int) -> str:
+    """The folder name of a commit, and of the release that is pinned of it."""
+    return f"{number:06d}"
+
+
+def commit_number(name: str) -> int | None:
+    """The number that a folder is named after; None for every other name, like those of unfinished commits."""
+    return int(name) if _NUMBER.fullmatch(name) else None
+
+
+def current_commit(state: Path) -> Path | None:
+    """The folder of the current commit of a state folder, or None when there is none yet."""
+    pointer = state / POINTER
+    return pointer.resolve() if pointer.exists() else None
+
+
+def has_learned(commit: Path) -> bool:
+    """Whether a commit's folder holds a learner; before the first task is learned, commits hold offsets alone."""
+    return (commit / LEARNER_VALUES).exists()

@@ -1,0 +1,1 @@
+"""The CLIP that is updated: its towers, adapters, images and modality gap."""

@@ -1,0 +1,151 @@
+"""Encoded images in, tokens out: decoded once, passed through the frozen part once, kept within a memory bound."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from agent.model.clip import Clip
+from exporter.preprocess import ImageError, decode
+
+CHUNK = 16
+"""Images decoded and encoded together: small enough that a convolution's activations stay in a core's cache."""
+
+
+class StoredTokens:
+    """Tokens of N images in one tensor: in memory (a GPU's when there is one) or mapped from a file without a name."""
+
+    def __init__(self, tensor: Tensor, device: torch.device) -> None:
+        self._tensor = tensor
+        self._device = device
+
+    def __len__(self) -> int:
+        return len(self._tensor)
+
+    def batch(self, index: Tensor) -> Tensor:
+        """int64 [B] -> float [B, tokens, width] on the device."""
+        return self._tensor[index.to(self._tensor.device)].to(self._device, non_blocking=True)
+
+
+class TokensAt:
+    """Some rows of other tokens, in the order of `rows` (int64 [N])."""
+
+    def __init__(self, tokens: StoredTokens, rows: Tensor) -> None:
+        self._tokens = tokens
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def batch(self, index: Tensor) -> Tensor:
+        return self._tokens.batch(self._rows[index.to(self._rows.device)])
+
+
+@dataclass(frozen=True)
+class LoadedImages:
+    tokens: StoredTokens
+    kept: tuple[int, ...]
+    """Index into what was asked for, one per row of `tokens`."""
+    failed: tuple[tuple[int, ImageError], ...]
+    """Images that could not be decoded, with why."""
+
+
+def load_tokens(
+    read: Sequence[Callable[[], bytes]],
+    clip: Clip,
+    *,
+    max_pixels: int,
+    cache_bytes: int,
+    scratch: Path,
+    advance: Callable[[int], None] = lambda done: None,
+) -> LoadedImages:
+    """Decode, preprocess and encode every image once. Memory: `cache_bytes` plus a few chunks of images.
+
+    When all tokens together exceed `cache_bytes` they go to a file in `scratch` that has no name any more once it is
+    open, so nothing is left behind whatever happens. `advance(done)` is called after every chunk.
+    """
+    kept: list[int] = []
+    failed: list[tuple[int, ImageError]] = []
+    store: Tensor | None = None
+    done = 0
+    for images in _chunks(read, clip, max_pixels):
+        good = []
+        for image in images:
+            if isinstance(image, ImageError):
+                failed.append((done, image))
+            else:
+                kept.append(done)
+                good.append(image)
+            done += 1
+        if good:
+            tokens = torch.stack(good)
+            if clip.device.type != "cpu":
+                tokens = clip.prefix(tokens)
+            if store is None:
+                store = _allocate((len(read), *tokens.shape[1:]), tokens.dtype, clip.device, cache_bytes, scratch)
+            store[len(kept) - len(good) : len(kept)] = tokens
+        advance(done)
+    tokens = torch.empty(0, 1, 1) if store is None else store[: len(kept)]
+    return LoadedImages(StoredTokens(tokens, clip.device), tuple(kept), tuple(failed))
+
+
+def _chunks(read: Sequence[Callable[[], bytes]], clip: Clip, max_pixels: int) -> Iterator[list[Tensor | ImageError]]:
+    """Chunk after chunk, in order, worked on by one thread per core; images for a GPU, tokens on a CPU.
+
+    On a CPU each chunk is encoded by a single thread: faster than splitting every small convolution over the cores, and
+    the result does not depend on how many there are.
+    """
+
+    def one(reader: Callable[[], bytes]) -> np.ndarray | ImageError:
+        try:
+            return clip.preprocess(decode(reader(), max_pixels))
+        except ImageError as error:
+            return error
+
+    def chunk(readers: Sequence[Callable[[], bytes]]) -> list[Tensor | ImageError]:
+        images = [one(reader) for reader in readers]
+        good = [torch.from_numpy(image) for image in images if not isinstance(image, ImageError)]
+        if good and clip.device.type == "cpu":
+            good = list(clip.prefix(torch.stack(good)))
+        done = iter(good)
+        return [image if isinstance(image, ImageError) else next(done) for image in images]
+
+    size = CHUNK if clip.device.type == "cpu" else 4 * CHUNK
+    cores = torch.get_num_threads()
+    threads = min(8, cores if clip.device.type == "cpu" else os.cpu_count() or 1)
+    pending: deque[Future[list[Tensor | ImageError]]] = deque()
+    # the setting is per calling thread, so training in the main thread keeps all cores
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for start in range(0, len(read), size):
+            pending.append(pool.submit(chunk, read[start : start + size]))
+            if len(pending) > 2 * threads:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    torch.set_num_threads(cores)  # what libraries read back must be the main thread's
+
+
+def _allocate(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, cache_bytes: int, scratch: Path
+) -> Tensor:
+    count = int(np.prod(shape))
+    if count * dtype.itemsize <= cache_bytes:
+        return torch.empty(shape, dtype=dtype, device=device)
+    scratch.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix="tokens-", dir=scratch)
+    try:
+        # reserves the space: a disk that is full says so here, and not by a signal in the middle of a copy
+        os.posix_fallocate(handle, 0, count * dtype.itemsize)
+        return torch.from_file(name, shared=True, size=count, dtype=dtype).reshape(shape)
+    finally:
+        os.close(handle)
+        Path(name).unlink()

@@ -1,0 +1,139 @@
+"""The agent wired together: its parts in the order they are opened, closed again whatever happens."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from prometheus_client import CollectorRegistry
+
+from agent.commits import CommitStore
+from agent.config import Config, resolved
+from agent.layout import SPOOL
+from agent.parts import open_stream
+from agent.pipeline import Pipeline, Rules, resume
+from agent.releases import Publisher, pinned
+from agent.values import Commit
+from agent.worker import TRAINER, ProcessWorker
+from exporter.http import StatusServer
+from exporter.metrics import Metrics
+from exporter.systemd import supervised
+from streams.buffer import CutRule, TaskBuffer
+from streams.spool import Spool
+
+log = logging.getLogger(__name__)
+
+STALLED_S = 30
+"""A loop that was silent for so long is not alive."""
+
+
+def run_agent(
+    config: Config,
+    stop: threading.Event,
+    make_metrics: Callable[[CollectorRegistry], Metrics] | None = None,
+    learner: str | None = None,
+) -> Commit | None:
+    """Run an agent until its stream ends or `stop` is set; returns its last commit.
+
+    `make_metrics` builds what is told of everything that happens (exporter.metrics.Metrics by default, a subclass to
+    watch), `learner` names the class that learns (agent.trainer:Trainer by default). Raises StreamError, StateError,
+    AgentError, and OSError when the HTTP address cannot be had.
+    """
+    registry = CollectorRegistry()
+    metrics = (make_metrics or Metrics)(registry)
+    metrics.readers(lambda: pinned(config.state.path))
+    with contextlib.ExitStack() as parts:
+        commits = CommitStore(config.state.path, config.state.keep_commits)
+        parts.callback(commits.close)
+        commits.lock()
+        source, dead_letters = open_stream(config)
+        parts.callback(source.close)
+        parts.callback(dead_letters.close)
+        commit = resume(commits, source)
+        if commit is not None:
+            log.info("continuing from commit %06d: %d classes learned", commit.number, len(commit.classes))
+            metrics.restored(commit)
+        spool = Spool(config.state.path / SPOOL, config.spool.max_bytes)
+        rule = CutRule(**config.task.model_dump(exclude={"on_stop"}))
+        known, done = (commit.seen, commit.tasks) if commit else ((), 0)
+        worker = ProcessWorker(config, learner or TRAINER)
+        published = _publisher(config, commit, parts)
+        pipeline = Pipeline(
+            source=source,
+            buffer=TaskBuffer(rule, spool, known, done + 1, source.positions),
+            spool=spool,
+            worker=worker,
+            commits=commits,
+            dead_letters=dead_letters,
+            metrics=metrics,
+            stop=stop,
+            rules=Rules(
+                poll_timeout_s=config.agent.poll_timeout_s,
+                learn_at_end=config.source.archive.on_end == "learn",
+                learn_at_stop=config.task.on_stop == "learn",
+                quarantine=config.agent.on_task_failure == "quarantine",
+                stop_timeout_s=config.agent.stop_timeout_s,
+            ),
+            config=resolved(config),
+            commit=commit,
+            published=published,
+        )
+        if config.http.enabled:
+            server = StatusServer(
+                config.http.host,
+                config.http.port,
+                registry,
+                live=lambda: _why_not_alive(metrics.status()),
+                ready=lambda: _why_not_ready(worker.ready, pipeline.commit),
+                status=metrics.status,
+                heartbeat=metrics.heartbeat,
+                pictures=metrics.pictures,
+            )
+            parts.callback(server.stop)
+            server.start()
+            log.info("metrics and status page on http://%s:%d/", config.http.host, server.port)
+        parts.enter_context(
+            supervised(
+                live=lambda: _why_not_alive(metrics.status()),
+                ready=lambda: worker.ready,
+                doing=lambda: _doing(metrics.status()),
+                stop=stop,
+            )
+        )
+        return pipeline.run()
+
+
+def _publisher(config: Config, commit: Commit | None, parts: contextlib.ExitStack) -> Callable[[Commit], None]:
+    """What takes each release where `release.layout` wants it, beside the state folder; begins with that of `commit`,
+    which may have been left out when the agent was killed."""
+    if config.release.layout == "folder":
+        return lambda commit: None
+    publisher = Publisher(config.release, config.state.path)
+    parts.callback(publisher.close)
+    if commit is not None and commit.release is not None:
+        publisher(commit)
+    return publisher
+
+
+def _why_not_alive(status: dict[str, Any]) -> list[str]:
+    seen = {"pipeline": status["started"]} | status["heartbeats"]
+    return [
+        f"the {loop} loop was last seen {status['now'] - last:.0f} s ago, expected every few seconds"
+        for loop, last in seen.items()
+        if status["now"] - last > STALLED_S
+    ]
+
+
+def _doing(status: dict[str, Any]) -> str:
+    commit = status["commit"]
+    return f"{status['state']}; " + (f"{commit['classes']} classes learned" if commit else "nothing learned yet")
+
+
+def _why_not_ready(trainer_ready: bool, commit: Commit | None) -> list[str]:
+    reasons = [] if trainer_ready else ["the trainer is being set up"]
+    if commit is None or commit.release is None:
+        reasons.append("nothing is released yet; the first release comes with the first learned task")
+    return reasons

@@ -1,0 +1,252 @@
+"""Test images per class that are never trained on: chosen by hash, bounded, kept in the commits.
+
+A commit's folder `holdout/` has one stored zip per task that added images (`000001.zip`, entries `class name
+percent-encoded/sha256`) and `trained.zip`: which images of the hash space that qualifies were trained on. Packs of
+earlier tasks are hard links to the parent commit's, so every commit is complete by itself and nothing is copied.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import threading
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal, Protocol
+from urllib.parse import quote, unquote
+
+from agent.layout import HOLDOUT
+from exporter.files import link_or_copy
+
+log = logging.getLogger(__name__)
+
+TRAINED = "trained.zip"
+
+Choice = Literal["train", "hold", "drop"]
+
+
+class HoldOutError(Exception):
+    """A commit's hold-out cannot be read; the message says which file."""
+
+
+class Labelled(Protocol):
+    """An encoded image with its class name (streams.buffer.Sample is one)."""
+
+    @property
+    def label(self) -> str: ...
+
+    def read(self) -> bytes: ...
+
+
+@dataclass(frozen=True)
+class ImageRef:
+    """An image to score on; `read()` gives its encoded bytes, `key` identifies it among all such images."""
+
+    label: str
+    key: str
+    read: Callable[[], bytes]
+
+
+class TrainedFilter:
+    """Bloom filter of image hashes: at most a wrong "yes", which here only means one image less is held out.
+
+    Remembering trained images exactly would grow with the stream; 2**23 bits (1 MiB) with 4 positions answer wrongly in
+    2 % of cases after a million entries, which is ten million samples at the default hold-out fraction.
+    """
+
+    BITS = 2**23
+
+    def __init__(self, data: bytes = b"") -> None:
+        self._cells = bytearray(data or self.BITS // 8)
+
+    def add(self, digest: bytes) -> None:
+        for position in self._positions(digest):
+            self._cells[position >> 3] |= 1 << (position & 7)
+
+    def __contains__(self, digest: bytes) -> bool:
+        return all(self._cells[position >> 3] >> (position & 7) & 1 for position in self._positions(digest))
+
+    def __bytes__(self) -> bytes:
+        return bytes(self._cells)
+
+    def copy(self) -> TrainedFilter:
+        return TrainedFilter(bytes(self._cells))
+
+    def _positions(self, digest: bytes) -> list[int]:
+        # bytes 0-7 decide whether an image qualifies, so they are not evenly spread among those that come here
+        return [int.from_bytes(digest[i : i + 4], "big") % self.BITS for i in (8, 12, 16, 20)]
+
+
+class HoldOut:
+    """Decides what is held out and remembers it. Only hashes and class names are in memory.
+
+    Built by `load`; per task: `split`, then `images` (which has the new ones), then `write` into the staging folder and
+    `moved` when that was renamed. A `split` that is not followed by `write` is forgotten by the next one. Used from one
+    thread, but for the images' `read`, which may be called from several.
+    """
+
+    def __init__(self, fraction: float, per_class: int) -> None:
+        self.fraction = fraction
+        self.per_class = per_class
+        self._trained = TrainedFilter()
+        self._held: dict[bytes, tuple[str, str]] = {}  # digest -> class name, pack
+        self._new: dict[bytes, Labelled] = {}
+        self._trained_next = self._trained
+        self._folder: Path | None = None
+        self._open: zipfile.ZipFile | None = None
+        self._reading = threading.Lock()
+
+    @classmethod
+    def load(cls, commit: Path | None, fraction: float, per_class: int) -> HoldOut:
+        """Continue from a commit's folder, or begin with nothing (None).
+
+        fraction: share of the hash space that qualifies, 0 <= fraction < 1. It can be lowered but not raised for a
+        state folder (images trained on before would qualify): the smaller one is used, with a warning.
+        per_class: largest number of held images of one class; images already held stay.
+        Raises HoldOutError when a pack cannot be read.
+        """
+        holdout = cls(fraction, per_class)
+        folder = None if commit is None else commit / HOLDOUT
+        if folder is None or not folder.is_dir():
+            return holdout
+        holdout._folder = folder
+        with _reading(folder / TRAINED), zipfile.ZipFile(folder / TRAINED) as archive:
+            before = json.loads(archive.read("facts.json"))["fraction"]
+            holdout._trained = holdout._trained_next = TrainedFilter(archive.read("filter"))
+        if fraction > before:
+            log.warning(
+                "evaluation.holdout_fraction is %g but this state began with %g: what is already trained on cannot be "
+                "held out any more; %g stays in force",
+                fraction,
+                before, before,
+            )  # fmt: skip
+            holdout.fraction = before
+        for pack in holdout._packs():
+            with _reading(pack), zipfile.ZipFile(pack) as archive:
+                for name in archive.namelist():
+                    label, _, digest = name.partition("/")
+                    holdout._held[bytes.fromhex(digest)] = (unquote(label), pack.name)
+        return holdout
+
+    def __len__(self) -> int:
+        return len(self._held) + len(self._new)
+
+    def split(self, samples: Sequence[Labelled]) -> list[Choice]:
+        """What happens to each sample of a task, in order. Reads every sample once; give it only decodable ones.
+
+        "hold": from now on a test image. "drop": a copy of a held image, under whatever class name; never trained on.
+        "train": everything else, also what qualifies beyond `per_class` and what was ever trained on. Of every class at
+        least one image that was not held before this task trains. The same samples in the same order after the same
+        history give the same answer.
+        """
+        digests = [hashlib.sha256(sample.read()).digest() for sample in samples]
+        names_of: dict[bytes, set[str]] = {}
+        for digest, sample in zip(digests, samples, strict=True):
+            if digest not in self._held:
+                names_of.setdefault(digest, set()).add(sample.label)
+        trainable = Counter(name for names in names_of.values() for name in names)
+        held = Counter(label for label, _ in self._held.values())
+        self._new = {}
+        self._trained_next = self._trained.copy()
+        choices: list[Choice] = []
+        for digest, sample in zip(digests, samples, strict=True):
+            if digest in self._held or digest in self._new:
+                choices.append("drop")
+                continue
+            names = names_of[digest]
+            if not self._qualifies(digest):
+                choices.append("train")
+            elif (
+                digest in self._trained_next
+                or held[sample.label] >= self.per_class
+                or any(trainable[name] == 1 for name in names)
+            ):
+                self._trained_next.add(digest)
+                choices.append("train")
+            else:
+                self._new[digest] = sample
+                held[sample.label] += 1
+                trainable.subtract(names)
+                choices.append("hold")
+        return choices
+
+    def images(self) -> list[ImageRef]:
+        """All held images in the order they were held, those of the last `split` included; readable for good."""
+        labels = [(digest, label) for digest, (label, _) in self._held.items()]
+        labels += [(digest, sample.label) for digest, sample in self._new.items()]
+        return [ImageRef(label, digest.hex(), partial(self._read, digest)) for digest, label in labels]
+
+    def write(self, staging: Path, parent: Path | None) -> None:
+        """Write `staging`/holdout: the parent commit's packs linked (copied where links fail), one new pack.
+
+        Files are not synced here; sealing the staging folder does that. Images of earlier tasks are read from `staging`
+        from now on, so call `moved` when the folder is renamed.
+        """
+        folder = staging / HOLDOUT
+        folder.mkdir()
+        for pack in sorted({pack for _, pack in self._held.values()}):
+            if parent is None:
+                raise HoldOutError(
+                    f"{pack} was held out before this task, but no parent commit was given to take it from"
+                )
+            link_or_copy(parent / HOLDOUT / pack, folder / pack)
+        with zipfile.ZipFile(folder / TRAINED, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr(zipfile.ZipInfo("facts.json"), json.dumps({"fraction": self.fraction}))
+            archive.writestr(zipfile.ZipInfo("filter"), bytes(self._trained_next), zipfile.ZIP_DEFLATED, 1)
+        if self._new:
+            last = max((int(Path(pack).stem) for _, pack in self._held.values()), default=0)
+            name = f"{last + 1:06d}.zip"
+            with zipfile.ZipFile(folder / name, "w") as archive:
+                for digest, sample in self._new.items():
+                    # ZipInfo's fixed date makes the same images the same file
+                    archive.writestr(zipfile.ZipInfo(f"{quote(sample.label, safe='')}/{digest.hex()}"), sample.read())
+            self._held |= {digest: (sample.label, name) for digest, sample in self._new.items()}
+            self._new = {}
+        self._trained = self._trained_next
+        self.moved(staging)
+
+    def moved(self, commit: Path) -> None:
+        """Held images are below `commit` from now on (the staging folder was renamed)."""
+        self.close()
+        self._folder = commit / HOLDOUT
+
+    def close(self) -> None:
+        if self._open is not None:
+            self._open.close()
+            self._open = None
+
+    def _qualifies(self, digest: bytes) -> bool:
+        return int.from_bytes(digest[:8], "big") < self.fraction * 2**64
+
+    def _packs(self) -> list[Path]:
+        assert self._folder is not None
+        return sorted(self._folder.glob("[0-9]*.zip"))
+
+    def _read(self, digest: bytes) -> bytes:
+        if digest in self._new:
+            return self._new[digest].read()
+        assert self._folder is not None
+        label, pack = self._held[digest]
+        path = self._folder / pack
+        with self._reading, _reading(path):
+            if self._open is None or self._open.filename != str(path):
+                self.close()
+                self._open = zipfile.ZipFile(path)
+            return self._open.read(f"{quote(label, safe='')}/{digest.hex()}")
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turns what zipfile and the disk raise into HoldOutError with the file's name."""
+    try:
+        yield
+    except (OSError, zipfile.BadZipFile, KeyError, ValueError) as error:
+        raise HoldOutError(
+            f"{path} cannot be read as part of the hold-out ({type(error).__name__}: {error}); its commit is damaged"
+        ) from error

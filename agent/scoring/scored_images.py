@@ -1,0 +1,116 @@
+"""Test images: where they are, the untouched model's embeddings of them, and their tokens as far as memory allows."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from agent.model.clip import Clip
+from agent.model.images import LoadedImages, load_tokens
+from agent.scoring.holdout import ImageRef
+from exporter.preprocess import ImageError
+from streams.record import Unusable
+
+log = logging.getLogger(__name__)
+
+
+class EvaluationError(Exception):
+    """A model cannot be scored; the message says which image is the reason."""
+
+
+class ImageFolder(Protocol):
+    """Test images by class (streams.archive.ArchiveFolder)."""
+
+    @property
+    def classes(self) -> tuple[str, ...]: ...
+
+    def images(self, class_name: str, limit: int = 0) -> Sequence[ImageFile]: ...
+
+
+class ImageFile(Protocol):
+    @property
+    def name(self) -> str: ...
+
+    def read(self) -> bytes: ...
+
+
+class ScoredImages:
+    """Test images by number: where they are, the untouched model's embeddings, and tokens as far as they fit."""
+
+    def __init__(self, clip: Clip, batch_size: int, max_pixels: int, cache_bytes: int) -> None:
+        self.refs: list[ImageRef] = []
+        self.embeddings = torch.zeros(0, clip.embed_dim)
+        """float32 [n, D], L2-normalised, on the CPU."""
+        self._clip = clip
+        self._batch_size = batch_size
+        self._max_pixels = max_pixels
+        self._free_bytes = cache_bytes
+        self._tokens: dict[int, Tensor] = {}
+
+    def add(self, refs: Sequence[ImageRef], tick: Callable[[], None]) -> list[int]:
+        """Decode and embed new images, a `tick` per batch; gives the numbers of those that can be decoded, in order."""
+        first = len(self.refs)
+        embeddings = [self.embeddings]
+        for at in range(0, len(refs), self._batch_size):
+            part = refs[at : at + self._batch_size]
+            loaded = self._load(part)
+            tick()
+            for index, error in loaded.failed:
+                log.warning("test image %s of %r is left out: %s", part[index].key, part[index].label, error)
+            if not loaded.kept:
+                continue
+            tokens = loaded.tokens.batch(torch.arange(len(loaded.kept)))
+            embeddings.append(self._clip.encode_tokens(tokens).cpu())
+            if tokens.nbytes <= self._free_bytes:
+                self._free_bytes -= tokens.nbytes
+                self._tokens |= enumerate(tokens, len(self.refs))
+            self.refs += [part[index] for index in loaded.kept]
+        self.embeddings = torch.cat(embeddings)
+        return list(range(first, len(self.refs)))
+
+    def batches(self, numbers: Sequence[int]) -> Iterator[tuple[list[int], Tensor]]:
+        """(numbers, tokens [B, tokens, width] on the device) of the images asked for, in order."""
+        for at in range(0, len(numbers), self._batch_size):
+            part = list(numbers[at : at + self._batch_size])
+            absent = [number for number in part if number not in self._tokens]
+            again: dict[int, Tensor] = {}
+            if absent:
+                loaded = self._load([self.refs[number] for number in absent])
+                if loaded.failed:
+                    index, error = loaded.failed[0]
+                    raise EvaluationError(
+                        f"test image {self.refs[absent[index]].key} could be read before but not now: {error}"
+                    )
+                again = dict(zip(absent, loaded.tokens.batch(torch.arange(len(absent))), strict=True))
+            yield part, torch.stack([self._tokens[n] if n in self._tokens else again[n] for n in part])
+
+    def _load(self, refs: Sequence[ImageRef]) -> LoadedImages:
+        return load_tokens(
+            [ref.read for ref in refs],
+            self._clip,
+            max_pixels=self._max_pixels,
+            cache_bytes=sys.maxsize,  # a batch at a time, always in memory
+            scratch=Path(),
+        )
+
+
+def image_refs(folder: ImageFolder, label: str, limit: int) -> list[ImageRef]:
+    """Images of the folder's classes that differ from `label` at most in case: streams keep the first spelling seen."""
+    same = [name for name in folder.classes if name.casefold() == label.casefold()]
+    files = [(name, file) for name in same for file in folder.images(name, limit)]
+    return [ImageRef(label, f"{name}/{file.name}", partial(_read, file)) for name, file in files]
+
+
+def _read(file: ImageFile) -> bytes:
+    """What cannot be had is treated like what cannot be decoded."""
+    try:
+        return file.read()
+    except Unusable as error:
+        raise ImageError("undecodable", str(error)) from error

@@ -1,0 +1,44 @@
+"""Files that outlive a power cut: forced to the disk, shared by hard links, and replaced by one rename."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+
+def sync(path: Path) -> None:
+    """Force a file's bytes, or the names in a folder, to the disk. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_folders(folder: Path) -> None:
+    """Force the names in `folder` and in every folder below it to the disk. Raises OSError."""
+    for path in [*folder.rglob("*"), folder]:
+        if path.is_dir():
+            sync(path)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Make `target` the same file as `source`, or a synced copy where the file systems have no common hard links.
+
+    Only for files that never change once they are written. Raises OSError, FileNotFoundError when `source` is gone.
+    """
+    try:
+        target.hardlink_to(source)
+    except OSError:
+        shutil.copyfile(source, target)
+        sync(target)
+
+
+def point(link: Path, target: Path) -> None:
+    """Make `link` a symlink to `target` by one rename that survives a power cut. Raises OSError."""
+    new = link.with_name(f"{link.name}.new")
+    new.unlink(missing_ok=True)
+    new.symlink_to(target)
+    new.replace(link)
+    sync(link.parent)

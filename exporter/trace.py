@@ -1,0 +1,195 @@
+"""A torch module as an ONNX graph without weights: traced once per structure, then filled for each release."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import onnx_ir as ir
+import onnxscript
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from exporter.parity import ParityError
+from exporter.release import ReleaseError
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_EXAMPLE = 3
+"""Classes in the example that is traced: neither 0 nor 1, which torch.export takes for constants."""
+
+
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer by its name, shared ones under all their names, as the trace may pick any."""
+    return {
+        **{name: tensor.detach() for name, tensor in module.named_parameters(remove_duplicate=False)},
+        **{name: tensor.detach() for name, tensor in module.named_buffers(remove_duplicate=False)},
+    }
+
+
+def _shapes(tensors: Mapping[str, Tensor], wildcards: frozenset[str]) -> tuple:
+    return tuple(
+        (name, tuple(tensor.shape)[1:] if name in wildcards else tuple(tensor.shape), tensor.dtype, name in wildcards)
+        for name, tensor in tensors.items()
+    )
+
+
+class Trace:
+    """The graph of one kind of module, without weights; traced when a module of another structure comes."""
+
+    def __init__(self, opset: int, source: str, outputs: Sequence[str]) -> None:
+        """`source` and `outputs`: names in the graph."""
+        self._opset = opset
+        self._source = source
+        self._outputs = outputs
+        self._structure: object = None
+        self._graph: ir.Model | None = None
+        self.seconds = 0.0
+        """Of the tracing that the last `fitting` took."""
+
+    def fitting(
+        self,
+        module: Any,
+        tensors: Mapping[str, Tensor],
+        varying: Sequence[str],
+        example: NDArray[Any],
+        longest: int,
+        attempt: Callable[[ir.Model], T],
+    ) -> T:
+        """What `attempt` makes of the graph of `module`. Where that was traced for an earlier module and does not fit,
+        which `attempt` says by a ParityError, it is traced anew.
+
+        `varying`: tensors whose first dimension is left open, as is that of `example`; so is its second, up to
+        `longest`, unless that is 0. Raises ReleaseError when torch cannot trace the module.
+        """
+        began = time.monotonic()
+        structure = (type(module), example.shape[1:], _shapes(tensors, frozenset(varying)))
+        fresh = self._graph is None or structure != self._structure
+        if self._graph is None or fresh:
+            self._graph = self._traced(module, varying, example, longest)
+            self._structure = structure
+        self.seconds = time.monotonic() - began
+        try:
+            return attempt(self._graph)
+        except ParityError as error:
+            if fresh:
+                raise
+            # A number kept outside the tensors (a float attribute of the module) is part of the graph.
+            log.warning("the graph traced earlier does not fit this model, tracing it again: %s", error)
+            self._graph = self._traced(module, varying, example, longest)
+            self.seconds = time.monotonic() - began
+            return attempt(self._graph)
+
+    def _traced(self, module: Any, varying: Sequence[str], example: NDArray[Any], longest: int) -> ir.Model:
+        dimensions = {0: torch.export.Dim("batch", min=1)}
+        if longest:
+            dimensions[1] = torch.export.Dim("length", min=2, max=longest)
+        try:
+            return _trace(module, varying, example, dimensions, self._opset, self._source, self._outputs)
+        except torch.onnx.OnnxExporterError as error:
+            found = str(error.__cause__ or error).splitlines()[0]
+            raise ReleaseError(f"torch cannot trace {type(module).__name__} ({found}); not released") from error
+
+
+class _VaryingAsInputs(nn.Module):
+    """`module` with its varying tensors as arguments, so that the trace leaves their first dimension open."""
+
+    def __init__(self, module: Any, varying: Sequence[str]) -> None:
+        super().__init__()
+        self.module = module
+        self.varying = varying
+
+    def forward(self, source: Tensor, varying: list[Tensor]) -> Any:
+        replaced = dict(zip(self.varying, varying, strict=True))
+        return torch.func.functional_call(self.module, replaced, (source,))
+
+
+def _trace(
+    module: Any,
+    varying: Sequence[str],
+    example: NDArray[Any],
+    dimensions: Mapping[int, Any],
+    opset: int,
+    source: str,
+    outputs: Sequence[str],
+) -> ir.Model:
+    """The module's graph with every parameter and buffer as an input of the graph, under the module's own name."""
+    module = copy.deepcopy(module).cpu().eval()
+    others = [getattr(module, name) for name in varying]
+    others = [tensor[torch.arange(_EXAMPLE) % len(tensor)] for tensor in others]
+    free = torch.export.Dim("classes", min=1)
+    with warnings.catch_warnings(), _silenced("torch.onnx", "onnxscript", "onnx_ir"), torch.no_grad():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            _VaryingAsInputs(module, varying).eval(),
+            # Two examples: a batch of one exports, passes the checker and fails at three (pytorch#157621).
+            (torch.from_numpy(example.copy()), others),
+            dynamo=True,
+            # Constant folding would swallow weights that later releases must replace.
+            optimize=False,
+            verbose=False,
+            opset_version=opset,
+            input_names=[source, *varying],
+            output_names=list(outputs),
+            dynamic_shapes=(dict(dimensions), [{0: free} for _ in others]),
+        )
+    assert program is not None
+    graph = program.model.graph
+    for name, value in list(graph.initializers.items()):
+        if name.startswith("module."):
+            del graph.initializers[name]
+            value.const_value = None
+            value.name = name.removeprefix("module.")
+            graph.inputs.append(value)
+    # What hangs on no weight is folded here: the casts left by the tracer would keep onnxruntime from merging batch
+    # norms into convolutions (a convolutional trunk took 2.4 times as long for an image).
+    with _silenced("onnxscript", "onnx_ir"):
+        onnxscript.optimizer.optimize(program.model)
+    for node in graph.all_nodes():
+        node.metadata_props.clear()  # stack traces, with this machine's paths
+        for value in node.outputs:
+            value.metadata_props.clear()
+            value.shape = None  # onnxruntime infers it, with the number of classes known
+    for value in (*graph.inputs, *graph.initializers.values()):
+        value.metadata_props.clear()
+    return program.model
+
+
+def filled(template: ir.Model, weights: Mapping[str, Any], widths: Sequence[int]) -> ir.Model:
+    """The template with `weights` (onnx_ir tensors) and [batch, width] as the shape of its outputs."""
+    model = template.clone()
+    graph = model.graph
+    empty = graph.inputs[1:]
+    del graph.inputs[1:]
+    for value in empty:
+        weight = value.const_value = weights[str(value.name)]
+        value.shape = ir.Shape(weight.shape)
+        graph.register_initializer(value)
+    for output, width in zip(graph.outputs, widths, strict=True):
+        output.shape = ir.Shape(["batch", width])
+    return model
+
+
+def constant(name: str, tensor: Tensor) -> ir.TensorProtocol:
+    return ir.tensor(tensor.cpu().contiguous().numpy(), name=name)
+
+
+@contextmanager
+def _silenced(*loggers: str) -> Iterator[None]:
+    """Hold back the tracer's progress and advice; its errors are exceptions."""
+    levels = [(logger := logging.getLogger(name), logger.level) for name in loggers]
+    try:
+        for logger, _ in levels:
+            logger.setLevel(logging.ERROR)
+        yield
+    finally:
+        for logger, level in levels:
+            logger.setLevel(level)

@@ -1,0 +1,177 @@
+"""How to reach and be let into a Kafka cluster. Secrets come as text or as the file that holds them; none is shown.
+
+And the few things every client of ours needs: what went wrong in short, how a producer is ended, what a topic takes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import logging
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kafka import KafkaProducer
+from kafka.admin import ConfigResource, ConfigResourceType, KafkaAdminClient
+from kafka.errors import KafkaError, UnknownTopicOrPartitionError
+from kafka.net.sasl.oauth import AbstractTokenProvider
+
+from streams.source import StreamError
+
+log = logging.getLogger(__name__)
+
+Secret = str | Path | None
+"""A secret, or the file that holds it, read whenever a client is made."""
+
+CONNECT_S = 10
+REQUEST_MS = 5_000
+SAFE = "Nothing is lost: a restart continues at the last commit"
+UNKNOWN_TOPIC = UnknownTopicOrPartitionError.errno
+
+
+@dataclass(frozen=True)
+class Connection:
+    """How to reach and be let into a cluster. `settings` has it as the client library wants it."""
+
+    bootstrap_servers: Sequence[str]
+    protocol: str = "PLAINTEXT"
+    """PLAINTEXT, SSL, SASL_PLAINTEXT or SASL_SSL."""
+    cafile: Path | None = None
+    certfile: Path | None = None
+    keyfile: Path | None = None
+    key_password: Secret = field(default=None, repr=False)
+    check_hostname: bool = True
+    mechanism: str = ""
+    """PLAIN, SCRAM-SHA-256, SCRAM-SHA-512 or OAUTHBEARER."""
+    username: str = ""
+    password: Secret = field(default=None, repr=False)
+    token_file: Path | None = None
+    """OAUTHBEARER: file with the current token; else one is asked for at `token_url` with client credentials."""
+    token_url: str = ""
+    client_id: str = ""
+    client_secret: Secret = field(default=None, repr=False)
+    scope: str = ""
+
+    def settings(self) -> dict[str, Any]:
+        """Raises StreamError when a secret's file cannot be read."""
+        settings: dict[str, Any] = {
+            "bootstrap_servers": list(self.bootstrap_servers),
+            "security_protocol": self.protocol,
+            "bootstrap_timeout_ms": CONNECT_S * 1000,
+            "client_id": "gapstream",
+        }
+        if self.protocol.endswith("SSL"):
+            settings["ssl_check_hostname"] = self.check_hostname
+            settings["ssl_password"] = revealed(self.key_password)
+            for name in ("cafile", "certfile", "keyfile"):
+                path = getattr(self, name)
+                settings[f"ssl_{name}"] = str(path) if path else None
+        if self.protocol.startswith("SASL"):
+            settings["sasl_mechanism"] = self.mechanism
+            if self.mechanism == "OAUTHBEARER":
+                settings["sasl_oauth_token_provider"] = _TokenFile(self) if self.token_file else _TokenService(self)
+            else:
+                settings["sasl_plain_username"] = self.username
+                settings["sasl_plain_password"] = revealed(self.password)
+        return settings
+
+    def __str__(self) -> str:
+        return ",".join(self.bootstrap_servers)
+
+
+@contextlib.contextmanager
+def connecting(connection: Connection) -> Iterator[None]:
+    """Clients are made inside of it: a failure becomes a StreamError that says why, which the client only logs."""
+    reasons: list[str] = []
+
+    def listen(record: logging.LogRecord) -> bool:
+        arguments = record.args if isinstance(record.args, tuple) else ()
+        reasons.extend(str(argument) for argument in arguments if isinstance(argument, Exception))
+        return True
+
+    loggers = [logging.getLogger(f"kafka.net.{name}") for name in ("manager", "connection")]
+    for logger in loggers:
+        logger.addFilter(listen)
+    try:
+        yield
+    except KafkaError as error:
+        found = [reason for reason in reasons if "Unable to bootstrap" not in reason]
+        refused = [reason for reason in found if "Sasl" in reason or "SSL" in reason]
+        reason = [*refused[:1], *found[-1:], str(error)][0]
+        raise StreamError(f"cannot connect to {connection}: {reason[:500]}") from error
+    finally:
+        for logger in loggers:
+            logger.removeFilter(listen)
+
+
+def describe_error(error: Any) -> str:
+    """What went wrong, with its kind, in at most 500 characters."""
+    text = str(error)
+    return (text if type(error).__name__ in text else f"{type(error).__name__}: {text}")[:500]
+
+
+def abandon(producer: KafkaProducer) -> None:
+    """End it at once. Its own `close` leaves the sender at work where something is still unsent."""
+    try:
+        producer.close(timeout=0)
+    except KafkaError:
+        producer._sender.force_close()
+
+
+def longest_message(admin: KafkaAdminClient, topic: str) -> int:
+    """`max.message.bytes` of a topic; the brokers' usual value where we may not ask."""
+    try:
+        wanted = ConfigResource(ConfigResourceType.TOPIC, topic, {"max.message.bytes": None})
+        found = admin.describe_configs([wanted], config_filter="all")
+        return int(found["topic"][topic]["max.message.bytes"]["value"]) - 512
+    except (KafkaError, KeyError, ValueError, TypeError) as error:
+        log.debug("max.message.bytes of %s: %s", topic, error)
+        return 1_000_000
+
+
+def revealed(secret: Secret) -> str | None:
+    """The text of a secret, from its file where it has one. Raises StreamError."""
+    if not isinstance(secret, Path):
+        return secret
+    try:
+        return secret.read_text(encoding="utf-8").rstrip("\r\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise StreamError(f"the secret in {secret} cannot be read: {error}; nothing was connected") from None
+
+
+class _TokenFile(AbstractTokenProvider):
+    def __init__(self, connection: Connection) -> None:
+        self._path = connection.token_file
+
+    def token(self) -> str:
+        return revealed(self._path) or ""
+
+
+class _TokenService(AbstractTokenProvider):
+    """OAuth 2.0 client credentials; a token is kept until a minute before it expires."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._token = ""
+        self._until = 0.0
+
+    def token(self) -> str:
+        if time.monotonic() >= self._until:
+            asked = self._connection
+            form = {"grant_type": "client_credentials", "client_id": asked.client_id, "scope": asked.scope}
+            form["client_secret"] = revealed(asked.client_secret) or ""
+            body = urllib.parse.urlencode({name: value for name, value in form.items() if value}).encode()
+            try:
+                with urllib.request.urlopen(asked.token_url, body, timeout=10) as response:
+                    answer = json.load(response)
+                self._token = answer["access_token"]
+            except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
+                raise KafkaError(f"no token from {asked.token_url}: {type(error).__name__}: {error}") from None
+            self._until = time.monotonic() + max(10, float(answer.get("expires_in", 300)) - 60)
+        return self._token

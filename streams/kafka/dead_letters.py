@@ -1,0 +1,235 @@
+"""Rejected records of topics, sent to dead-letter topics."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import Any
+
+from kafka import KafkaProducer
+from kafka.admin import KafkaAdminClient
+from kafka.errors import (
+    KafkaError,
+    MessageSizeTooLargeError,
+    TopicAlreadyExistsError,
+)
+
+from streams.background import in_background
+from streams.dead_letter_format import dead_letter
+from streams.kafka.connection import (
+    REQUEST_MS,
+    SAFE,
+    UNKNOWN_TOPIC,
+    Connection,
+    abandon,
+    describe_error,
+    longest_message,
+)
+from streams.record import Rejected
+from streams.source import DeadLetterDelayed, DeadLetterError, StreamError
+
+log = logging.getLogger(__name__)
+
+_RETRY_S = 5
+_PUT_S = 0.05
+_PATIENCE_S = 2
+
+
+class KafkaDeadLetters:
+    """Sends rejected records to the dead-letter topic of the topic they came from. Used from one thread.
+
+    After a crash, or an outage longer than the client goes on trying, the same coordinates may come twice.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        topics: Sequence[str],
+        name: str = "{topic}.dlq",
+        create: bool = True,
+        max_pending_bytes: int = 64 * 2**20,
+    ) -> None:
+        """`name`: of the dead-letter topic, with {topic} for the source's. `create`: where it does not exist.
+
+        Raises DeadLetterError when a dead-letter topic cannot be had.
+        """
+        self._connection = connection
+        self._names = {topic: name.format(topic=topic) for topic in topics}
+        self._max_pending = max_pending_bytes
+        self._unsent: deque[tuple[Rejected, int]] = deque()
+        self._pending: deque[tuple[Any, Rejected, int]] = deque()
+        self._waiting_bytes = 0
+        self._failure = ""
+        self._retry_at = 0.0
+        self._coming: Future[KafkaProducer] | None = None
+        try:
+            self._limits = self._topics_ready(create)
+            self._producer: KafkaProducer | None = self._new_producer()
+        except StreamError:
+            raise
+        except Exception as error:
+            names = ", ".join(self._names.values())
+            raise DeadLetterError(f"no dead-letter topic {names} on {connection}: {describe_error(error)}") from error
+
+    def put(self, rejected: Rejected) -> None:
+        """Send, without waiting for the answer. Raises DeadLetterError when too much waits for one."""
+        self._settle()
+        if self._waiting_bytes > self._max_pending:
+            with contextlib.suppress(DeadLetterDelayed):
+                self.flush(_PATIENCE_S)
+        if self._waiting_bytes > self._max_pending:
+            raise DeadLetterError(
+                f"{self._waiting_bytes} bytes of dead letters wait for {self._connection} "
+                f"({self._failure or 'no answer'}), at most {self._max_pending} may; stopping. {SAFE}"
+            )
+        size = _weight(rejected)
+        self._waiting_bytes += size
+        self._unsent.append((rejected, size))
+        if time.monotonic() >= self._retry_at:
+            self._send_all(time.monotonic() + _PUT_S)
+
+    def flush(self, timeout_s: float) -> None:
+        """Returns when every letter is acknowledged. Raises DeadLetterDelayed while some are not."""
+        deadline = time.monotonic() + timeout_s
+        self._settle()
+        while self._pending or self._unsent:
+            sent = self._send_all(deadline)
+            left = max(0.0, deadline - time.monotonic())
+            if self._pending:
+                with contextlib.suppress(KafkaError):  # `_settle` looks at the outcome
+                    self._pending[0][0].get(left)
+            elif not sent:
+                time.sleep(min(left, 0.1))
+            self._settle()
+            if time.monotonic() >= deadline:
+                break
+        if self._pending or self._unsent:
+            waiting = len(self._pending) + len(self._unsent)
+            failure = self._failure or "no answer"
+            raise DeadLetterDelayed(f"{waiting} dead letters wait for {self._connection} ({failure})")
+        self._failure = ""
+
+    def close(self) -> None:
+        """Without a `flush` before it, letters may be lost."""
+        if self._coming is not None:
+            self._coming.add_done_callback(_abandon_late)
+        if self._producer is not None:
+            abandon(self._producer)
+
+    def _send_all(self, deadline: float) -> bool:
+        """Send what waits to be sent, until `deadline` has passed or one cannot be sent; False for the latter."""
+        while self._unsent:
+            producer = self._connected(deadline)
+            if producer is None or not self._send(producer, *self._unsent[0]):
+                self._retry_at = time.monotonic() + _RETRY_S
+                return False
+            self._unsent.popleft()
+            if time.monotonic() >= deadline:
+                break
+        return True
+
+    def _send(self, producer: KafkaProducer, rejected: Rejected, size: int) -> bool:
+        topic = rejected.partition.topic
+        letter = dead_letter(rejected, self._limits[topic])
+        try:
+            future = producer.send(self._names[topic], letter.value, letter.key, list(letter.headers))
+        except KafkaError as error:
+            self._failure = describe_error(error)
+            return False
+        self._pending.append((future, rejected, size))
+        return True
+
+    def _settle(self) -> None:
+        """Forget the letters that are acknowledged; what failed waits to be sent again, shorter if it was too long."""
+        while self._pending and self._pending[0][0].is_done:
+            future, rejected, size = self._pending[0]
+            if future.exception is not None:
+                self._failure = describe_error(future.exception)
+                if isinstance(future.exception, MessageSizeTooLargeError):
+                    topic = rejected.partition.topic
+                    self._limits[topic] = max(8192, self._limits[topic] // 2)
+                self._renew()
+                return
+            self._pending.popleft()
+            self._waiting_bytes -= size
+
+    def _renew(self) -> None:
+        """A producer that gave a letter up may refuse all that follow: start again with a new one, when one is needed.
+
+        It may take as long as the broker is away to make one.
+        """
+        failed = []
+        for future, rejected, size in self._pending:
+            if future.is_done and future.succeeded():
+                self._waiting_bytes -= size
+            else:
+                failed.append((rejected, size))
+        self._unsent.extendleft(reversed(failed))
+        self._pending.clear()
+        if self._producer is not None:
+            abandon(self._producer)
+        self._producer = None
+
+    def _connected(self, deadline: float) -> KafkaProducer | None:
+        """A producer, made in a thread of its own where there is none; None when it is not there by `deadline`."""
+        if self._producer is not None:
+            return self._producer
+        if self._coming is None:
+            self._coming = in_background(self._new_producer, "dead-letters")
+        try:
+            error = self._coming.exception(max(0.0, deadline - time.monotonic()))
+        except TimeoutError:
+            return None
+        if error is None:
+            self._producer = self._coming.result()
+        else:
+            self._failure = describe_error(error)
+        self._coming = None
+        return self._producer
+
+    def _new_producer(self) -> KafkaProducer:
+        return KafkaProducer(
+            **self._connection.settings(),
+            acks="all",
+            enable_idempotence=True,
+            max_request_size=2**30,
+            max_block_ms=500,
+            reconnect_backoff_max_ms=2000,
+            linger_ms=5,
+            metrics_enabled=False,
+        )
+
+    def _topics_ready(self, create: bool) -> dict[str, int]:
+        """See to it that the dead-letter topics exist; the longest message each takes, by source topic."""
+        admin = KafkaAdminClient(**self._connection.settings(), request_timeout_ms=REQUEST_MS)
+        try:
+            names = sorted(set(self._names.values()))
+            missing = [topic["name"] for topic in admin.describe_topics(names) if topic["error_code"] == UNKNOWN_TOPIC]
+            if missing and not create:
+                raise DeadLetterError(
+                    f"{self._connection} has no dead-letter topic {', '.join(missing)}; create it, or set "
+                    "source.kafka.dead_letter_create = true"
+                )
+            for name in missing:
+                log.info("creating dead-letter topic %s", name)
+                with contextlib.suppress(TopicAlreadyExistsError):
+                    admin.create_topics({name: {"num_partitions": 1, "configs": {"cleanup.policy": "delete"}}})
+            if missing:
+                admin.wait_for_topics(missing)
+            return {topic: longest_message(admin, name) for topic, name in self._names.items()}
+        finally:
+            admin.close()
+
+
+def _abandon_late(coming: Future[KafkaProducer]) -> None:
+    if coming.exception() is None:
+        abandon(coming.result())
+
+
+def _weight(rejected: Rejected) -> int:
+    """Memory that a letter takes while it waits, in bytes, about."""
+    return 1024 + len(rejected.detail) + (rejected.raw.memory_bytes if rejected.raw else 0)

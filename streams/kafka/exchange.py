@@ -1,0 +1,351 @@
+"""Messages of a consumer group in, a reply to each out, and the group's offsets: all in one transaction of Kafka.
+
+Whoever reads the replies with isolation.level=read_committed sees one for every message, however often a process of the
+group is killed, and the partitions move between those that live.
+
+kafka-python 3.0 has what that takes (idempotent sends, offsets in the transaction, fencing by the group's generation,
+offsets that wait for open transactions), with gaps that are closed here:
+
+- A batch of messages that could not be delivered in time does not fail its transaction, which would be committed
+  without it: the outcome of every send is looked at first.
+- The offsets an aborted transaction had are sent again with the next one: after any failure producer and consumer are
+  replaced, and begin at what the group has.
+- A membership lost in the background empties `group_metadata`, and brokers let everything pass then: it is taken when
+  the messages are.
+- A member that was thrown out and joins again goes on where it was in the partitions it gets back, whatever others did
+  in between: after every assignment all positions are those of the group.
+- Where the group has no offset, "newest" is another place at every connection: the first becomes the group's offset
+  before anything is taken.
+- Waiting for a commit has no end while the brokers are away: here it has.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+from kafka import ConsumerRebalanceListener, KafkaConsumer, KafkaProducer, OffsetAndMetadata, TopicPartition
+from kafka.admin import KafkaAdminClient
+from kafka.errors import (
+    CommitFailedError,
+    KafkaTimeoutError,
+    RebalanceInProgressError,
+    TopicAlreadyExistsError,
+    UnknownTopicOrPartitionError,
+)
+
+from streams.background import in_background
+from streams.formats import Claim, Codec
+from streams.kafka.connection import Connection, abandon, connecting, describe_error, longest_message
+from streams.kafka.record_batches import Unreadable, guard, rejections
+from streams.record import Item, Partition, Raw
+from streams.source import StreamError
+
+log = logging.getLogger(__name__)
+
+_REQUEST_MS = 10_000
+_SESSION_MS = 10_000
+_TRANSACTION_MS = 15_000
+"""A killed process holds up readers of its replies, and whoever gets its partitions, for so long and a bit."""
+_COMMIT_S = 20
+_COMMITTED_MS = 1_000
+_CLOSE_MS = 2_000
+_UNKNOWN_TOPIC = UnknownTopicOrPartitionError.errno
+
+
+class TopicMissing(StreamError):
+    """Topics that are needed are not there."""
+
+    def __init__(self, connection: Connection, topics: Sequence[str]) -> None:
+        super().__init__(f"{connection} has no topic {', '.join(topics)}; create it")
+        self.topics = list(topics)
+
+
+class Arrival(NamedTuple):
+    """A message that came, and what it stands for."""
+
+    item: Item | Claim
+    timestamp_ms: int | None
+    raw: Raw | None
+    """None where its batch cannot be read; the item is Rejected then."""
+
+
+class Reply(NamedTuple):
+    key: bytes | None
+    value: bytes
+    headers: list[tuple[str, bytes]]
+
+
+class Exchange:
+    """One member of a consumer group, and the replies it gives. Used from one thread.
+
+    Whatever fails is raised as StreamError and has changed nothing: the next `take` connects anew and begins where the
+    group is.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        topics: Sequence[str],
+        output: str,
+        codec: Codec,
+        *,
+        group: str,
+        start: Literal["earliest", "latest"] = "earliest",
+        max_records: int = 256,
+        fetch_bytes: int = 16 * 2**20,
+        create: bool = True,
+    ) -> None:
+        """`start`: where the group begins in a partition it has no offset of. `max_records`: messages in a transaction.
+        `fetch_bytes`: fetched and not yet taken, about. `create`: the topic `output` where it does not exist.
+
+        Raises TopicMissing, and StreamError when the cluster cannot be had or a topic may not be used.
+        """
+        self._connection = connection
+        self._topics = tuple(topics)
+        self._output = output
+        self._codec = codec
+        self._group = group
+        self._start = start
+        self._max_records = max_records
+        self._fetch_bytes = fetch_bytes
+        self._transactions = f"{group}-{uuid.uuid4().hex}"
+        self._consumer: KafkaConsumer | None = None
+        self._producer: KafkaProducer | None = None
+        self._member: Any = None
+        self._assigned = threading.Event()
+        self._positions: dict[Partition, int] = {}
+        self._taken: Sequence[Arrival] = ()
+        self._broken: set[tuple[Partition, int]] = set()
+        self.max_reply_bytes = 0
+        """What the output topic takes as one message; known with the first messages, read anew after every failure."""
+        try:
+            with self._admin() as admin:
+                self._check(admin, create)
+        except StreamError:
+            raise
+        except Exception as error:
+            raise StreamError(
+                f"cannot use {', '.join([*topics, output])} on {connection}: {describe_error(error)}"
+            ) from error
+
+    @property
+    def joined(self) -> bool:
+        """Whether the group has this member; it may have no partitions nevertheless."""
+        member = self._member  # other threads ask too
+        return member is not None and member.generation_id >= 0
+
+    def take(self, timeout_s: float) -> Sequence[Arrival]:
+        """Messages to reply to, in the order of their partitions; none when none came by then. Those taken before
+        and not passed by `commit` come again. Raises StreamError."""
+        try:
+            if self._consumer is None:
+                self._connect()
+            assert self._consumer is not None
+            for arrival in reversed(self._taken):
+                self._consumer.seek(TopicPartition(*arrival.item.partition), arrival.item.offset)
+            self._taken = ()
+            polled = self._consumer.poll(timeout_ms=int(timeout_s * 1000), max_records=self._max_records)
+            self._member = self._consumer.group_metadata()
+            if self._assigned.is_set() or not self.joined:
+                self._realign(polled)
+                return ()
+            self._taken = [arrival for where, messages in polled.items() for arrival in self._read(where, messages)]
+            return self._taken
+        except Exception as error:
+            raise self._dropped("nothing can be read", error) from error
+
+    def commit(self, arrivals: Sequence[Arrival], replies: Sequence[Reply]) -> None:
+        """Send `replies` and pass `arrivals`, the first so many of what was taken.
+
+        Raises StreamError: readers of committed replies see none of them then, or all, and the group's offsets agree.
+        """
+        if self._consumer is None or self._producer is None:
+            raise StreamError("what was taken belongs to a connection that is gone; it is taken again")
+        nexts = {arrival.item.partition: arrival.item.offset + 1 for arrival in arrivals}
+        producer, member = self._producer, self._member
+        try:
+            in_background(lambda: _transact(producer, self._output, replies, nexts, member), "transaction").result(
+                _COMMIT_S
+            )
+        except Exception as error:
+            raise self._dropped(f"{len(arrivals)} messages were not answered", error) from error
+        self._taken = self._taken[len(arrivals) :]
+        self._positions |= nexts
+        self._broken = {(where, offset) for where, offset in self._broken if offset >= nexts.get(where, 0)}
+
+    def lag(self) -> Mapping[Partition, int]:
+        """Messages that wait for a reply, by partition; without the partitions nothing is known of yet."""
+        lags: dict[Partition, int] = {}
+        if self._consumer is not None:
+            for where in self._consumer.assignment():
+                end, position = self._consumer.highwater(where), self._positions.get(Partition(*where))
+                if end is not None and position is not None:
+                    lags[Partition(*where)] = max(0, end - position)
+        return lags
+
+    def close(self) -> None:
+        """Leave the group, so that others get the partitions at once."""
+        consumer, self._consumer = self._consumer, None
+        producer, self._producer = self._producer, None
+        self._member = None
+        self._taken = ()
+        self._positions = {}
+        if producer is not None:
+            abandon(producer)
+        if consumer is not None:
+            try:
+                consumer.close(autocommit=False, timeout_ms=_CLOSE_MS)
+            except Exception as error:
+                log.debug("closing the Kafka client: %s", describe_error(error))
+
+    def _connect(self) -> None:
+        settings = self._connection.settings()
+        self._assigned.clear()
+        with self._admin() as admin:
+            self.max_reply_bytes = longest_message(admin, self._output)
+        with connecting(self._connection):
+            self._producer = KafkaProducer(
+                **settings,
+                acks="all",
+                transactional_id=self._transactions,
+                transaction_timeout_ms=_TRANSACTION_MS,
+                request_timeout_ms=_REQUEST_MS,
+                delivery_timeout_ms=_TRANSACTION_MS,
+                max_block_ms=_REQUEST_MS,
+                retry_backoff_ms=20,
+                batch_size=2**17,
+                max_request_size=2**30,
+                allow_auto_create_topics=False,
+                metrics_enabled=False,
+            )
+            # What a producer before this one left open is settled here.
+            self._producer.init_transactions()
+            self._consumer = KafkaConsumer(
+                **settings,
+                group_id=self._group,
+                enable_auto_commit=False,
+                auto_offset_reset="earliest",  # also where retention deleted the next messages; `_realign` knows latest
+                isolation_level="read_committed",
+                allow_auto_create_topics=False,
+                session_timeout_ms=_SESSION_MS,
+                fetch_max_bytes=self._fetch_bytes,
+                max_partition_fetch_bytes=min(self._fetch_bytes, 4 * 2**20),
+                metadata_max_age_ms=30_000,
+                metrics_enabled=False,
+            )
+        guard(self._consumer)
+        self._consumer.subscribe(self._topics, listener=_Listener(self._assigned))
+
+    def _dropped(self, what: str, error: Exception) -> StreamError:
+        """Both clients are given up; the error that says so."""
+        self.close()
+        why = describe_error(error) if str(error) else "no answer in time"
+        return StreamError(f"{what} ({self._connection}: {why}); nothing is lost, it is taken again")
+
+    def _realign(self, polled: Mapping[TopicPartition, Sequence[Any]]) -> None:
+        """Put every position where the group is, and what was polled back."""
+        assert self._consumer is not None
+        for where, messages in polled.items():
+            self._consumer.seek(where, messages[0].offset)
+        if not self.joined:
+            return
+        self._assigned.clear()
+        # An answer that came too late for the call that asked is kept there for the next one, however old it is then.
+        self._consumer._coordinator._offset_fetch_futures.clear()
+        self._positions = {}
+        assigned = sorted(self._consumer.assignment())
+        try:
+            offsets = {where: self._consumer.committed(where, timeout_ms=_COMMITTED_MS) for where in assigned}
+            new = [where for where, offset in offsets.items() if offset is None]
+            if new and self._start == "latest":
+                ends = self._consumer.end_offsets(new, timeout_ms=_COMMITTED_MS)
+                begins = {where: OffsetAndMetadata(end, "", -1) for where, end in ends.items()}
+                self._consumer.commit(begins, timeout_ms=_COMMITTED_MS)
+                offsets |= ends
+        except (KafkaTimeoutError, CommitFailedError, RebalanceInProgressError):
+            # Of someone who was killed, a transaction is still open; or the group goes through another change.
+            self._assigned.set()
+            return
+        for where, offset in offsets.items():
+            if offset is not None:
+                self._consumer.seek(where, offset)
+                self._positions[Partition(*where)] = offset
+        parts = ", ".join(f"{where.topic}/{where.partition}" for where in assigned) or "no partition"
+        log.info("group %s gives this process %s", self._group, parts)
+
+    def _read(self, where: TopicPartition, messages: Sequence[Any]) -> Iterable[Arrival]:
+        partition = Partition(*where)
+        self._positions.setdefault(partition, messages[0].offset)
+        for message in messages:
+            if type(message) is Unreadable:
+                if (partition, message.offset) not in self._broken:  # once it may have been the network
+                    self._broken.add((partition, message.offset))
+                    raise message.error
+                yield from (Arrival(rejected, None, None) for rejected in rejections(partition, message))
+                continue
+            offset, timestamp_ms, key, value, headers = message
+            raw = Raw(key, value, headers)
+            item = self._codec.decode(partition, offset, raw, None)
+            yield Arrival(item, timestamp_ms if timestamp_ms >= 0 else None, raw)
+
+    @contextlib.contextmanager
+    def _admin(self) -> Iterator[KafkaAdminClient]:
+        with connecting(self._connection):
+            admin = KafkaAdminClient(**self._connection.settings(), request_timeout_ms=_REQUEST_MS)
+        try:
+            yield admin
+        finally:
+            admin.close()
+
+    def _check(self, admin: KafkaAdminClient, create: bool) -> None:
+        """See to it that the topics are there and may be used."""
+        found = {topic["name"]: topic for topic in admin.describe_topics([*self._topics, self._output])}
+        missing = [name for name, topic in found.items() if topic["error_code"] == _UNKNOWN_TOPIC]
+        if create and missing == [self._output]:
+            partitions = max(len(found[topic]["partitions"]) for topic in self._topics)
+            log.info("creating topic %s with %d partition(s)", self._output, partitions)
+            _create(admin, self._output, partitions)
+            missing = []
+        if missing:
+            raise TopicMissing(self._connection, missing)
+        for name, operation in [*((topic, "READ") for topic in self._topics), (self._output, "WRITE")]:
+            allowed = found[name]["authorized_operations"]
+            if found[name]["error_code"] not in (0, _UNKNOWN_TOPIC) or (allowed and operation not in allowed):
+                raise StreamError(f"{self._connection} does not let us {operation} topic {name}; allow it there")
+
+
+class _Listener(ConsumerRebalanceListener):
+    """Says that partitions were assigned; called in the client's thread."""
+
+    def __init__(self, assigned: threading.Event) -> None:
+        self._assigned = assigned
+
+    def on_partitions_revoked(self, revoked: Any) -> None: ...
+
+    def on_partitions_assigned(self, assigned: Any) -> None:
+        self._assigned.set()
+
+
+def _transact(
+    producer: KafkaProducer, output: str, replies: Sequence[Reply], nexts: Mapping[Partition, int], member: Any
+) -> None:
+    producer.begin_transaction()
+    sent = [producer.send(output, reply.value, reply.key, reply.headers) for reply in replies]
+    producer.flush()
+    for future in sent:
+        future.get(0)
+    offsets = {TopicPartition(*where): OffsetAndMetadata(offset, "", -1) for where, offset in nexts.items()}
+    producer.send_offsets_to_transaction(offsets, member)
+    producer.commit_transaction()
+
+
+def _create(admin: KafkaAdminClient, topic: str, partitions: int) -> None:
+    try:
+        admin.create_topics({topic: {"num_partitions": partitions}}, wait_for_metadata=True)
+    except TopicAlreadyExistsError:
+        admin.wait_for_topics([topic])
