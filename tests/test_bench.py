@@ -15,9 +15,10 @@ from rich.console import Console
 
 from agent.bench import runs as module
 from agent.bench.data import BenchError, Listing, list_images, load_data
-from agent.bench.runs import Run, bench, optimised, peak_memory, run_one, settings, split_methods
+from agent.bench.runs import Run, bench, optimised, peak_memory, run_one
 from agent.bench.tables import mean_and_spread
 from agent.cli import main
+from agent.commands.bench import settings, split_methods
 from agent.config import Config, ConfigError, load
 from agent.methods import build
 from agent.model.clip import Clip, load_clip

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr
 
-from agent.config import Config, ConfigError, _leaves, load, resolved, to_toml
+from agent.config import Config, ConfigError, load, resolved, to_toml
+from agent.config.loading import _leaves
 
 EXAMPLE = Path(__file__).parent.parent / "deploy" / "gapstream.example.toml"
 
