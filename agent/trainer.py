@@ -236,7 +236,7 @@ class Trainer:
     def _save(self, staging: Path) -> None:
         state = self._method.state()
         save_file({k: v.detach().cpu().contiguous() for k, v in state.tensors.items()}, staging / LEARNER_TENSORS)
-        facts = {**self._learned_by(), "facts": dict(state.facts)}
+        facts = {**self._learned_by(), "facts": dict(state.values)}
         (staging / LEARNER_VALUES).write_text(json.dumps(facts, indent=1, ensure_ascii=False), encoding="utf-8")
 
     def _learned_by(self) -> dict[str, Any]:

@@ -53,11 +53,11 @@ def built(clip: Clip, name: str, seed: int = 0, **settings: Any) -> Method:
 
 def saved_and_loaded(state: LearnerState, folder: Any) -> LearnerState:
     save_file(dict(state.tensors), folder / "state.safetensors")
-    return LearnerState(load_file(folder / "state.safetensors"), json.loads(json.dumps(dict(state.facts))))
+    return LearnerState(load_file(folder / "state.safetensors"), json.loads(json.dumps(dict(state.values))))
 
 
 def assert_same_state(a: LearnerState, b: LearnerState) -> None:
-    assert a.facts == b.facts
+    assert a.values == b.values
     assert a.tensors.keys() == b.tensors.keys()
     for key, tensor in a.tensors.items():
         assert torch.equal(tensor, b.tensors[key]), key
@@ -264,7 +264,7 @@ def test_what_it_keeps_depends_on_classes_and_tasks_not_on_samples(clip, name):
         for number in range(1, tasks + 1):
             method.update(tiny_task(clip, number, ["red", "green"], per_class, seed=number), silent)
         state = method.state()
-        facts = {key: value for key, value in state.facts.items() if key != "counts"}
+        facts = {key: value for key, value in state.values.items() if key != "counts"}
         return sum(tensor.numel() for tensor in state.tensors.values()) + len(json.dumps(facts))
 
     assert kept(2, 3) == kept(40, 3)

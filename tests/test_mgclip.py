@@ -173,7 +173,7 @@ def test_rows_start_as_class_means_and_move_as_a_running_mean_when_a_class_retur
     green = torch.cat([features[0][first.labels == 1], features[1][again.labels == 0]]).mean(0)
     assert learner.classes == ("red", "green", "blue")
     assert torch.allclose(learner.state().tensors["rows"][1], green, atol=1e-6)
-    assert learner.state().facts["counts"] == [6, 9, 3]
+    assert learner.state().values["counts"] == [6, 9, 3]
 
 
 def test_a_single_class_and_a_single_sample_are_learned_by_their_row(clip):
@@ -264,7 +264,7 @@ def test_resuming_from_the_state_gives_the_undisturbed_model(clip):
         learner = method(clip, schedule="paper", epochs=2)
         learner.load_state(state)
     assert same(learner.state().tensors, undisturbed.state().tensors)
-    assert learner.state().facts == undisturbed.state().facts
+    assert learner.state().values == undisturbed.state().values
 
 
 def test_no_class_learned_means_nothing_to_infer_with(clip):

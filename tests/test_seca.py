@@ -143,14 +143,14 @@ def test_the_first_task_distils_nothing_and_later_ones_by_their_number(clip, mon
     monkeypatch.setattr("agent.methods.seca.divergence", watched)
     method = learner(clip)
     method.update(tiny_task(clip, 1, ["red", "green"]), silent)
-    assert not calls and method.state().facts["learned"] == 1
+    assert not calls and method.state().values["learned"] == 1
     method.update(tiny_task(clip, 2, ["blue", "black"]), silent)
     assert len(calls) == 6, "two epochs of three steps"
 
 
 def test_pool_and_prompts_stay_within_their_bounds(clip):
     method = learned(clip, tasks=4, pool=2, prompts=3)
-    assert method.state().facts["pool"] == 2 and method.state().facts["prompts"] == 3
+    assert method.state().values["pool"] == 2 and method.state().values["prompts"] == 3
     assert method.inference_module().names.shape == (8, 3, clip.embed_dim)
 
 
@@ -205,7 +205,7 @@ def test_a_prediction_is_the_mean_of_the_prompts_and_the_prototypes_answers(clip
 def test_each_part_can_be_switched_off(clip):
     whole = learned(clip)
     without_pool, without_prototypes = learned(clip, sg_akt=False), learned(clip, se_vpr=False)
-    assert without_pool.state().facts["pool"] == 0
+    assert without_pool.state().values["pool"] == 0
     assert (whole.fusion, without_pool.fusion, without_prototypes.fusion) == ("text+prototypes",) * 2 + ("text",)
     assert without_prototypes.inference_module().class_tensors == ("names",)
     adapters = [torch.cat([t.flatten() for t in m._adapter.named.values()]) for m in (whole, without_pool)]
@@ -215,7 +215,7 @@ def test_each_part_can_be_switched_off(clip):
 def test_a_task_of_one_class_adds_its_prototype_but_no_prompt(clip):
     method = learner(clip)
     method.update(tiny_task(clip, 1, ["red"]), silent)
-    facts = method.state().facts
+    facts = method.state().values
     assert (facts["prompts"], facts["pool"], facts["learned"]) == (0, 0, 0)
     assert torch.equal(method.encode_names(["red"]), clip.encode_names(["red"]))
     assert method.state().tensors["prototypes"].shape == (1, clip.embed_dim)

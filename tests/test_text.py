@@ -19,7 +19,7 @@ from open_clip.tokenizer import get_clean_fn
 from PIL import Image
 
 from agent.methods.base import TextModule
-from agent.methods.classifiers import TextClassifier
+from agent.methods.classifiers import TextHead
 from agent.model.clip import Clip, ModelError
 from agent.model.lora import merged
 from exporter import release as releases
@@ -109,7 +109,7 @@ class Exports:
     def release(self, adapted: float = 0.0, classes: Sequence[str] = LEARNED, **changes: object) -> Release:
         """`adapted`: how far the text tower's adapted weights are from the untouched ones."""
         text = self.text(adapted)
-        module = TextClassifier(merged(self.clip.image, {}), tuple(classes), rows(text, classes), 100.0)
+        module = TextHead(merged(self.clip.image, {}), tuple(classes), rows(text, classes), 100.0)
         size = self.clip.preprocess.size
         images = np.random.default_rng(0).normal(size=(3, 3, size, size)).astype(np.float32)
         part = replace(Text(text, lambda: self.clip.tokenizer), **changes) if changes.get("text", True) else None

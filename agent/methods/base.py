@@ -44,10 +44,12 @@ class TaskData:
 
 @dataclass(frozen=True)
 class LearnerState:
-    """What a method keeps between tasks. `tensors` go to safetensors, `facts` to JSON."""
+    """What a method keeps between tasks."""
 
     tensors: Mapping[str, Tensor]
-    facts: Mapping[str, Any]
+    """Saved as safetensors."""
+    values: Mapping[str, Any]
+    """JSON-able: class names, counts and settings found while learning."""
 
 
 class InferenceModule(nn.Module):
@@ -99,7 +101,17 @@ class TextModule(nn.Module):
         return F.normalize(self.tower(ids).float(), dim=-1)
 
 
-class Method(Protocol):
+class Encoder(Protocol):
+    """What puts images and class names into one space: a method as it is now, or the untouched CLIP."""
+
+    def encode_names(self, names: Sequence[str]) -> Tensor:
+        """Encode class names, put into the prompt: float32 [n, D], L2-normalised, no gradient."""
+
+    def encode_tokens(self, tokens: Tensor) -> Tensor:
+        """Encode images as tokens [B, tokens, width]: float32 [B, D], L2-normalised, no gradient."""
+
+
+class Method(Encoder, Protocol):
     """A continual-learning algorithm. Built as `Class(clip, config.method)`; holds no data of earlier tasks."""
 
     name: str
@@ -115,12 +127,6 @@ class Method(Protocol):
     def update(self, task: TaskData, on_progress: OnProgress) -> Update:
         """Learn `task`. Deterministic given state, task and seed (bitwise on a CPU with the same threads)."""
 
-    def encode_names(self, names: Sequence[str]) -> Tensor:
-        """Class names, put into the prompt, by the current text tower: float32 [n, D], L2-normalised, no gradient."""
-
-    def encode_tokens(self, tokens: Tensor) -> Tensor:
-        """Tokens [B, tokens, width] by the current image tower: float32 [B, D], L2-normalised, no gradient."""
-
     def inference_module(self) -> InferenceModule:
         """The model as it would be released now. Raises LookupError before the first class is learned."""
 
@@ -131,6 +137,12 @@ class Method(Protocol):
 
     def load_state(self, state: LearnerState) -> None:
         """Continue exactly where `state()` was taken."""
+
+
+def check_learned(classes: Sequence[str]) -> None:
+    """Raise LookupError while no class has been learned: there is nothing to infer with yet."""
+    if not classes:
+        raise LookupError("no class has been learned yet; there is nothing to infer with")
 
 
 def task_generator(seed: int, task: int, purpose: str) -> torch.Generator:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from agent.methods.base import InferenceModule
 
 
-class Classifier(InferenceModule):
+class TowerWithHead(InferenceModule):
     """An image tower under rows per class. Subclasses say how an embedding [B, D] becomes probabilities [B, C]."""
 
     def __init__(self, tower: nn.Module, classes: tuple[str, ...]) -> None:
@@ -38,7 +38,7 @@ class Classifier(InferenceModule):
         return self.from_tokens(self.tower.prefix(images))
 
 
-class TextClassifier(Classifier):
+class TextHead(TowerWithHead):
     """softmax(scale * cosine to the class names): CLIP's own prediction."""
 
     names: Tensor
@@ -52,7 +52,7 @@ class TextClassifier(Classifier):
         return torch.softmax(self.scale * embedding @ self.names.T, dim=-1)
 
 
-class Fusion(Classifier):
+class Fusion(TowerWithHead):
     """Class names [C, D] (normalised) and visual rows [C, D], joined by a subclass's `score`."""
 
     names: Tensor

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from agent import config
-from agent.methods.base import InferenceModule, LearnerState, OnProgress, TaskData, task_generator
-from agent.methods.classifiers import Classifier
+from agent.methods.base import InferenceModule, LearnerState, OnProgress, TaskData, check_learned, task_generator
+from agent.methods.classifiers import TowerWithHead
 from agent.methods.training import GapWatch, UntouchedMethod, admit, untrained
 from agent.model.clip import Clip
 from agent.model.lora import ADAPTED, merged
@@ -161,8 +161,7 @@ class Gapstream(UntouchedMethod):
 
     @torch.no_grad()
     def inference_module(self) -> InferenceModule:
-        if not self._classes:
-            raise LookupError("no class has been learned yet; there is nothing to infer with")
+        check_learned(self.classes)
         if self._solved is None:
             self._solved = self._solve()
         scale, rows = self._temperature * self._solved.images, self._solved.rows
@@ -192,7 +191,7 @@ class Gapstream(UntouchedMethod):
             self._scatter[at, : at + 1] = row
         self._names = tensors["names"].clone()
         self._temperature, self._text_weight = state.tensors["fusion"].tolist()
-        self._classes = list(state.facts["classes"])
+        self._classes = list(state.values["classes"])
         self._solved = None
 
 
@@ -255,7 +254,7 @@ def leave_one_out(solved: Solved, features: Tensor, labels: Tensor, counts: Tens
     return -solved.images / 2 * distance
 
 
-class Discriminant(Classifier):
+class Discriminant(TowerWithHead):
     """softmax(random features @ rows + bias + embedding @ names): the scales are in the rows and names."""
 
     rows: Tensor

@@ -10,24 +10,22 @@ towers frozen, a classifier row per class starts as the mean image feature and i
 
 from __future__ import annotations
 
-import logging
 import math
 import time
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch.nn import functional as F
 
 from agent import config
-from agent.methods.base import InferenceModule, LearnerState, OnProgress, TaskData, task_generator
+from agent.methods.base import InferenceModule, LearnerState, OnProgress, TaskData, check_learned, task_generator
 from agent.methods.classifiers import CalibratedFusion, FaithfulFusion
 from agent.methods.student import Student, StudentMethod
-from agent.methods.training import ClassMeans, GapWatch, cosine, local_loss
-from agent.model import gap
+from agent.methods.training import ClassMeans, GapWatch, Training, cosine, local_loss
 from agent.model.clip import Clip
+from agent.model.gap import paper_epochs, within_budget
 from agent.values import Progress, Update
-
-log = logging.getLogger(__name__)
 
 
 class MgClip(StudentMethod):
@@ -52,92 +50,61 @@ class MgClip(StudentMethod):
 
     def update(self, task: TaskData, on_progress: OnProgress) -> Update:
         started = time.perf_counter()
-        watch = GapWatch(self, self._clip, task, self._seed, self._settings.drift_relative_to)
-        training = self._preserve(task, watch, on_progress)
+        training = self._preserve(task, on_progress)
         trained = time.perf_counter()
         self._compensate(task, on_progress)
-        return Update(
-            **training,
-            samples=len(task),
-            gap_before=watch.before,
-            gap_untouched=watch.untouched,
-            drift_before=watch.drift(watch.before),
-            budget=self._settings.drift_budget,
-            seconds={"train": trained - started, "compensate": time.perf_counter() - trained},
-        )
+        settings = self._settings
+        details = {
+            "fusion": settings.fusion,
+            "schedule": settings.schedule,
+            "epochs_fixed": self._epochs_fixed,
+            "drift_relative_to": settings.drift_relative_to,
+            "drifts": [value if value is None or math.isfinite(value) else None for value in training.drifts],
+        }
+        seconds = {"train": trained - started, "compensate": time.perf_counter() - trained}
+        return replace(training.update(details), seconds=seconds)
 
-    def _preserve(self, task: TaskData, watch: GapWatch, on_progress: OnProgress) -> dict[str, Any]:
-        """Adapter training under the gap rule; the last state inside it is what stays."""
-        settings, student = self._settings, self._student
+    def _preserve(self, task: TaskData, on_progress: OnProgress) -> Training:
+        """Train the adapters under the gap rule; the last state inside it is what stays."""
+        settings, student, scale = self._settings, self._student, self._clip.logit_scale
         paper = settings.schedule == "paper"
-        epochs = settings.epochs if self._epochs_fixed is None or not paper else self._epochs_fixed
-        steps = math.ceil(len(task) / settings.batch_size)
+        epochs = self._epochs_fixed if paper and self._epochs_fixed is not None else settings.epochs
+        watch = GapWatch(self, self._clip, task, self._seed, settings.drift_relative_to)
+        before = watch.drift(watch.before)
         labels = task.labels.to(self._clip.device)
         ids = self._clip.tokenize(task.classes)
-        order = task_generator(self._seed, task.number, "order")
-        optimizer = torch.optim.Adam(list(student.parameters()), lr=settings.lr)
-        inside, after, kept, run, loss, rolled_back = student.tensors(), watch.before, 0, 0, None, False
-        drifts: list[float | None] = []
-        # one name has nothing to be told apart from: its loss is zero whatever the adapters do
-        for epoch in range(epochs if len(task.classes) > 1 else 0):
-            for group in optimizer.param_groups:
-                group["lr"] = settings.lr * cosine(epoch, epoch / epochs)
-            total = torch.zeros((), device=labels.device)
-            for step, index in enumerate(torch.randperm(len(task), generator=order).split(settings.batch_size), 1):
+        training = Training(
+            task,
+            student,
+            torch.optim.Adam(list(student.parameters()), lr=settings.lr),
+            epochs=epochs,
+            batch_size=settings.batch_size,
+            decay=lambda epoch, done: cosine(epoch, epoch / epochs),
+            watch=watch,
+            seed=self._seed,
+            on_progress=on_progress,
+            budget=settings.drift_budget,
+        )
+        for epoch in range(training.epochs):
+            for index in training.batches(epoch):
                 images = student.encode_tokens(task.tokens.batch(index))
                 names = student.encode_ids(ids)
-                step_loss = local_loss(images, names, labels[index.to(labels.device)], self._clip.logit_scale)
-                optimizer.zero_grad(set_to_none=True)
-                step_loss.backward()
-                optimizer.step()
-                total += step_loss.detach() * len(index)
-                place = (epoch + 1, epochs, step, steps, epoch * len(task) + step * settings.batch_size)
-                drift = drifts[-1] if drifts else watch.drift(watch.before)
-                on_progress(Progress("train", task.number, *place, step_loss.item(), drift, settings.drift_budget))
-            run += 1
-            statistics = watch.measure()
-            drift = watch.drift(statistics)
-            epoch_loss = (total / len(task)).item()
-            finite = all(map(math.isfinite, (epoch_loss, statistics.positive, statistics.centroid)))
-            drifts.append(drift if finite else math.inf)
-            if paper and self._epochs_fixed is None and finite:
-                self._epochs_fixed = gap.paper_epochs(drifts, settings.drift_budget)
-                if self._epochs_fixed is not None and epoch > 0:
-                    rolled_back = True
-                    break
-            # where the budget is used up already, an update that drifts no further is inside it
-            bound = max(settings.drift_budget, watch.drift(watch.before) or 0)
-            crossed = not paper and drift is not None and drift > bound
-            if not finite or crossed:
-                rolled_back = True
+                training.descend(local_loss(images, names, labels[index.to(labels.device)], scale), len(index))
+            inside = (
+                self._inside_paper if paper else lambda drifts: within_budget(drifts[-1], before, settings.drift_budget)
+            )
+            if not training.keep(inside) or (paper and training.kept == self._epochs_fixed):
                 break
-            inside, after, kept, loss = student.tensors(), statistics, run, epoch_loss
-            if paper and self._epochs_fixed is not None and run >= self._epochs_fixed:
-                break
-        if rolled_back:
-            log.warning(
-                "task %d: epoch %d was rolled back (drift %s, budget %g); %d of %d epochs are kept",
-                task.number, run, drifts[-1], settings.drift_budget, kept, run,
-            )  # fmt: skip
-            student.load_tensors(inside)
-        if paper and self._epochs_fixed is None and run == epochs and len(task.classes) > 1:
-            self._epochs_fixed = epochs
-        return {
-            "epochs": kept,
-            "epochs_run": run,
-            "steps": run * steps,
-            "loss": loss,
-            "rolled_back": rolled_back,
-            "gap_after": after,
-            "drift_after": watch.drift(after),
-            "details": {
-                "fusion": settings.fusion,
-                "schedule": settings.schedule,
-                "epochs_fixed": self._epochs_fixed,
-                "drift_relative_to": settings.drift_relative_to,
-                "drifts": [value if value is None or math.isfinite(value) else None for value in drifts],
-            },
-        }
+        if paper and self._epochs_fixed is None and training.kept and training.kept == training.epochs:
+            self._epochs_fixed = training.epochs
+        return training
+
+    def _inside_paper(self, drifts: Sequence[float | None]) -> bool:
+        """The published rule: the first task fixes the number of epochs. Its first epoch is always kept."""
+        if self._epochs_fixed is not None:
+            return True
+        self._epochs_fixed = paper_epochs(drifts, self._settings.drift_budget)
+        return self._epochs_fixed is None or len(drifts) == 1
 
     def _compensate(self, task: TaskData, on_progress: OnProgress) -> None:
         """A row per class: means of the features, running ones for a class that comes back, then local training."""
@@ -167,8 +134,7 @@ class MgClip(StudentMethod):
         self._visual.rows[where] = rows.detach()
 
     def inference_module(self) -> InferenceModule:
-        if not self.classes:
-            raise LookupError("no class has been learned yet; there is nothing to infer with")
+        check_learned(self.classes)
         fusion = FaithfulFusion if self._settings.fusion == "faithful" else CalibratedFusion
         tower, names = self._student.merged_image_tower(), self.encode_names(self.classes)
         return fusion(tower, self.classes, names, self._visual.rows, self._clip.logit_scale)
@@ -180,5 +146,5 @@ class MgClip(StudentMethod):
 
     def load_state(self, state: LearnerState) -> None:
         self._student.load_tensors(state.tensors)
-        self._visual.load(state.facts["classes"], state.facts["counts"], state.tensors["rows"])
-        self._epochs_fixed = state.facts["epochs_fixed"]
+        self._visual.load(state.values["classes"], state.values["counts"], state.tensors["rows"])
+        self._epochs_fixed = state.values["epochs_fixed"]

@@ -9,15 +9,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from agent import config
-from agent.methods.base import InferenceModule, LearnerState, OnProgress, TaskData
-from agent.methods.classifiers import Classifier
+from agent.methods.base import InferenceModule, LearnerState, OnProgress, TaskData, check_learned
+from agent.methods.classifiers import TowerWithHead
 from agent.methods.training import ClassMeans, GapWatch, UntouchedMethod, untouched_features, untrained
 from agent.model.clip import Clip
 from agent.model.lora import merged
 from agent.values import Update
 
 
-class NearestMean(Classifier):
+class NearestMean(TowerWithHead):
     """softmax(scale * cosine to the class means)."""
 
     means: Tensor
@@ -51,8 +51,7 @@ class Ncm(UntouchedMethod):
         return untrained(task, watch, started, on_progress)
 
     def inference_module(self) -> InferenceModule:
-        if not self.classes:
-            raise LookupError("no class has been learned yet; there is nothing to infer with")
+        check_learned(self.classes)
         means = self._means.rows
         return NearestMean(merged(self._clip.image, {}), self.classes, means, self._clip.logit_scale)
 
@@ -61,4 +60,4 @@ class Ncm(UntouchedMethod):
         return LearnerState({"means": self._means.rows.clone()}, facts)
 
     def load_state(self, state: LearnerState) -> None:
-        self._means.load(state.facts["classes"], state.facts["counts"], state.tensors["means"])
+        self._means.load(state.values["classes"], state.values["counts"], state.tensors["means"])

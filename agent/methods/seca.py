@@ -26,8 +26,17 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from agent import config
-from agent.methods.base import InferenceModule, LearnerState, OnProgress, TaskData, TextModule, Tokens, task_generator
-from agent.methods.classifiers import Classifier
+from agent.methods.base import (
+    InferenceModule,
+    LearnerState,
+    OnProgress,
+    TaskData,
+    TextModule,
+    Tokens,
+    check_learned,
+    task_generator,
+)
+from agent.methods.classifiers import TowerWithHead
 from agent.methods.training import (
     ClassMeans,
     GapWatch,
@@ -201,8 +210,7 @@ class Seca:
 
     @torch.no_grad()
     def inference_module(self) -> InferenceModule:
-        if not self.classes:
-            raise LookupError("no class has been learned yet; there is nothing to infer with")
+        check_learned(self.classes)
         if self._names is None:
             self._names = self._under_prompts(self.classes)
         prompts = self._names.shape[1]
@@ -238,7 +246,7 @@ class Seca:
         return LearnerState({name: tensor.detach().clone() for name, tensor in tensors.items()}, facts)
 
     def load_state(self, state: LearnerState) -> None:
-        facts = state.facts
+        facts = state.values
         tensors = {name: tensor.to(self._clip.device) for name, tensor in state.tensors.items()}
         self._adapter.load_tensors(_below("adapter.", tensors))
         self._pool = [_below(f"pool.{number}.", tensors) for number in range(facts["pool"])]
@@ -415,7 +423,7 @@ class Refinement(nn.Module):
         return torch.softmax(-distance / self.gamma, dim=-1)
 
 
-class PromptsAndPrototypes(Classifier):
+class PromptsAndPrototypes(TowerWithHead):
     """The mean of two answers: softmax over the names, averaged over prompts, and softmax over the prototypes."""
 
     names: Tensor

@@ -10,8 +10,19 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from agent.config import Lora
-from agent.methods.base import TextModule, Tokens, task_generator
+from agent.config import Finetune, Lora, Method
+from agent.methods.base import (
+    InferenceModule,
+    LearnerState,
+    OnProgress,
+    TaskData,
+    TextModule,
+    Tokens,
+    check_learned,
+    task_generator,
+)
+from agent.methods.classifiers import TextHead
+from agent.methods.training import GapWatch, Training, cosine
 from agent.model.clip import Clip
 from agent.model.lora import Adapters, merged
 
@@ -122,6 +133,52 @@ class StudentMethod:
 
     def text_module(self) -> TextModule:
         return self._student.text_module()
+
+
+class FineTuning(StudentMethod):
+    """What methods have in common that train a `Student` by a loss over names and predict by text alone.
+
+    A subclass has the loop, in `update`, and may add to the loss.
+    """
+
+    fusion = "text"
+
+    def __init__(self, clip: Clip, method: Method, section: Finetune) -> None:
+        self._clip = clip
+        self._seed = method.seed
+        self._student = Student(clip, method.lora, method.seed, section.trainable)
+        self._section = section
+        self._classes: list[str] = []
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return tuple(self._classes)
+
+    def _training(self, task: TaskData, on_progress: OnProgress) -> Training:
+        """The update of a task: Adam, decaying along a cosine over all steps."""
+        return Training(
+            task,
+            self._student,
+            torch.optim.Adam(list(self._student.parameters()), lr=self._section.lr),
+            epochs=self._section.epochs,
+            batch_size=self._section.batch_size,
+            decay=cosine,
+            watch=GapWatch(self, self._clip, task, self._seed),
+            seed=self._seed,
+            on_progress=on_progress,
+        )
+
+    def inference_module(self) -> InferenceModule:
+        check_learned(self._classes)
+        names = self.encode_names(self._classes)
+        return TextHead(self._student.merged_image_tower(), self.classes, names, self._clip.logit_scale)
+
+    def state(self) -> LearnerState:
+        return LearnerState(self._student.tensors(), {"classes": list(self._classes)})
+
+    def load_state(self, state: LearnerState) -> None:
+        self._student.load_tensors(state.tensors)
+        self._classes = list(state.values["classes"])
 
 
 class Teacher:

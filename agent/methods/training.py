@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,11 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from agent.methods.base import Method, OnProgress, TaskData, TextModule, task_generator
+from agent.methods.base import Encoder, OnProgress, TaskData, TextModule, task_generator
 from agent.model import gap
 from agent.model.clip import Clip
 from agent.model.lora import merged
 from agent.values import GapStatistics, Progress, Update
+
+log = logging.getLogger(__name__)
 
 GAP_SAMPLES = 256
 """Images the gap is measured on in each task; the same before and after, so that their spread cancels in the drift."""
@@ -24,7 +27,7 @@ GAP_SAMPLES = 256
 class GapWatch:
     """The modality gap of `method` on the same images and names of a task, before, during and after an update."""
 
-    def __init__(self, method: Method, clip: Clip, task: TaskData, seed: int, relative_to: str = "separation") -> None:
+    def __init__(self, method: Encoder, clip: Clip, task: TaskData, seed: int, relative_to: str = "separation") -> None:
         self._relative_to = relative_to
         generator = task_generator(seed, task.number, "gap")
         self._sample = torch.randperm(len(task), generator=generator)[:GAP_SAMPLES].sort().values
@@ -41,7 +44,7 @@ class GapWatch:
         """Change of the negative mean, see `agent.model.gap.drift`."""
         return gap.drift(now, self.untouched, self._relative_to)
 
-    def _statistics(self, model: Method | Clip) -> GapStatistics:
+    def _statistics(self, model: Encoder) -> GapStatistics:
         images = torch.cat([model.encode_tokens(self._task.tokens.batch(part)) for part in self._sample.split(128)])
         return gap.statistics(images, model.encode_names(self._task.classes), self._labels)
 
@@ -74,11 +77,18 @@ class Training:
         watch: GapWatch,
         seed: int,
         on_progress: OnProgress,
+        budget: float | None = None,
     ) -> None:
-        """`decay(epoch, done)`: factor of the learning rates; epoch from 0, done (0 to 1): share of all steps over."""
+        """Prepare the update of `task`, which changes `trained` through `optimizer`.
+
+        `decay(epoch, done)` gives the factor of the learning rates: epoch counts from 0, done (0 to 1) is the share of
+        all steps that are over. `budget` is the drift at which `keep` will be told to roll back, for whoever watches.
+        """
         self.epochs = epochs if len(task.classes) > 1 else 0
         self.kept = 0
         """Epochs whose effect is in the model."""
+        self.drifts: list[float | None] = []
+        """The drift after every epoch that was run; infinite where the model was no longer finite."""
         self._task = task
         self._trained = trained
         self._optimizer = optimizer
@@ -87,10 +97,11 @@ class Training:
         self._steps = math.ceil(len(task) / batch_size)
         self._decay = decay
         self._watch = watch
-        self._report = on_progress
+        self._on_progress = on_progress
+        self._budget = budget
         self._order = task_generator(seed, task.number, "order")
         self._started = time.perf_counter()
-        self._finite = trained.tensors()
+        self._state = trained.tensors()
         self._after = watch.before
         self._loss: float | None = None
         self._run = self._step = self._seen = 0
@@ -116,16 +127,28 @@ class Training:
         self._total = self._total.to(loss.device) + loss.detach() * images
         self._seen += images
         place = (self._run, self.epochs, self._step, self._steps, self._seen)
-        self._report(Progress("train", self._task.number, *place, loss.item(), self._watch.drift(self._after)))
+        drift = self._watch.drift(self._after)
+        self._on_progress(Progress("train", self._task.number, *place, loss.item(), drift, self._budget))
 
-    def keep(self) -> bool:
-        """At the end of an epoch: keep its effect. False when it is not finite: the last finite state is back; stop."""
+    def keep(self, inside: Callable[[Sequence[float | None]], bool] = lambda drifts: True) -> bool:
+        """End an epoch: keep its effect, or take it back, say so in the log, and return False; then stop.
+
+        An epoch is taken back when its loss or the features it left are not finite, and when `inside`, which is given
+        the drifts after all epochs so far, says that the last one is outside of the gap rule.
+        """
         statistics = self._watch.measure()
+        drift = self._watch.drift(statistics)
         loss = (self._total / len(self._task)).item()
-        if not all(map(math.isfinite, (loss, statistics.positive, statistics.centroid))):
-            self._trained.load_tensors(self._finite)
+        finite = all(map(math.isfinite, (loss, statistics.positive, statistics.centroid)))
+        self.drifts.append(drift if finite else math.inf)
+        if not finite or not inside(self.drifts):
+            self._trained.load_tensors(self._state)
+            log.warning(
+                "task %d: epoch %d was rolled back (loss %g, drift %s, budget %s); %d of %d epochs are kept",
+                self._task.number, self._run, loss, drift, self._budget, self.kept, self._run,
+            )  # fmt: skip
             return False
-        self._finite, self._after, self._loss = self._trained.tensors(), statistics, loss
+        self._state, self._after, self._loss = self._trained.tensors(), statistics, loss
         self.kept += 1
         return True
 
@@ -143,7 +166,7 @@ class Training:
             gap_untouched=self._watch.untouched,
             drift_before=self._watch.drift(self._watch.before),
             drift_after=self._watch.drift(self._after),
-            budget=None,
+            budget=self._budget,
             seconds={"train": time.perf_counter() - self._started},
             details=dict(details or {}),
         )

@@ -17,48 +17,29 @@ import torch
 from torch import Tensor
 
 from agent import config
-from agent.methods.base import InferenceModule, LearnerState, OnProgress, TaskData, task_generator
-from agent.methods.classifiers import TextClassifier
-from agent.methods.student import Student, StudentMethod, Teacher
-from agent.methods.training import GapWatch, Training, admit, cosine, divergence, local_loss
+from agent.methods.base import OnProgress, TaskData, task_generator
+from agent.methods.student import FineTuning, Teacher
+from agent.methods.training import admit, divergence, local_loss
 from agent.model.clip import Clip, ModelError
 from agent.values import Update
 
 
-class VrLwf(StudentMethod):
+class VrLwf(FineTuning):
     name = "vrlwf"
-    fusion = "text"
 
     def __init__(self, clip: Clip, settings: config.Method) -> None:
-        self._clip = clip
-        self._seed = settings.seed
+        super().__init__(clip, settings, settings.vrlwf)
         self._settings = settings.vrlwf
         self._vocabulary = clip.vocabulary
         words, longest = self._settings.words, clip.tokenize(["thing"]).shape[1] - 2
         if words > longest:
             raise ModelError(f"method.vrlwf.words is {words}, but this model reads at most {longest}; lower it")
-        self._student = Student(clip, settings.lora, settings.seed, self._settings.trainable)
-        self._classes: list[str] = []
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        return tuple(self._classes)
 
     def update(self, task: TaskData, on_progress: OnProgress) -> Update:
         settings, scale = self._settings, self._clip.logit_scale
         labels = task.labels.to(self._clip.device)
         ids = self._clip.tokenize(task.classes)
-        training = Training(
-            task,
-            self._student,
-            torch.optim.Adam(list(self._student.parameters()), lr=settings.lr),
-            epochs=settings.epochs,
-            batch_size=settings.batch_size,
-            decay=cosine,
-            watch=GapWatch(self, self._clip, task, self._seed),
-            seed=self._seed,
-            on_progress=on_progress,
-        )
+        training = self._training(task, on_progress)
         held = self._held_to_teacher(task, ids) if settings.weight and training.epochs else None
         for epoch in range(training.epochs):
             for index in training.batches(epoch):
@@ -113,19 +94,6 @@ class VrLwf(StudentMethod):
             return loss
 
         return held
-
-    def inference_module(self) -> InferenceModule:
-        if not self._classes:
-            raise LookupError("no class has been learned yet; there is nothing to infer with")
-        names = self.encode_names(self._classes)
-        return TextClassifier(self._student.merged_image_tower(), self.classes, names, self._clip.logit_scale)
-
-    def state(self) -> LearnerState:
-        return LearnerState(self._student.tensors(), {"classes": list(self._classes)})
-
-    def load_state(self, state: LearnerState) -> None:
-        self._student.load_tensors(state.tensors)
-        self._classes = list(state.facts["classes"])
 
 
 def random_sentences(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 
 from agent import config
-from agent.methods.base import InferenceModule, LearnerState, OnProgress, TaskData
-from agent.methods.classifiers import TextClassifier
+from agent.methods.base import InferenceModule, LearnerState, OnProgress, TaskData, check_learned
+from agent.methods.classifiers import TextHead
 from agent.methods.training import GapWatch, UntouchedMethod, admit, untrained
 from agent.model.clip import Clip
 from agent.model.lora import merged
@@ -33,13 +33,12 @@ class ZeroShot(UntouchedMethod):
         return untrained(task, watch, started, on_progress)
 
     def inference_module(self) -> InferenceModule:
-        if not self._classes:
-            raise LookupError("no class has been learned yet; there is nothing to infer with")
+        check_learned(self.classes)
         names = self.encode_names(self._classes)
-        return TextClassifier(merged(self._clip.image, {}), self.classes, names, self._clip.logit_scale)
+        return TextHead(merged(self._clip.image, {}), self.classes, names, self._clip.logit_scale)
 
     def state(self) -> LearnerState:
         return LearnerState({}, {"classes": list(self._classes)})
 
     def load_state(self, state: LearnerState) -> None:
-        self._classes = list(state.facts["classes"])
+        self._classes = list(state.values["classes"])

@@ -41,6 +41,16 @@ def drift(now: GapStatistics, untouched: GapStatistics, relative_to: str) -> flo
     return change / max(scale, 1e-12)
 
 
+def within_budget(now: float | None, before: float | None, budget: float) -> bool:
+    """The run-time rule: whether the drift after an epoch is inside the budget, so that the epoch may be kept.
+
+    now, before: drift after the epoch and before the update (see `drift`). Where the budget was used up before the
+    update, an update that drifts no further is inside it, lest the agent never learn again. None, where there is no
+    other name to drift from, is inside.
+    """
+    return now is None or now <= max(budget, before or 0)
+
+
 def paper_epochs(drifts: Sequence[float | None], threshold: float) -> int | None:
     """The published rule on the first task: epochs to use from now on, or None while undecided.
 

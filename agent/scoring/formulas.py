@@ -47,10 +47,6 @@ def backward_transfer(matrix: Matrix) -> float | None:
     return _mean(a[-1:, :-1].ravel() - np.diagonal(a)[:-1]) if len(a) else None
 
 
-
-
-
-
 def retention(pairs: Iterable[tuple[float | None, float | None]]) -> float | None:
     """Zero-shot retention: mean over sets d of never learned classes of accuracy now on d / untouched model's on d.
 
