@@ -1,4 +1,4 @@
-"""The methods by name; each is imported when it is chosen."""
+"""The methods by name; each is a file of this folder, imported when it is chosen."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ METHODS = {
     "vrlwf": "agent.methods.vrlwf:VrLwf",
     "zeroshot": "agent.methods.zeroshot:ZeroShot",
 }
-"""Name -> "module:Class"."""
+"""The value of method.name -> "module:Class". A new method is a file, its section in agent/config/methods.py, and a
+line here; every test of the contract runs over it then."""
 
 
 def build(clip: Clip, settings: Settings) -> Method:
-    """The configured method, having learned nothing yet. Raises KeyError naming the known ones."""
+    """Build the configured method, which has learned nothing yet. Raises KeyError naming the known ones."""
     if settings.name not in METHODS:
         raise KeyError(f"method.name is {settings.name!r}; known methods: {', '.join(METHODS)}")
     module, _, name = METHODS[settings.name].partition(":")

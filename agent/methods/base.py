@@ -15,15 +15,19 @@ from agent.model.clip import Clip
 from agent.values import Progress, Update
 
 OnProgress = Callable[[Progress], None]
+"""Is told how far an update is, at least once a step."""
 
 
 class Tokens(Protocol):
-    """Output of a tower's frozen part for every image of a task, computed once (memory, or a file beyond the bound)."""
+    """The output of the image tower's frozen part for every image of a task, computed once and kept.
+
+    It is in memory, or in a file without a name where it exceeds method.cache_bytes.
+    """
 
     def __len__(self) -> int: ...
 
     def batch(self, index: Tensor) -> Tensor:
-        """`index`: int64 [B], any device -> float [B, tokens, width] on the model's device."""
+        """Fetch the tokens of some images: index int64 [B] on any device -> float [B, tokens, width] on the model's."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +69,11 @@ class InferenceModule(nn.Module):
     """Names of the buffers whose first dimension is C: with other classes only these change shape."""
 
     def from_tokens(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Answer from the frozen part's output [B, tokens, width]: embedding, logits and probabilities."""
         raise NotImplementedError
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Answer preprocessed images float32 [B, 3, H, W]: embedding, logits and probabilities."""
         raise NotImplementedError
 
 
@@ -77,8 +83,8 @@ class TextModule(nn.Module):
     """
 
     def __init__(self, clip: Clip, tower: nn.Module, prompt: str = "", scale: float = 0.0) -> None:
-        """`tower`: ids -> features [n, D], not normalised; `prompt`: what names are put into, and `scale`: what
-        similarities of images to them are multiplied with (where not given: those of `clip`)."""
+        """`tower` turns ids into features [n, D], not normalised. `prompt` is the sentence names are put into, `scale`
+        the multiplier of similarities between images and names; both are those of `clip` where they are not given."""
         super().__init__()
         self.tower = tower
         self.prompt = prompt or clip.prompt
@@ -94,10 +100,11 @@ class TextModule(nn.Module):
         self.eval().requires_grad_(False)
 
     def tokenize(self, names: Sequence[str]) -> Tensor:
-        """Class names, put into the prompt -> int64 [n, L] on the model's device."""
+        """Put class names into the prompt and cut them into tokens: int64 [n, L] on the model's device."""
         return self._clip.tokenize(names, self.prompt)
 
     def forward(self, ids: Tensor) -> Tensor:
+        """Encode token ids int64 [n, L]: float32 [n, D], L2-normalised."""
         return F.normalize(self.tower(ids).float(), dim=-1)
 
 
@@ -118,22 +125,26 @@ class Method(Encoder, Protocol):
 
     @property
     def fusion(self) -> str:
-        """Which form of prediction `inference_module` has; every number is recorded with it."""
+        """The form of prediction that `inference_module` has; every reported number is stored with it."""
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Learned class names in order of first appearance."""
+        """The learned class names in order of first appearance."""
 
     def update(self, task: TaskData, on_progress: OnProgress) -> Update:
-        """Learn `task`. Deterministic given state, task and seed (bitwise on a CPU with the same threads)."""
+        """Learn `task`, and tell `on_progress` at every step: the worker takes a silent learner for a hung one.
+
+        The result is determined by state, task and seed, bitwise on a CPU with the same number of threads.
+        """
 
     def inference_module(self) -> InferenceModule:
-        """The model as it would be released now. Raises LookupError before the first class is learned."""
+        """Build the model as it would be released now. Raises LookupError before the first class is learned."""
 
     def text_module(self) -> TextModule:
-        """What `encode_names` encodes with, as it would be released now."""
+        """Build the text tower that `encode_names` encodes with, as it would be released now."""
 
-    def state(self) -> LearnerState: ...
+    def state(self) -> LearnerState:
+        """Everything that learning goes on from, as tensors of its own and plain values."""
 
     def load_state(self, state: LearnerState) -> None:
         """Continue exactly where `state()` was taken."""
@@ -146,6 +157,6 @@ def check_learned(classes: Sequence[str]) -> None:
 
 
 def task_generator(seed: int, task: int, purpose: str) -> torch.Generator:
-    """CPU generator for one purpose within one task: adding a draw in one place moves no other."""
+    """Make the CPU generator for one purpose within one task, so that adding a draw in one place moves no other."""
     digest = hashlib.sha256(f"{seed}/{task}/{purpose}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

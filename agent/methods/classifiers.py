@@ -1,4 +1,4 @@
-"""How features become predictions: inference modules with text rows, visual rows and their fusion."""
+"""Inference modules: how features become predictions, by rows for class names, visual rows, and their fusion."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from agent.methods.base import InferenceModule
 
 
 class TowerWithHead(InferenceModule):
-    """An image tower under rows per class. Subclasses say how an embedding [B, D] becomes probabilities [B, C]."""
+    """An image tower with a head of rows per class. Subclasses say how an embedding becomes probabilities."""
 
     def __init__(self, tower: nn.Module, classes: tuple[str, ...]) -> None:
         super().__init__()
@@ -26,12 +26,13 @@ class TowerWithHead(InferenceModule):
         self.class_tensors = (*self.class_tensors, name)
 
     def score(self, embedding: Tensor) -> Tensor:
-        """L2-normalised embedding float32 [B, D] -> probabilities [B, C]."""
+        """Turn L2-normalised embeddings float32 [B, D] into probabilities [B, C] whose rows sum to 1."""
         raise NotImplementedError
 
     def from_tokens(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         embedding = F.normalize(self.tower(tokens).float(), dim=-1)
         probabilities = self.score(embedding)
+        # A probability that underflows to 0 would have a logit of minus infinity, which parity cannot compare.
         return embedding, probabilities.clamp_min(1e-12).log(), probabilities
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -39,7 +40,7 @@ class TowerWithHead(InferenceModule):
 
 
 class TextHead(TowerWithHead):
-    """softmax(scale * cosine to the class names): CLIP's own prediction."""
+    """CLIP's own prediction: softmax(scale * cosine to the class names)."""
 
     names: Tensor
 
@@ -53,7 +54,7 @@ class TextHead(TowerWithHead):
 
 
 class Fusion(TowerWithHead):
-    """Class names [C, D] (normalised) and visual rows [C, D], joined by a subclass's `score`."""
+    """Class names [C, D], L2-normalised, and visual rows [C, D], which a subclass's `score` joins."""
 
     names: Tensor
     rows: Tensor

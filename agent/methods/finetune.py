@@ -11,6 +11,8 @@ from agent.values import Update
 
 
 class Finetune(FineTuning):
+    """Learns one task after the other by the local loss; what forgetting looks like."""
+
     name = "finetune"
 
     def __init__(self, clip: Clip, settings: config.Method) -> None:

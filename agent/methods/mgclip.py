@@ -29,6 +29,8 @@ from agent.values import Progress, Update
 
 
 class MgClip(StudentMethod):
+    """The method of MG-CLIP, in its published form or with the gap budget watched in every task."""
+
     name = "mgclip"
 
     def __init__(self, clip: Clip, settings: config.Method) -> None:
@@ -107,7 +109,10 @@ class MgClip(StudentMethod):
         return self._epochs_fixed is None or len(drifts) == 1
 
     def _compensate(self, task: TaskData, on_progress: OnProgress) -> None:
-        """A row per class: means of the features, running ones for a class that comes back, then local training."""
+        """Train a row per class over the task's rows alone, from means of the features (equation 6).
+
+        A class that comes back moves as a running mean first.
+        """
         settings, labels = self._settings, task.labels.to(self._clip.device)
         features = self._student.features(task.tokens, tick=lambda: on_progress(Progress("compensate", task.number)))
         self._visual.add(task, features)

@@ -18,7 +18,7 @@ from agent.values import Update
 
 
 class NearestMean(TowerWithHead):
-    """softmax(scale * cosine to the class means)."""
+    """Predicts softmax(scale * cosine to the class means)."""
 
     means: Tensor
 
@@ -32,6 +32,8 @@ class NearestMean(TowerWithHead):
 
 
 class Ncm(UntouchedMethod):
+    """Learns the mean feature of every class by the untouched model, and nothing else."""
+
     name = "ncm"
     fusion = "visual"
 

@@ -51,9 +51,13 @@ from agent.model.lora import ADAPTED, merged
 from agent.values import Update
 
 MAX_DISTILLATION = 9
+"""The largest weight of the distillation. As published it is the number of tasks learned before, over ten tasks;
+without a bound a stream of hundreds of tasks would end by distilling alone."""
 
 
 class Seca:
+    """The method of SECA, in the form of the published code or of the paper (method.seca.form)."""
+
     name = "seca"
 
     def __init__(self, clip: Clip, settings: config.Method) -> None:
@@ -83,7 +87,7 @@ class Seca:
 
     @torch.no_grad()
     def encode_names(self, names: Sequence[str]) -> Tensor:
-        """The mean over the kept prompts; the untouched model's before there is one."""
+        """Encode names as the mean over the kept prompts, or by the untouched model before there is one."""
         return F.normalize(self._under_prompts(names).mean(1), dim=-1)
 
     @torch.no_grad()
@@ -172,7 +176,7 @@ class Seca:
         return F.normalize(features.float(), dim=-1)
 
     def _under_prompts(self, names: Sequence[str], batch: int = 256) -> Tensor:
-        """float32 [n, prompts, D], L2-normalised; with the untouched prompt's before there is one."""
+        """Encode names under every kept prompt, or the untouched one before there is any: float32 [n, prompts, D]."""
         if not self._prompts:
             return self._clip.encode_names(names)[:, None]
         ids = self._text.tokenize(names)
@@ -180,7 +184,8 @@ class Seca:
         return torch.cat(parts)
 
     def _pool_features(self, tokens: Tokens) -> Tensor | None:
-        """float32 [N, pool, D] of all images of a task; None when there is nothing to distil from."""
+        """Encode a task's images by every adapter of the pool: float32 [N, pool, D]; None with nothing to distil
+        from."""
         if not self._pool or not self._settings.sg_akt:
             return None
         parts = []
@@ -190,19 +195,20 @@ class Seca:
         return torch.cat(parts)
 
     def _join_pool(self, use: Tensor) -> None:
-        """The adapter as it is now joins; `use` [pool] says which one leaves a full pool."""
+        """Put the adapter as it is now into the pool; `use` [pool] says which one leaves a full pool."""
         if self._settings.sg_akt:
             stay = use.argsort(descending=self._settings.form == "code")[: self._settings.pool - 1]
             self._pool = [*(self._pool[i] for i in sorted(stay.tolist())), self._adapter.tensors()]
 
     def _moved(self, before: Tensor, now: Tensor) -> Tensor:
-        """L_reg: how far the prototypes of earlier classes [n, D] are from where they were; scalar."""
+        """The regulariser L_reg: how far the prototypes of earlier classes [n, D] are from where they were, a
+        scalar."""
         cosine = (before * now).sum(-1).mean()
         return 1 - cosine if self._settings.form == "code" else 2 - 2 * cosine
 
     @torch.no_grad()
     def _refine(self, here: Tensor, words: Tensor) -> None:
-        """Set the prototypes of the classes at `here`; the others stay as they were."""
+        """Set the prototypes of the classes at `here` and of new ones; the others stay as they were."""
         refined = self._refinement(words, self._means.rows)
         rows = torch.cat([self._prototypes, refined[len(self._prototypes) :]])
         rows[here] = refined[here]
@@ -261,7 +267,7 @@ class Seca:
 
 
 class Beside(nn.Module):
-    """mlp(x) + scale * up(dropout(relu(down(x)))): a bottleneck parallel to an MLP."""
+    """A bottleneck parallel to an MLP: mlp(x) + scale * up(dropout(relu(down(x))))."""
 
     def __init__(self, mlp: nn.Module, width: int, scale: float) -> None:
         super().__init__()
@@ -293,7 +299,7 @@ class BesideTower:
                 self._widths[f"{block}.mlp"] = weight.shape[1]
 
     def new(self, bottleneck: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """Bottlenecks that change nothing yet: down is uniform, up zero."""
+        """Make bottlenecks that change nothing yet: down is uniform, up is zero."""
         device = next(self._twin.parameters()).device
         tensors = {}
         for mlp, width in self._widths.items():
@@ -304,7 +310,7 @@ class BesideTower:
     def __call__(
         self, tokens: Tensor, adapter: Mapping[str, Tensor], rate: float = 0.0, generator: torch.Generator | None = None
     ) -> Tensor:
-        """[B, tokens, width] -> [B, D], not normalised; with dropout where a generator is given."""
+        """Encode [B, tokens, width] to [B, D], not normalised, with dropout where a generator is given."""
         for name in self._widths:
             beside = self._twin.get_submodule(name)
             assert isinstance(beside, Beside)
@@ -312,7 +318,7 @@ class BesideTower:
         return functional_call(self._twin, dict(adapter), (tokens,))
 
     def merged(self, adapter: Mapping[str, Tensor]) -> nn.Module:
-        """The tower with its bottlenecks in place, sharing nothing that training writes."""
+        """Build the tower with its bottlenecks in place, sharing nothing that training writes."""
         for name in self._widths:
             beside = self._twin.get_submodule(name)
             assert isinstance(beside, Beside)
@@ -380,7 +386,7 @@ class PromptsMean(TextModule):
 
 
 class Relevance(nn.Module):
-    """Which pool member speaks for an image: relevance of its features to the class's texts (SG-AKT)."""
+    """Weighs the pool's members for an image by the relevance of their features to its class's texts (SG-AKT)."""
 
     def __init__(self, width: int, generator: torch.Generator, form: str) -> None:
         super().__init__()
@@ -390,7 +396,10 @@ class Relevance(nn.Module):
         self._form = form
 
     def forward(self, texts: Tensor, pool: Tensor) -> tuple[Tensor, Tensor]:
-        """texts [B, prompts, D], pool [B, P, D] -> aggregate [B, D], L2-normalised; weights [B, P], rows sum to 1."""
+        """Aggregate pool features [B, P, D] by texts [B, prompts, D].
+
+        Gives the aggregate [B, D], L2-normalised, and the weights [B, P] whose rows sum to 1.
+        """
         asked = self.norm_text(texts) @ self.text
         offered = self.norm_image(pool) @ self.image
         relevance = asked @ offered.mT / texts.shape[-1] ** 0.5
@@ -412,11 +421,11 @@ class Refinement(nn.Module):
         """Squared distance at which the affinity falls to 1/e; the paper's gamma is its inverse."""
 
     def forward(self, words: Tensor, means: Tensor) -> Tensor:
-        """words [C, D], class means [C, D] -> prototypes [C, D], L2-normalised."""
+        """Average class means [C, D] by the affinity of their names [C, D]: prototypes [C, D], L2-normalised."""
         return F.normalize(self.norm_out(self.affinity(words) @ self.norm_mean(means)), dim=-1)
 
     def affinity(self, words: Tensor) -> Tensor:
-        """[C, D] -> [C, C], rows sum to 1."""
+        """The affinity of names [C, D] to each other: [C, C], whose rows sum to 1."""
         at = self.norm_text(words) @ self.text
         square = at.square().sum(-1)
         distance = square[:, None] + square[None, :] - 2 * at @ at.T
@@ -424,7 +433,7 @@ class Refinement(nn.Module):
 
 
 class PromptsAndPrototypes(TowerWithHead):
-    """The mean of two answers: softmax over the names, averaged over prompts, and softmax over the prototypes."""
+    """Predicts the mean of two answers: softmax over names, averaged over prompts, and softmax over prototypes."""
 
     names: Tensor
     prototypes: Tensor
@@ -457,7 +466,7 @@ class PromptsAndPrototypes(TowerWithHead):
 
 
 class Tensors:
-    """Named trainable tensors whose names have dots in them."""
+    """Named trainable tensors; unlike those of nn.ParameterDict their names may have dots in them."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self.named = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
@@ -472,7 +481,7 @@ class Tensors:
 
 
 def uniform(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """Uniform within 1 / sqrt(columns), as linear layers begin."""
+    """Draw a matrix uniformly within 1 / sqrt(columns), as linear layers begin."""
     return (2 * torch.rand(*shape, generator=generator) - 1) / shape[1] ** 0.5
 
 

@@ -39,7 +39,7 @@ _FROZEN_PART = tuple(
 
 
 class AllWeights(nn.Module):
-    """A trainable copy of every weight that a tower's `forward` uses: full fine-tuning in the place of adapters."""
+    """A trainable copy of every weight that a tower's `forward` uses: full fine-tuning in place of adapters."""
 
     def __init__(self, tower: nn.Module) -> None:
         super().__init__()
@@ -48,6 +48,7 @@ class AllWeights(nn.Module):
         self.values = nn.ParameterList(nn.Parameter(p.detach().clone()) for p in trained.values())
 
     def weights(self) -> dict[str, Tensor]:
+        """The trained weights by parameter name, differentiable, as `functional_call` takes them."""
         return dict(zip(self._names, self.values, strict=True))
 
 
@@ -66,30 +67,34 @@ class Student:
             self.text = Adapters(clip.text, lora.rank, lora.alpha, generator)
 
     def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield everything that is trained, of both towers."""
         yield from self.image.parameters()
         yield from self.text.parameters()
 
     def encode_tokens(self, tokens: Tensor, weights: Weights | None = None) -> Tensor:
-        """[B, tokens, width] -> float32 [B, D], L2-normalised; differentiable. `weights`: reuse `image.weights()`."""
+        """Encode [B, tokens, width] to float32 [B, D], L2-normalised and differentiable.
+
+        `weights` reuses what `image.weights()` gave, which costs a matrix product per block.
+        """
         with self.clip.autocast():
             out = functional_call(self.clip.image, dict(weights or self.image.weights()), (tokens,))
         return F.normalize(out.float(), dim=-1)
 
     def encode_ids(self, ids: Tensor) -> Tensor:
-        """Token ids int64 [n, L] -> float32 [n, D], L2-normalised; differentiable."""
+        """Encode token ids int64 [n, L] to float32 [n, D], L2-normalised and differentiable."""
         with self.clip.autocast():
             out = functional_call(self.clip.text, self.text.weights(), (ids,))
         return F.normalize(out.float(), dim=-1)
 
     @torch.no_grad()
     def encode_names(self, names: Sequence[str], batch: int = 256) -> Tensor:
-        """Class names in the prompt -> float32 [n, D], L2-normalised."""
+        """Encode class names, put into the prompt: float32 [n, D], L2-normalised."""
         parts = [self.encode_ids(self.clip.tokenize(names[i : i + batch])) for i in range(0, len(names), batch)]
         return torch.cat(parts) if parts else torch.zeros(0, self.clip.embed_dim, device=self.clip.device)
 
     @torch.no_grad()
     def features(self, tokens: Tokens, tick: Callable[[], None], batch: int = 128) -> Tensor:
-        """Normalised image features float32 [N, D] of a task's images, in order; `tick` is called after every batch."""
+        """Encode a task's images in order: float32 [N, D], L2-normalised. `tick` is called after every batch."""
         weights = self.image.weights()
         parts = []
         for part in torch.arange(len(tokens)).split(batch):
@@ -99,28 +104,28 @@ class Student:
 
     @torch.no_grad()
     def merged_image_tower(self) -> nn.Module:
-        """The adapted image tower as plain weights, sharing nothing that training writes."""
+        """Build the adapted image tower as plain weights, sharing nothing that training writes."""
         return merged(self.clip.image, self.image.weights())
 
     @torch.no_grad()
     def text_module(self) -> TextModule:
-        """The adapted text tower, sharing nothing that training writes."""
+        """Build the adapted text tower, sharing nothing that training writes."""
         return TextModule(self.clip, merged(self.clip.text, self.text.weights()))
 
     def tensors(self) -> dict[str, Tensor]:
-        """Copies of all trainable tensors by name."""
+        """Copy all trainable tensors, by name."""
         named = [("image." + k, v) for k, v in self.image.named_parameters()]
         named += [("text." + k, v) for k, v in self.text.named_parameters()]
         return {name: tensor.detach().clone() for name, tensor in named}
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Inverse of `tensors`; raises KeyError or RuntimeError when names or shapes differ."""
+        """Restore what `tensors` copied. Raises KeyError or RuntimeError when names or shapes differ."""
         for prefix, adapters in (("image.", self.image), ("text.", self.text)):
             adapters.load_state_dict({k: tensors[prefix + k] for k, _ in adapters.named_parameters()})
 
 
 class StudentMethod:
-    """What methods have in common that train a `Student`: how they encode, and the text tower they release."""
+    """The base of methods that train a `Student`: it encodes by the student, and releases its text tower."""
 
     _student: Student
 
@@ -182,7 +187,7 @@ class FineTuning(StudentMethod):
 
 
 class Teacher:
-    """A student as it is now: no gradient, and nothing shared with what training writes."""
+    """A student frozen as it is now, without gradient and sharing nothing that training writes."""
 
     @torch.no_grad()
     def __init__(self, student: Student) -> None:

@@ -21,13 +21,16 @@ from agent.values import GapStatistics, Progress, Update
 log = logging.getLogger(__name__)
 
 GAP_SAMPLES = 256
-"""Images the gap is measured on in each task; the same before and after, so that their spread cancels in the drift."""
+"""At most this many images of a task are what its gap is measured on, the same before and after, so that their spread
+cancels in the drift. Measuring more of them after every
+epoch costs a further pass over the task."""
 
 
 class GapWatch:
-    """The modality gap of `method` on the same images and names of a task, before, during and after an update."""
+    """Measures the modality gap of `method` on the same images and names of a task, before and during an update."""
 
     def __init__(self, method: Encoder, clip: Clip, task: TaskData, seed: int, relative_to: str = "separation") -> None:
+        """Measure the untouched `clip` and the method as it is now; `relative_to` is the divisor of the drift."""
         self._relative_to = relative_to
         generator = task_generator(seed, task.number, "gap")
         self._sample = torch.randperm(len(task), generator=generator)[:GAP_SAMPLES].sort().values
@@ -38,10 +41,11 @@ class GapWatch:
         self.before = self.measure()
 
     def measure(self) -> GapStatistics:
+        """Measure the gap of the method as it is now."""
         return self._statistics(self._method)
 
     def drift(self, now: GapStatistics) -> float | None:
-        """Change of the negative mean, see `agent.model.gap.drift`."""
+        """The change of the negative mean from the untouched model to `now`, see `agent.model.gap.drift`."""
         return gap.drift(now, self.untouched, self._relative_to)
 
     def _statistics(self, model: Encoder) -> GapStatistics:
@@ -50,16 +54,18 @@ class GapWatch:
 
 
 class Trained(Protocol):
-    """All that an optimizer changes."""
+    """The tensors that an optimizer changes: what a roll-back must restore."""
 
     def tensors(self) -> Mapping[str, Tensor]:
-        """Copies, by name."""
+        """Copy every tensor, by name."""
 
-    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None: ...
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Restore what `tensors` copied."""
 
 
 class Training:
-    """Bookkeeping of one update; the loop and its loss are the method's.
+    """Keeps the books of one update: batches, learning rates, progress, roll-back. The loop and its loss are the
+    method's.
 
     A task of a single class has `epochs` 0: one name has nothing to be told apart from, its loss is zero whatever is
     trained, and Adam would turn rounding errors into steps.
@@ -108,7 +114,8 @@ class Training:
         self._total = torch.zeros(())
 
     def batches(self, epoch: int) -> Iterator[Tensor]:
-        """The task's images in an order drawn anew, int64 [B] on the CPU; every step has its learning rate."""
+        """Yield the task's images in an order drawn anew, int64 [B] on the CPU, with the learning rates set for each
+        step."""
         self._total = torch.zeros(())
         self._run = epoch + 1
         order = torch.randperm(len(self._task), generator=self._order)
@@ -120,7 +127,7 @@ class Training:
             yield index
 
     def descend(self, loss: Tensor, images: int) -> None:
-        """One step down `loss`, the mean over `images` images."""
+        """Take one step down `loss`, which is the mean over `images` images."""
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self._optimizer.step()
@@ -153,7 +160,7 @@ class Training:
         return True
 
     def update(self, details: Mapping[str, Any] | None = None) -> Update:
-        """What was done, with the gap as it is after the last epoch kept."""
+        """Describe what was done, with the gap as it is after the last epoch kept."""
         return Update(
             epochs=self.kept,
             epochs_run=self._run,
@@ -173,7 +180,8 @@ class Training:
 
 
 class UntouchedMethod:
-    """What methods have in common that change neither tower: how they encode, and the text tower they release."""
+    """The base of methods that change neither tower: it encodes by the untouched towers, and releases the text
+    tower."""
 
     _clip: Clip
 
@@ -188,7 +196,7 @@ class UntouchedMethod:
 
 
 def untrained(task: TaskData, watch: GapWatch, started: float, on_progress: OnProgress) -> Update:
-    """The update that left the towers as they were; `started` as of `time.perf_counter`."""
+    """Describe an update that left the towers as they were; `started` is a time of `time.perf_counter`."""
     on_progress(Progress("train", task.number, samples=len(task), drift=watch.drift(watch.before)))
     return Update(
         epochs=0,
@@ -208,12 +216,15 @@ def untrained(task: TaskData, watch: GapWatch, started: float, on_progress: OnPr
 
 
 def cosine(epoch: int, done: float) -> float:
-    """Learning rate factor from 1 down to 0.01."""
+    """The factor of a learning rate: from 1 down to 0.01 along a cosine, as `done` goes from 0 to 1."""
     return 0.01 + 0.99 * (1 + math.cos(math.pi * done)) / 2
 
 
 def local_loss(images: Tensor, names: Tensor, labels: Tensor, scale: float, smoothing: float = 0.0) -> Tensor:
-    """Cross entropy over the task's own rows: [B, D] and [K, D], L2-normalised, labels int64 [B] < K -> scalar."""
+    """The cross entropy over the task's own rows alone (MG-CLIP equation 4): no row of an earlier class is touched.
+
+    images [B, D] and names [K, D] are L2-normalised, labels int64 [B] in 0..K-1; gives a scalar.
+    """
     return F.cross_entropy(scale * images @ names.T, labels, label_smoothing=smoothing)
 
 
@@ -228,7 +239,7 @@ def divergence(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
 
 
 def untouched_features(clip: Clip, task: TaskData, batch: int = 256) -> Tensor:
-    """Features float32 [N, D] of a task's images by the untouched model, L2-normalised, in order."""
+    """Encode a task's images by the untouched model: float32 [N, D], L2-normalised, in order."""
     return torch.cat([clip.encode_tokens(task.tokens.batch(part)) for part in torch.arange(len(task)).split(batch)])
 
 
@@ -238,7 +249,7 @@ def admit(classes: list[str], task: TaskData) -> None:
 
 
 class ClassMeans:
-    """Mean feature per class, over all its images so far."""
+    """The mean feature of every class, over all its images so far."""
 
     def __init__(self, clip: Clip) -> None:
         self.classes: list[str] = []
@@ -262,4 +273,5 @@ class ClassMeans:
         self.rows = rows
 
     def load(self, classes: Sequence[str], counts: Sequence[int], rows: Tensor) -> None:
+        """Continue from saved names, images per class and means [C, D]."""
         self.classes, self.counts, self.rows = list(classes), list(counts), rows.to(self.rows.device).clone()

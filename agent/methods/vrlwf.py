@@ -25,6 +25,8 @@ from agent.values import Update
 
 
 class VrLwf(FineTuning):
+    """Learns by the local loss, while the model before the task teaches it on sentences of random words."""
+
     name = "vrlwf"
 
     def __init__(self, clip: Clip, settings: config.Method) -> None:
@@ -55,7 +57,10 @@ class VrLwf(FineTuning):
         return training.update({"preset": settings.preset})
 
     def _held_to_teacher(self, task: TaskData, ids: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        """The distillation of a task: (index int64 [B], the student's images [B, D], its names [K, D]) -> scalar."""
+        """Build the distillation of a task, a function that gives a scalar.
+
+        It takes the batch's index int64 [B], the student's images [B, D] and its names [K, D].
+        """
         settings, scale, device = self._settings, self._clip.logit_scale, self._clip.device
         teacher = Teacher(self._student)
         taught_images = teacher.features(task.tokens)
@@ -99,7 +104,10 @@ class VrLwf(FineTuning):
 def random_sentences(
     sentences: int, words: int, vocabulary: tuple[int, int, int], generator: torch.Generator
 ) -> Tensor:
-    """Start, `words` ordinary tokens drawn uniformly, end: int64 [sentences, words + 2]. `vocabulary`: see Clip."""
+    """Draw sentences of a start token, `words` ordinary tokens and an end token: int64 [sentences, words + 2].
+
+    Ordinary tokens are drawn uniformly from `vocabulary`, see Clip.vocabulary.
+    """
     ordinary, start, end = vocabulary
     drawn = torch.randint(ordinary, (sentences, words), generator=generator)
     return torch.cat([torch.full((sentences, 1), start), drawn, torch.full((sentences, 1), end)], dim=1)

@@ -14,6 +14,8 @@ from agent.values import Update
 
 
 class ZeroShot(UntouchedMethod):
+    """Learns the names of the classes, and nothing else."""
+
     name = "zeroshot"
     fusion = "text"
 

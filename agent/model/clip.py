@@ -47,11 +47,11 @@ class ImageTower(nn.Module):
         self.visual = visual
 
     def prefix(self, images: Tensor) -> Tensor:
-        """float [B, 3, H, W], preprocessed -> [B, tokens, width]: everything before the first attention block."""
+        """Encode preprocessed images [B, 3, H, W] to tokens [B, tokens, width], before the first attention block."""
         return self.visual._embeds(images)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """[B, tokens, width] -> [B, D], not normalised."""
+        """Encode tokens [B, tokens, width] to features [B, D], not normalised."""
         pooled, _ = self.visual._pool(self.visual.transformer(tokens))
         return pooled if self.visual.proj is None else pooled @ self.visual.proj
 
@@ -64,10 +64,12 @@ class TimmImageTower(nn.Module):
         self.visual = visual
 
     def prefix(self, images: Tensor) -> Tensor:
+        """Encode preprocessed images [B, 3, H, W] to tokens [B, tokens, width], before the first attention block."""
         trunk = self.visual.trunk
         return trunk.norm_pre(trunk.patch_drop(trunk._pos_embed(trunk.patch_embed(images))))
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """Encode tokens [B, tokens, width] to features [B, D], not normalised."""
         trunk = self.visual.trunk
         for block in trunk.blocks:
             tokens = block(tokens)
@@ -96,10 +98,11 @@ class TextTower(nn.Module):
         self.register_buffer("attn_mask", mask, persistent=False)
 
     def ends(self, ids: Tensor) -> Tensor:
-        """Position of the end-of-text token, int64 [n]."""
+        """The position of each end-of-text token: ids int64 [n, L] -> int64 [n]."""
         return ids.argmax(-1) if self.pool_type == "argmax" else ids.eq(self.eos_id or 0).int().argmax(-1)
 
     def forward(self, ids: Tensor) -> Tensor:
+        """Encode token ids int64 [n, L] to features [n, D], not normalised."""
         if self.causal and not torch.compiler.is_exporting():  # where no shape may depend on data
             ids = ids[:, : int(self.ends(ids).max()) + 1]
         length = ids.shape[1]
@@ -129,7 +132,7 @@ class Clip:
             _fold_batch_norms(model.visual.conv1)
             model.visual.conv1.to(memory_format=torch.channels_last)
         self.logit_scale = float(model.logit_scale.exp())
-        """Multiplier of cosines, already exponentiated."""
+        """The multiplier of cosines, already exponentiated (100 in OpenAI's models)."""
         self.image: Any = _image_tower(model).to(device)
         self.text = _text_tower(model).to(device)
         self.preprocess = preprocess
@@ -143,16 +146,17 @@ class Clip:
             "sha256": digest,
             "prompt": settings.prompt,
         }
-        """Which weights these are; a checkpoint fits only the same."""
+        """Says which weights and prompt these are; a learner can only be continued under the same."""
         self.embed_dim = int(self.encode_names(["thing"]).shape[1])
 
     def tokenize(self, names: Sequence[str], prompt: str = "") -> Tensor:
-        """Class names, put into `prompt` (empty: the configured one) -> int64 [n, L] on the device."""
+        """Put class names into `prompt` (empty: the configured one) and cut them into tokens: int64 [n, L] on the
+        device."""
         return self._tokenizer([(prompt or self.prompt).format(name) for name in names]).to(self.device)
 
     @property
     def vocabulary(self) -> tuple[int, int, int]:
-        """(size of the plain vocabulary, start id, end id) of the tokenizer: ids below the first are ordinary tokens.
+        """The tokenizer's size of the plain vocabulary, start id and end id: ids below the first are ordinary tokens.
 
         Raises ModelError when the tokenizer is not CLIP's own.
         """
@@ -183,24 +187,25 @@ class Clip:
 
     @torch.no_grad()
     def encode_names(self, names: Sequence[str]) -> Tensor:
-        """The untouched text tower's features of class names: float32 [n, D], L2-normalised."""
+        """Encode class names by the untouched text tower: float32 [n, D], L2-normalised."""
         with self.autocast():
             return F.normalize(self.text(self.tokenize(names)).float(), dim=-1)
 
     @torch.no_grad()
     def encode_tokens(self, tokens: Tensor) -> Tensor:
-        """The untouched image tower's features of [B, tokens, width]: float32 [B, D], L2-normalised."""
+        """Encode tokens [B, tokens, width] by the untouched image tower: float32 [B, D], L2-normalised."""
         with self.autocast():
             return F.normalize(self.image(tokens.to(self.device)).float(), dim=-1)
 
     @torch.no_grad()
     def prefix(self, images: Tensor) -> Tensor:
-        """float32 [B, 3, H, W] -> tokens [B, tokens, width] on the device, in the precision training reads them."""
+        """Encode images float32 [B, 3, H, W] to tokens [B, tokens, width] on the device, in the precision training
+        reads."""
         with self.autocast():
             return self.image.prefix(images.to(self.device, non_blocking=True))
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Mixed precision where the device has it; nothing in fp32."""
+        """The context of mixed precision, where it is configured; a context that does nothing in fp32."""
         if self._autocast is None:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self._autocast)

@@ -14,7 +14,7 @@ from agent.values import GapStatistics
 
 
 def statistics(images: Tensor, names: Tensor, labels: Tensor) -> GapStatistics:
-    """MG-CLIP equations 1-2 and the centroid gap of Liang et al. 2022, exact and sample-weighted.
+    """Measure the gap: MG-CLIP equations 1-2 and the centroid gap of Liang et al. 2022, exact and sample-weighted.
 
     images: float [N, D], names: float [C, D], both L2-normalised; labels: int64 [N] in 0..C-1. The negative mean is
     over all other names of each image (None when C is 1). The centroid of the names is weighted by class frequency.
@@ -29,7 +29,9 @@ def statistics(images: Tensor, names: Tensor, labels: Tensor) -> GapStatistics:
 
 
 def drift(now: GapStatistics, untouched: GapStatistics, relative_to: str) -> float | None:
-    """|negative now - negative untouched| over |negative untouched| (`negative`, the paper) or over the untouched
+    """The drift: the change of the negative mean from the untouched model to now, as a share (>= 0).
+
+    It is |negative now - negative untouched| over |negative untouched| (`negative`, the paper) or over the untouched
     model's positive minus negative mean (`separation`), which stays well-conditioned where the negative mean is near 0.
 
     None when there is no other name.
@@ -52,7 +54,7 @@ def within_budget(now: float | None, before: float | None, budget: float) -> boo
 
 
 def paper_epochs(drifts: Sequence[float | None], threshold: float) -> int | None:
-    """The published rule on the first task: epochs to use from now on, or None while undecided.
+    """The published rule on the first task: the number of epochs to use from now on, or None while undecided.
 
     `drifts[i]` was measured after epoch i (0-based). The first violation at i fixes max(1, i): the epochs before it.
     """

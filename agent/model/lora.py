@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 ADAPTED = ("attn.in_proj_weight", "attn.qkv.weight")
-"""Fused q, k, v projections of `nn.MultiheadAttention` and of timm's attention, rows in that order."""
+"""How the fused q, k, v projections are named in `nn.MultiheadAttention` and in timm's attention, rows in that
+order."""
 
 
 class Adapters(nn.Module):
@@ -38,7 +39,7 @@ class Adapters(nn.Module):
             self.up.append(nn.Parameter(torch.zeros(2, width, rank, device=weight.device)))
 
     def weights(self) -> dict[str, Tensor]:
-        """Adapted projections by parameter name, float32 [3 * width, width]; differentiable in the adapters."""
+        """The adapted projections by parameter name, float32 [3 * width, width], differentiable in the adapters."""
         adapted = {}
         for (name, weight), down, up in zip(self._frozen.items(), self.down, self.up, strict=True):
             width = weight.shape[1]
@@ -49,7 +50,7 @@ class Adapters(nn.Module):
 
 @torch.no_grad()
 def merged(tower: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
-    """A stand-alone copy of `tower` with `weights` in place; everything else is shared (frozen, never written)."""
+    """Copy `tower` with `weights` in place; everything else is shared, as it is frozen and never written."""
     memo = {id(p): p for p in [*tower.parameters(), *tower.buffers()]}
     twin = copy.deepcopy(tower, memo)
     for name, weight in weights.items():
