@@ -1,4 +1,4 @@
-"""The operations chapter, done as it is written: what was backed up can be destroyed, restored and gone on from."""
+"""deploy/README.md, done as it is written: what was backed up can be destroyed, restored and gone on from."""
 
 import re
 import subprocess
@@ -10,14 +10,16 @@ from agent.commits import CommitStore
 from agent.releases import pin, pinned
 from exporter import release as releases
 from tests.fakes import ListSource, learned, pipeline, records
-from tests.test_readme import README
+from tests.test_readme import OPERATIONS
 
 STREAM = records(*"abcdefghijklmnopqrst")
 
 
 def commands(chapter: str) -> str:
-    """The shell commands of a paragraph that begins with `chapter` in bold."""
-    shown = re.search(rf"\*\*{re.escape(chapter)}\.\*\*.*?```sh\n(.*?)```", README, re.DOTALL)
+    """The shell commands of the chapter with this heading."""
+    shown = re.search(
+        rf"^## {re.escape(chapter)}\n(?:(?!^## ).)*?```sh\n(.*?)```", OPERATIONS, re.DOTALL | re.MULTILINE
+    )
     assert shown is not None
     return shown[1]
 
@@ -27,7 +29,7 @@ def sh(folder: Path, lines: str) -> None:
 
 
 def learn(state: Path, tasks: int):
-    """An agent that has learned so many tasks of three records, going on from where it was."""
+    """The last commit of an agent that learns three records a task, up to task `tasks`, going on from where it was."""
     agent = pipeline(state, ListSource(STREAM[: 3 * tasks]), keep=3)
     commit = agent.run()
     agent.commits.close()
