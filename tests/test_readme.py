@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from agent import cli
 from agent.config import Config
 from exporter.metrics import Metrics
+from streams.record import Reason
 
 TOP = Path(__file__).parent.parent
 ROOMS = ("agent", "streams", "exporter", "deploy")
@@ -142,6 +143,19 @@ def test_the_numbers_of_the_methods_are_the_same_wherever_they_stand():
     assert command in METHODS
 
 
+def test_the_wire_format_lists_every_reason_and_every_header_of_a_dead_letter():
+    page = PAGES["deploy/wire-format.md"]
+    table = page.partition("| reason | what was wrong |")[2].partition("\n\n")[0]
+    assert {
+        name for row in re.findall(r"^\| (`.+?) \|", table, re.MULTILINE) for name in row.strip("`").split("`, `")
+    } == {*Reason}
+    source = (TOP / "streams/dead_letter_format.py").read_text(encoding="utf-8")
+    headers = set(re.findall(r'"((?:__connect|gapstream)\.errors)(\.[\w.-]+)"', source))
+    assert headers
+    for prefix, name in headers:
+        assert f"`{prefix}{name}`" in page or f"`{name}`" in page, prefix + name
+
+
 def test_every_command_shown_can_be_parsed():
     shown = re.findall(r"(?:^ *|`)[\w./]*/bin/gapstream ([^`\n]+)", EVERYTHING.replace("\\\n", ""), re.MULTILINE)
     assert shown
@@ -185,7 +199,7 @@ def test_every_file_named_is_there(path):
 
 
 def test_what_is_said_to_be_in_a_file_is_in_it():
-    said = re.findall(r"(?:`(\w+)`|\b([A-Z]{5,}))(?: and `\w+`)?(?:, both)? (?:of|in)\s+`([\w/]+\.py)`", EVERYTHING)
+    said = re.findall(r"(?:`(\w+)`|\b([A-Z_]{5,}))(?: and `\w+`)?(?:, both)? (?:of|in)\s+`([\w/]+\.py)`", EVERYTHING)
     assert {first or second for first, second, _ in said} >= {"METHODS", "SOURCES", "PRECISIONS", "CutRule"}
     for first, second, path in said:
         assert re.search(rf"\b{first or second}\b", (TOP / path).read_text(encoding="utf-8")), (first or second, path)
