@@ -35,9 +35,10 @@ from agent.model.images import LoadedImages, TokensAt, load_tokens
 from agent.scoring.evaluator import Evaluator, add_phase
 from agent.scoring.holdout import HoldOut
 from agent.values import LateRejection, Outcome, Progress, Update
-from exporter.onnx import Labelled, OnnxExporter, Text
+from exporter.onnx import Labelled, OnnxExporter
 from exporter.preprocess import decode
 from exporter.release import ReleaseError
+from exporter.text_export import TextTower
 from streams.archive import ArchiveFolder
 from streams.buffer import Task
 from streams.record import Reason
@@ -171,7 +172,9 @@ class Trainer:
                 "model": self._clip.identity,
                 "accuracy": scores["last"],
             }
-            text = Text(self._method.text_module(), lambda: self._clip.tokenizer) if self._config.release.text else None
+            text = None
+            if self._config.release.text:
+                text = TextTower(self._method.text_module(), lambda: self._clip.tokenizer)
             try:
                 release = self._exporter.release(
                     module,

@@ -8,7 +8,10 @@ from pathlib import Path
 
 
 def sync(path: Path) -> None:
-    """Force a file's bytes, or the names in a folder, to the disk. Raises OSError."""
+    """Force a file's bytes, or the names in a folder, to the disk. Raises OSError.
+
+    A file that was made or renamed needs both: after a power cut its bytes may be there under no name.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -30,15 +33,16 @@ def link_or_copy(source: Path, target: Path) -> None:
     """
     try:
         target.hardlink_to(source)
-    except OSError:
+    except OSError:  # another file system, or one that has no hard links or no more of them for this file
         shutil.copyfile(source, target)
         sync(target)
 
 
 def point(link: Path, target: Path) -> None:
     """Make `link` a symlink to `target` by one rename that survives a power cut. Raises OSError."""
+    # A symlink cannot be made over another one, and deleting that first would leave a moment without any.
     new = link.with_name(f"{link.name}.new")
-    new.unlink(missing_ok=True)
+    new.unlink(missing_ok=True)  # by a process that died
     new.symlink_to(target)
     new.replace(link)
     sync(link.parent)

@@ -1,4 +1,4 @@
-"""/metrics, /livez, /readyz and the status page, on a daemon thread; nothing here can stop the agent's loop."""
+"""The agent's /metrics, /livez, /readyz and status page, on a daemon thread; nothing here can stop the agent's loop."""
 
 from __future__ import annotations
 
@@ -20,23 +20,30 @@ from prometheus_client.exposition import choose_encoder
 log = logging.getLogger(__name__)
 
 JSON = "application/json; charset=utf-8"
+"""Content type of every answer in JSON. The encoding is said because names of classes and topics are in any script."""
+
 FRESH_S = 0.5
-"""Scrapes within so long get the same text: making it takes milliseconds from whatever learns on the same cores."""
+"""Seconds within which scrapes get the same text: making it takes milliseconds from whatever learns on the same cores.
+Prometheus scrapes every few seconds, so only the second of several scrapers sees a value that is half a second old."""
+
+_CLIENT_S = 10
+"""Seconds after which a connection that says nothing is closed. Chosen by hand; with a longer time, the threads of
+clients that went away stay longer."""
 
 
 class StatusServer:
-    """HTTP server of one agent. GET and HEAD only:
+    """The HTTP server of one agent, for GET and HEAD:
 
     /metrics             Prometheus (or OpenMetrics, when asked for)
-    /livez, /healthz     200 when `live()` gives no reason against it, else 503; JSON `{"status", "reasons"}`
-    /readyz              the same with `ready()`
+    /livez, /healthz     200 when `live()` gives no reasons, else 503; JSON `{"status", "reasons"}`
+    /readyz              200 when `ready()` gives no reasons, else 503; likewise
     /status.json         `status()` without its key `report`
     /report.json         that report, null before the first commit
     /pictures.json       `pictures()`: small pictures of the newest rejected records
     /                    the status page, which asks for the three above
 
-    The callables are called from request threads; `heartbeat("http", now)` about twice a second while it serves.
-    Raises OSError at construction when the address cannot be had.
+    The callables are called from request threads. While it serves, `heartbeat("http", now)` is called about twice a
+    second.
     """
 
     def __init__(
@@ -50,13 +57,16 @@ class StatusServer:
         heartbeat: Callable[[str, float], None] | None = None,
         pictures: Callable[[], dict[int, str | None]] = dict,
     ) -> None:
+        """Listen from here on; `start` answers. `port`: 0 is any free one. Raises OSError when the address cannot be
+        had."""
+
         def state() -> dict[str, Any]:
             return {key: value for key, value in status().items() if key != "report"}
 
         page = _page()
         routes: dict[str, Callable[[str], tuple[int, str, bytes]]] = {
             "/": lambda _: (HTTPStatus.OK, "text/html; charset=utf-8", page),
-            "/metrics": _Scrapes(registry),
+            "/metrics": _MetricsRoute(registry),
             "/livez": lambda _: _health(live()),
             "/healthz": lambda _: _health(live()),
             "/readyz": lambda _: _health(ready()),
@@ -77,7 +87,7 @@ class StatusServer:
 
     @property
     def port(self) -> int:
-        """The port listened on (of interest when 0 was asked for)."""
+        """The port listened on, also where 0 was asked for."""
         return self._server.server_address[1]
 
     def start(self) -> None:
@@ -92,14 +102,14 @@ class StatusServer:
         self._server.server_close()
 
 
-class _Scrapes:
-    """The route /metrics."""
+class _MetricsRoute:
+    """Answers /metrics."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._registry = registry
         self._lock = threading.Lock()
         self._newest = "", b"", -math.inf
-        """Content type, text, and when it was made."""
+        """Content type and text of the newest scrape, and when it was made."""
 
     def __call__(self, accept: str) -> tuple[int, str, bytes]:
         encode, kind = choose_encoder(accept)
@@ -112,22 +122,24 @@ class _Scrapes:
 
 
 class _Server(ThreadingHTTPServer):
-    daemon_threads = True
+    daemon_threads = True  # a client that hangs does not keep the process from ending
     heartbeat: Callable[[str, float], None] | None = None
 
     def service_actions(self) -> None:
+        """socketserver calls this after every turn of its loop, which waits half a second for a request."""
         if self.heartbeat is not None:
             self.heartbeat("http", time.time())
 
     def handle_error(self, request: Any, client_address: Any) -> None:
+        """Without this, every client that hangs up would print a traceback to standard error."""
         log.debug("request from %s was cut off: %s", client_address, sys.exception())
 
 
 class _Handler(BaseHTTPRequestHandler):
     routes: dict[str, Callable[[str], tuple[int, str, bytes]]]
-    timeout = 10
+    timeout = _CLIENT_S
     server_version = "gapstream"
-    sys_version = ""
+    sys_version = ""  # which Python runs is nobody's business
 
     def do_GET(self) -> None:
         route = self.routes.get(self.path.partition("?")[0])
@@ -149,6 +161,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.send_header("Cache-Control", "no-store")
         self.send_header("X-Content-Type-Options", "nosniff")
+        # The page shows text and pictures from the stream, which anybody may have written: nothing is fetched for them.
         self.send_header("Content-Security-Policy", "default-src 'self' 'unsafe-inline' data:")
         self.end_headers()
         if self.command != "HEAD":
@@ -173,4 +186,5 @@ def _health(reasons: list[str]) -> tuple[int, str, bytes]:
 
 
 def _json(value: Any) -> bytes:
+    """Browsers refuse NaN, which Python would write; a value that has one is a mistake here, not on the page."""
     return json.dumps(value, allow_nan=False, default=str).encode()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -11,47 +10,35 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from exporter.release import (
-    Parity,
-    ReleaseError,
-)
+from exporter.precision import Tolerance
+from exporter.release import Parity, ParityError
 from exporter.runtime import Answers, Session
 
 TIE = 1e-3
-"""Two classes whose probabilities differ by less than this share are equally first."""
+"""Two classes whose probabilities differ by less than this share are equally first: rounding alone may swap them.
+Chosen by hand, of the size of the differences that are allowed (release.parity_atol)."""
+
+_UNFUSED_IMAGES = 3
+"""Images whose reference answers are computed without the fused attention kernel too. Chosen by hand: a kernel that
+differs does so for any image, and each image more is computed twice."""
 
 _REFERENCE_BATCH = 16
-
-
-@dataclass(frozen=True)
-class Tolerance:
-    """What parity is held to."""
-
-    atol: float
-    """Largest difference in embeddings and probabilities."""
-    logits: float
-    """Largest difference in logits, relative to the largest."""
-    cosine: float
-    """Smallest cosine between embeddings."""
-    top1: float
-    """Smallest share of images with the same first class."""
-
-
-class ParityError(ReleaseError):
-    """onnxruntime's answers are not the trained model's; the message has the numbers. Nothing was released."""
+"""Images that go through torch at once. Activations of a whole check batch (64) would be the largest piece of memory of
+an update; smaller parts would only take longer."""
 
 
 def reference_answers(module: Any, images: NDArray[np.float32]) -> list[Answers]:
-    """The module's own answers: to all images with the fused attention kernel that evaluation uses, to the first few
-    without it."""
+    """The module's own answers: to all images with the fused attention kernel that evaluation uses, then to the first
+    few without it. `images`: float32 [n, 3, H, W], preprocessed."""
     device = next(chain(module.parameters(), module.buffers())).device
     fused = torch.backends.mha.get_fastpath_enabled()
     answers = []
     try:
-        for fast, whole in ((True, images), (False, images[:3])):
+        # The tracer takes the slow path through nn.MultiheadAttention whatever is set here; the graph is held to both.
+        for fast, whole in ((True, images), (False, images[:_UNFUSED_IMAGES])):
             torch.backends.mha.set_fastpath_enabled(fast)
+            # cuDNN's TF32 would cost three digits, and onnxruntime is told not to use it either (exporter.session).
             with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):
-                # In parts: as a whole, activations would be the largest piece of memory of an update.
                 parts = [module(part.to(device)) for part in torch.from_numpy(whole).split(_REFERENCE_BATCH)]
             answers.append(Answers(*(torch.cat(outputs).float().cpu().numpy() for outputs in zip(*parts, strict=True))))
     finally:
@@ -62,8 +49,11 @@ def reference_answers(module: Any, images: NDArray[np.float32]) -> list[Answers]
 def compare(
     session: Session, images: NDArray[np.float32], expected: Sequence[Answers], batches: Sequence[int]
 ) -> Parity:
-    """How far the session's answers to the first images, in batches of these sizes, are from each of `expected`
-    (answers to the first images, all or some)."""
+    """How far the session's answers to the first images are from each of `expected`; the worst over all `batches`.
+
+    `batches`: numbers of images given at once, each at most len(images). Several are needed: a graph that was traced
+    with a fixed batch answers right for that one alone. `expected`: answers to the first images, all or some of them.
+    """
     embedding = logits = probabilities = 0.0
     cosine = top1 = 1.0
     for size in batches:
@@ -71,7 +61,7 @@ def compare(
         for whole in expected:
             want = Answers(*(values[:size] for values in whole))
             got = Answers(*(values[: len(want.embedding)] for values in answers))
-            # np.maximum and np.minimum, unlike max and min, let a NaN through.
+            # np.maximum and np.minimum, unlike max and min, let a NaN through, which `judge` then refuses.
             embedding = np.maximum(embedding, np.abs(got.embedding - want.embedding).max())
             scale = max(1.0, float(np.abs(want.logits).max()))
             logits = np.maximum(logits, np.abs(got.logits - want.logits).max() / scale)
@@ -92,7 +82,10 @@ def compare(
 
 
 def judge(parity: Parity, tolerance: Tolerance) -> None:
-    """Raises ParityError with every number that is out of bounds (NaN always is)."""
+    """Compare what was measured with what is allowed.
+
+    Raises ParityError that lists every number out of bounds; NaN always is.
+    """
     found = [
         f"{name} differ by {difference:.3g}, at most {allowed:g} is allowed"
         for name, difference, allowed in (

@@ -1,30 +1,73 @@
-"""Smaller forms of a released model: half precision for GPUs, 8-bit integers for CPUs.
+"""The precisions a model is released in beside fp32. To add one, write its converter here and its line of PRECISIONS.
 
-Both keep float32 inputs and outputs, and everything from the embedding on (similarities, temperatures, softmax) in
-float32: rounding there moves answers, and saves nothing.
+Every converted model keeps float32 inputs and outputs, and everything from the embedding on (similarities,
+temperatures, softmax) in float32: rounding there moves answers, and saves nothing.
+
+The configuration checks its keys against this table in processes that have no use for onnx, so the converters import
+it themselves.
 """
 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import onnx
-import onnxruntime
-from onnxruntime.quantization import QuantType, quantize_dynamic
-from onnxruntime.quantization.quant_utils import add_pre_process_metadata
-from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
+if TYPE_CHECKING:
+    import onnx
+
+FP32 = "fp32"
+"""The precision every release has: the other ones are made from it and compared with it."""
 
 FLOAT32_OPS = ("LayerNormalization", "Softmax", "ReduceL2", "ReduceSum", "Div", "Exp", "Log", "Pow", "Sqrt", "Gelu")
-"""Left alone by `fp16`: their sums and quotients overflow or lose everything in half precision. Gelu because
-onnxruntime 1.31 on a CPU dies of a segmentation fault when it fuses a half-precision one."""
+"""Operators that fp16 leaves alone: their sums and quotients overflow or lose everything in half precision (reports:
+onnxruntime#11384, TensorRT#4111). Gelu because onnxruntime 1.31 on a CPU dies of a segmentation fault when it fuses a
+half-precision one."""
+
+INTEGER_OPS = ["MatMul", "Gemm"]
+"""Operators whose weights int8 stores as integers. Convolutions stay float32: they are small here, and slower in
+integers."""
 
 
-def fp16(source: Path, target: Path, single_file_bytes: int) -> None:
-    """Write `source` with weights and arithmetic in half precision; larger than `single_file_bytes`, weights go to
-    a file beside it."""
+@dataclass(frozen=True)
+class Tolerance:
+    """How far onnxruntime's answers may be from torch's (see exporter.release.Parity)."""
+
+    atol: float
+    """Largest difference in embeddings and probabilities."""
+    logits: float
+    """Largest difference in logits, relative to the largest."""
+    cosine: float
+    """Smallest cosine between the two embeddings of an image, -1 to 1."""
+    top1: float
+    """Smallest share of images for which both give the same class first, 0 to 1."""
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How a model is made smaller, how near to the original it must stay, and where it runs."""
+
+    convert: Callable[[Path, Path, int], None]
+    """Reads the fp32 model in the first file and writes the converted one into the second, whose weights go to a second
+    file (the name and `.data`) where the whole has more than the given number of bytes. May raise anything: the release
+    is then made without it."""
+    tolerance: Tolerance
+    """What the converted model is held to."""
+    cpu_only: bool
+    """Whether it is made for CPUs alone: it is then checked on the CPU, wherever the model was trained."""
+    suits: str
+    """What it is for, a word for the configuration's example file."""
+
+
+def _to_fp16(source: Path, target: Path, single_file_bytes: int) -> None:
+    """Write the model with weights and arithmetic in half precision."""
+    import onnx
+    from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
+
     model = onnx.load(source)
-    # shape inference inside the converter needs one protobuf of the whole model, which ends at 2 GiB
+    # Shape inference inside the converter needs one protobuf of the whole model, which ends at 2 GiB.
     large = model.ByteSize() > single_file_bytes
     half = convert_float_to_float16(
         model,
@@ -44,11 +87,17 @@ def fp16(source: Path, target: Path, single_file_bytes: int) -> None:
     _save(half, target, single_file_bytes)
 
 
-def int8(source: Path, target: Path, single_file_bytes: int) -> None:
-    """Write `source` with the weights of its matrix products as 8-bit integers; activations are quantized as they come.
-    Convolutions stay float32: they are small here, and slower in integers."""
+def _to_int8(source: Path, target: Path, single_file_bytes: int) -> None:
+    """Write the model with the weights of its matrix products as 8-bit integers; activations are quantized when they
+    come, so no images are needed to calibrate them."""
+    import onnx
+    import onnxruntime
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+    from onnxruntime.quantization.quant_utils import add_pre_process_metadata
+
     with tempfile.TemporaryDirectory() as scratch:
-        # Weights reach their products through transpositions; folded, they can be found.
+        # Weights reach their products through transpositions, where the quantizer does not find them. A session folds
+        # those and writes the graph; levels above the basic one would fuse it into operators of onnxruntime's own.
         folded = Path(scratch) / "folded.onnx"
         options = onnxruntime.SessionOptions()
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
@@ -56,15 +105,16 @@ def int8(source: Path, target: Path, single_file_bytes: int) -> None:
         options.add_session_config_entry(
             "session.optimized_model_external_initializers_file_name", f"{folded.name}.data"
         )
-        options.log_severity_level = 3
+        options.log_severity_level = 3  # errors only
         onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         model = onnx.load(folded)
-        add_pre_process_metadata(model)  # it has been, and else there is a warning
+        # The quantizer warns of every model without this mark, which says that it was folded as above.
+        add_pre_process_metadata(model)
         quantized = Path(scratch) / "quantized.onnx"
         quantize_dynamic(
             model,
             quantized,
-            op_types_to_quantize=["MatMul", "Gemm"],
+            op_types_to_quantize=INTEGER_OPS,
             nodes_to_exclude=_after_embedding(model),
             weight_type=QuantType.QInt8,
             per_channel=True,
@@ -85,5 +135,18 @@ def _after_embedding(model: onnx.ModelProto) -> list[str]:
 
 
 def _save(model: onnx.ModelProto, path: Path, single_file_bytes: int) -> None:
+    import onnx
+
     large = model.ByteSize() > single_file_bytes
     onnx.save(model, path, save_as_external_data=large, location=f"{path.name}.data")
+
+
+PRECISIONS = {
+    "fp16": Precision(_to_fp16, Tolerance(0.02, logits=0.05, cosine=0.999, top1=0.95), cpu_only=False, suits="GPUs"),
+    "int8": Precision(_to_int8, Tolerance(0.1, logits=0.1, cosine=0.98, top1=0.9), cpu_only=True, suits="CPUs"),
+}
+"""Every precision that can be asked for beside fp32, by its name in the configuration and in file names.
+
+The tolerances were chosen by hand and are wide: they catch a conversion that broke the model. What a precision costs is
+judged by the accuracy on held-out images (exporter.onnx.MAX_ACCURACY_DROP). int8 is for CPUs alone because onnxruntime
+has kernels for dynamically quantized products only there."""

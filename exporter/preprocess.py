@@ -1,4 +1,4 @@
-"""Encoded bytes to the network's input, with numpy and Pillow alone: training and serving share these few lines.
+"""Turns encoded images into the network's input, with numpy and Pillow alone; training and serving share these lines.
 
 `decode` ends where hostile bytes end; `Preprocess` repeats open_clip's validation transform, bit for bit.
 """
@@ -17,20 +17,30 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
-"""What is decoded; anything else is `unsupported_format`, however well Pillow would do."""
+"""Formats that are decoded, by Pillow's names. Anything else is `unsupported_format`, however well Pillow would do:
+each of its forty plugins is code that hostile bytes can reach."""
+
 MAX_ASPECT = 100
-"""Longer side over shorter side: resizing the shorter one to 224 would make a 1 x 1,000,000 image 50 gigapixels."""
+"""Longer side over shorter side of the narrowest image that is taken. Resizing the shorter side to 224 would make 50
+gigapixels of a 1 x 1,000,000 image."""
 
 _MAGIC = (b"\xff\xd8", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"P1", b"P2", b"P3", b"P4", b"P5", b"P6")
+"""How files of FORMATS begin, but for WEBP and AVIF, whose names come later. They tell a broken image (`undecodable`)
+from what never was one (`unsupported_format`) where Pillow cannot."""
+
 _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+"""open_clip's names of interpolations, which releases on disk have, and Pillow's. Pillow antialiases both."""
+
 _RESIZE_MODES = ("shortest", "longest", "squash")
+"""open_clip's names of what is done to an image that is not square, see Preprocess.resize_mode."""
 
 
 class ImageError(Exception):
-    """Bytes that give no usable image. `reason` is one of `empty`, `unsupported_format`, `undecodable`, `truncated`,
-    `bomb` (more pixels than allowed), `bad_dimensions` (sides differ too much); `detail` says what was found."""
+    """Bytes that give no usable image."""
 
     def __init__(self, reason: str, detail: str) -> None:
+        """`reason`: one of `empty`, `unsupported_format`, `undecodable`, `truncated`, `bomb` (more pixels than
+        allowed), `bad_dimensions` (sides differ too much); `detail`: what was found."""
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
         self.detail = detail
@@ -40,20 +50,21 @@ def decode(data: bytes, max_pixels: int) -> Image.Image:
     """The first frame of an encoded image as an upright (EXIF orientation applied) 8-bit RGB image.
 
     Transparency is dropped, not composited, as CLIP's own training data was read; 16-bit grey keeps its upper 8 bits.
-    Raises ImageError, before any pixel is decoded when the header alone says so. Pillow itself takes headers of more
-    than 178 million pixels for bombs, so a larger `max_pixels` has no effect.
+    `max_pixels`: an image of more pixels is refused. Raises ImageError, before any pixel is decoded when the header
+    alone tells. Pillow itself takes headers of more than 178 million pixels for bombs, so a larger `max_pixels` has no
+    effect.
     """
     if not data:
         raise ImageError("empty", "got 0 bytes, expected an encoded image")
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(io.BytesIO(data), formats=FORMATS)  # reads the header alone
         width, height = image.size
         if width * height > max_pixels:
             raise ImageError("bomb", f"{width} x {height} pixels, at most {max_pixels} are decoded")
         if max(width, height) > MAX_ASPECT * min(width, height):
             raise ImageError("bad_dimensions", f"{width} x {height} pixels, sides may differ {MAX_ASPECT}-fold at most")
         return upright_rgb(image)
-    except (ImageError, MemoryError):
+    except (ImageError, MemoryError):  # memory that is short here says nothing about the image
         raise
     except UnidentifiedImageError as error:
         if data.startswith(_MAGIC) or data[8:12] == b"WEBP" or data[4:12] == b"ftypavif":
@@ -73,9 +84,10 @@ def decode(data: bytes, max_pixels: int) -> Image.Image:
 def upright_rgb(image: Image.Image) -> Image.Image:
     """Any Pillow image, turned as its EXIF orientation says, in 8-bit RGB; the argument is left as it is.
 
-    Raises ImageError for floating-point pixels: nothing says what range they have.
+    Raises ImageError for floating-point pixels, since nothing says what range they have, and what Pillow raises for
+    pixels it cannot decode.
     """
-    image.load()
+    image.load()  # the only step that notices a truncated file: verify() does not
     # A broken EXIF block says nothing about the pixels.
     with contextlib.suppress(OSError, SyntaxError, ValueError, TypeError, KeyError, struct.error):
         if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
@@ -89,22 +101,28 @@ def upright_rgb(image: Image.Image) -> Image.Image:
         values = np.asarray(image).astype(np.int64)
         image = Image.fromarray((values.clip(0, 65535) >> 8).astype(np.uint8))
     if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
+        image = image.convert("RGBA")  # else Pillow warns about every such image
     return image.convert("RGB")
 
 
 @dataclass(frozen=True)
 class Preprocess:
-    """Resize, centre crop, scale to 0..1, normalise: open_clip's validation transform of an RGB image."""
+    """open_clip's validation transform of an RGB image: resize, centre crop, scale to 0..1, normalise.
+
+    Raises ValueError for values out of range.
+    """
 
     size: int
     """Side of the square output in pixels."""
     mean: tuple[float, float, float]
+    """What is subtracted from the three channels, in 0..1."""
     std: tuple[float, float, float]
+    """What the three channels are then divided by; each positive."""
     interpolation: str = "bicubic"
     """`bicubic` or `bilinear`, both antialiased."""
     resize_mode: str = "shortest"
-    """`shortest` side to `size` and crop, `longest` side to `size` and pad with black, or `squash` both."""
+    """`shortest`: that side becomes `size`, and the other is cropped; `longest`: that side becomes `size`, and the
+    other is padded with black; `squash`: both sides become `size`."""
 
     def __post_init__(self) -> None:
         if self.size < 1 or len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
@@ -115,7 +133,10 @@ class Preprocess:
             raise ValueError(f"got resize mode {self.resize_mode!r}, expected one of {', '.join(_RESIZE_MODES)}")
 
     def __call__(self, image: Image.Image, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
-        """RGB image of any size -> float32 [3, size, size], written into `out` when given (a row of a batch)."""
+        """RGB image of any size -> float32 [3, size, size], written into `out` when given (a row of a batch).
+
+        Raises ValueError for an image of another mode.
+        """
         if image.mode != "RGB":
             raise ValueError(f"got an image of mode {image.mode}, expected RGB (see upright_rgb)")
         if out is None:
@@ -135,12 +156,12 @@ class Preprocess:
         return out
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able; `from_dict` is its inverse."""
+        """The fields as a JSON-able dict, which `from_dict` reads back."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Preprocess:
-        """Raises TypeError or ValueError for anything `to_dict` would not give."""
+        """The preprocessing that `to_dict` wrote. Raises KeyError, TypeError or ValueError for anything else."""
         return cls(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
 
     def _fit(self, image: Image.Image) -> Image.Image:
@@ -163,5 +184,5 @@ class Preprocess:
 
 
 def _corner(length: int, side: int) -> int:
-    """Where the centre crop (or, negative, the padding) begins; both of torchvision's roundings."""
+    """Where the centre crop begins, or, negative, the padding. torchvision rounds the two differently."""
     return round((length - side) / 2) if length >= side else -((side - length) // 2)

@@ -2,8 +2,8 @@
 
 release/
   model.onnx        images [N,3,H,W] -> embedding [N,D], logits [N,C], probabilities [N,C], all float32
-  model.onnx.data   only beside a model too large for one file
-  model.fp16.onnx, model.int8.onnx   the same in less, where asked for and close enough
+  model.onnx.data   its weights, only where the model is too large for one file
+  model.fp16.onnx, model.int8.onnx   the same model in a smaller precision, where it was asked for and close enough
   text.onnx         token ids [N,L] int64 -> embedding [N,D] float32 of class names, where it could be made
   text.onnx.data    its weights that never change, linked from release to release
   text.npy          embedding [C,D] of the learned class names
@@ -24,16 +24,24 @@ from typing import Any
 from exporter.preprocess import Preprocess
 
 FORMAT = 1
+"""Version of release.json, raised when a key changes its meaning: readers refuse any other. A key that `Release` gains
+with a default lets older releases be read, but readers from before it refuse the new ones."""
 MANIFEST = "release.json"
+"""File of everything that is not an array or a graph. It is written last: a folder without it is no release."""
 MODEL = "model.onnx"
+"""File of the model in fp32. Readers outside this project open it by this name, so it stays."""
 GOLDEN = "golden.npz"
+"""File of a few images and the trained model's answers, with which every reader tests itself."""
 TEXT = "text.onnx"
+"""File of the text tower. Every file whose name begins with `text.` belongs to the text part (`Release.text_files`)."""
 TEXT_ROWS = "text.npy"
+"""File of the learned classes' text embeddings, which readers then need not compute for every request."""
 TOKENIZER = "tokenizer.json"
+"""File of the tokenizer, under the name that the library `tokenizers` and its relatives expect."""
 RELEASE_FOLDER = "release"
-"""The folder of a release inside a commit."""
+"""Name of a release's folder inside a commit. Commits on disk have it, so it stays."""
 CURRENT = "CURRENT"
-"""Symlink in a state folder to the current commit."""
+"""Symlink in a state folder to the current commit. State folders on disk have it, so it stays."""
 RELEASE = "RELEASE"
 """Symlink in a state folder to the release readers follow: the current commit's, or an older one that is pinned."""
 
@@ -42,8 +50,12 @@ class ReleaseError(Exception):
     """A release cannot be read, trusted or made.
 
     ReleaseError
-    └── ParityError     onnxruntime's answers are not the trained model's (exporter.onnx)
+    └── ParityError     onnxruntime's answers are not the trained model's
     """
+
+
+class ParityError(ReleaseError):
+    """onnxruntime's answers are not the trained model's; the message has the numbers. Nothing was released."""
 
 
 @dataclass(frozen=True)
@@ -53,33 +65,35 @@ class Parity:
     embedding: float
     """Largest absolute difference of a component."""
     logits: float
-    """Largest difference relative to the largest absolute logit."""
+    """Largest difference of a logit, relative to the largest absolute logit."""
     probabilities: float
-    """Largest absolute difference."""
+    """Largest absolute difference of a probability."""
     cosine: float
     """Smallest cosine between the two embeddings of an image."""
     top1: float
     """Share of images, 0 to 1, for which both give the same class first."""
     images: int
+    """Number of different images compared, at least 1."""
     batches: tuple[int, ...]
+    """Sizes of the batches they were given in."""
     provider: str
-    """Execution provider that answered."""
+    """The onnxruntime execution provider that answered."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """The model in another precision: what was measured, and whether it is in the release."""
+    """The model in a smaller precision: what was measured, and whether it is in the release."""
 
     parity: Parity | None
-    """None when it could not even be made."""
+    """How far its answers are from the trained model's; None when the variant could not even be made."""
     atol: float
-    """Tolerance the parity was held to."""
+    """Largest difference of embeddings and probabilities that was allowed."""
     accuracy: float | None
-    """Share of held-out images answered right, 0 to 1; None when none were at hand."""
+    """Share of the held-out images it answered right, 0 to 1; None when there were no such images."""
     accuracy_fp32: float | None
-    """The same of model.onnx."""
+    """Share of the same images that model.onnx answered right."""
     refused: str | None
-    """Why it is not in the release; None when it is."""
+    """Why the variant is not in the release; None when it is."""
 
 
 @dataclass(frozen=True)
@@ -87,82 +101,93 @@ class TextPart:
     """How names that were never learned are scored: softmax(scale * image embedding @ name embeddings)."""
 
     prompt: str
-    """A name takes the place of `{}`."""
+    """Text around a name, which takes the place of `{}`."""
     clean: str
-    """What is done to the text before the tokenizer; a name in exporter.text.CLEANUPS."""
+    """What is done to the text before the tokenizer reads it; a name in exporter.text.CLEANUPS."""
     scale: float
-    """Multiplier of cosines."""
+    """Number that cosines are multiplied with before the softmax."""
     difference: float | None
     """Largest absolute difference of a component between onnxruntime's embeddings of names and torch's; None when the
     part could not even be made."""
     cosine: float | None
-    """Smallest cosine between the two."""
+    """Smallest cosine between onnxruntime's embedding of a name and torch's; None where `difference` is."""
     atol: float
-    """Tolerance `difference` was held to."""
+    """Largest `difference` that was allowed."""
     refused: str | None
-    """Why it is not in the release; None when it is."""
+    """Why the text part is not in the release; None when it is."""
 
 
 @dataclass(frozen=True)
 class Release:
-    """A release in `path`; immutable once made."""
+    """A release on disk. Its files never change once it is made."""
 
     path: Path
+    """Folder of the release."""
     created: str
-    """UTC, ISO 8601."""
+    """When it was made, in UTC, ISO 8601."""
     classes: tuple[str, ...]
     """Class name of every column of logits and probabilities."""
     preprocess: Preprocess
+    """What turns an image into the model's input."""
     facts: Mapping[str, Any]
-    """Model identity, method, fusion form, prompt, task: what the caller says about the model. JSON-able."""
+    """What the caller says about the model: its identity, method, fusion form, prompt, task. JSON-able."""
     opset: int
+    """ONNX operator set of the graphs."""
     ir_version: int
+    """Version of the ONNX file format."""
     precision: str
+    """Precision of model.onnx: always `fp32`."""
     parity: Parity
+    """How far model.onnx is from the trained model."""
     atol: float
-    """Tolerance the parity was held to."""
+    """Largest difference of embeddings and probabilities that was allowed."""
     files: Mapping[str, tuple[int, str]]
-    """Name -> (size in bytes, sha256) of every file beside release.json."""
+    """Name -> (size in bytes, sha256) of every file but release.json."""
     versions: Mapping[str, str]
+    """Name -> version of each library that had a part in making it."""
     seconds: Mapping[str, float]
-    """Wall seconds of making it: `trace` (0 when an earlier trace was used again), `write`, `check`, `variants`,
+    """Wall seconds of making it: `write`, `check`, `trace` (about 0 when an earlier trace was used again), `variants`,
     `text`."""
     variants: Mapping[str, Variant] = field(default_factory=dict)
-    """`fp16` and `int8`, as far as they were asked for."""
+    """Precision -> what came of it, for every name in exporter.precision.PRECISIONS that was asked for."""
     text: TextPart | None = None
-    """None when it was not asked for."""
+    """What came of the text part; None when it was not asked for."""
 
     @property
     def model(self) -> Path:
+        """The model file in fp32."""
         return self.path / MODEL
 
     @property
     def text_files(self) -> list[str]:
-        """Names of the files of the text part; none where there is none."""
+        """Names of the text part's files; empty where the release has no text part."""
         return [name for name in self.files if name.startswith("text.") or name == TOKENIZER]
 
     def offers(self, precision: str) -> bool:
-        """Whether `model_in(precision)` is there."""
+        """Whether the file `model_in(precision)` is in the release."""
         return precision == self.precision or (precision in self.variants and self.variants[precision].refused is None)
 
     def model_in(self, precision: str) -> Path:
-        """The model file in `fp32`, `fp16` or `int8`."""
+        """The model file in this precision, `fp32` or a name in exporter.precision.PRECISIONS; see `offers`."""
         return self.model if precision == self.precision else self.path / variant_name(precision)
 
     @property
     def golden(self) -> Path:
+        """The file of golden inputs and answers, float32 arrays `images`, `embedding`, `logits`, `probabilities`."""
         return self.path / GOLDEN
 
     @property
     def id(self) -> str:
-        """Twelve hex digits that name what answers (model and text part): equal content has equal ids."""
+        """Twelve hex digits that name what answers (the model in fp32 and the text part): equal content, equal id."""
         names = sorted([*(name for name in self.files if name.startswith(MODEL)), *self.text_files])
         digests = [f"{name} {self.files[name][1]}" for name in names]
         return hashlib.sha256("\n".join(digests).encode()).hexdigest()[:12]
 
     def verify(self, names: Iterable[str] | None = None) -> None:
-        """Compare every file, or those of these names, with its hash. Raises ReleaseError naming the first that differs
-        or is missing."""
+        """Compare every file, or only the files of these names, with its size and hash.
+
+        Raises ReleaseError naming the first file that differs or cannot be read.
+        """
         for name in self.files if names is None else names:
             expected = self.files[name]
             try:
@@ -187,7 +212,10 @@ def write(release: Release) -> None:
 
 
 def read(folder: Path) -> Release:
-    """The release in `folder`. Raises ReleaseError when there is none or it has another format."""
+    """The release in `folder`, whose files are not looked at (see `Release.verify`).
+
+    Raises ReleaseError when there is no release, or release.json is damaged or of another format.
+    """
     try:
         values = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -197,7 +225,7 @@ def read(folder: Path) -> Release:
     try:
         if values.pop("format") != FORMAT:
             raise ValueError(f"its format is not {FORMAT}")
-        del values["id"]
+        del values["id"]  # for people who look into the file; here it is computed from the hashes
         text = values.get("text")
         variants = {
             name: Variant(**{**variant, "parity": variant["parity"] and _parity(variant["parity"])})
@@ -249,7 +277,7 @@ def _current(path: Path) -> Path:
 
 
 def variant_name(precision: str) -> str:
-    """File name of the model in `fp16` or `int8`."""
+    """File name of the model in one of exporter.precision.PRECISIONS."""
     return f"model.{precision}.onnx"
 
 

@@ -1,4 +1,4 @@
-"""Answers from a release with onnxruntime alone; imports neither torch nor open_clip."""
+"""Answers from a release with onnxruntime alone, and follows newer ones; imports neither torch nor open_clip."""
 
 from __future__ import annotations
 
@@ -9,49 +9,51 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from exporter import release as releases
+from exporter.precision import FP32
 from exporter.preprocess import Preprocess, decode, upright_rgb
 from exporter.release import Release, ReleaseError
 from exporter.session import Device, open_session
-from exporter.text import Names
+from exporter.text import NameEmbeddings
 
 log = logging.getLogger(__name__)
 
 OUTPUTS = ("embedding", "logits", "probabilities")
-
-Precision = Literal["fp32", "fp16", "int8"]
+"""Names of a released graph's outputs, in their order; the fields of `Answers` and the arrays of golden.npz."""
 
 
 class Answers(NamedTuple):
-    """What a model says about B images, float32."""
+    """What a model says about B images; float32."""
 
     embedding: NDArray[np.float32]
-    """[B, D], L2-normalised."""
+    """The images' embeddings [B, D], L2-normalised."""
     logits: NDArray[np.float32]
-    """[B, C]"""
+    """Scaled similarities to the C classes [B, C]."""
     probabilities: NDArray[np.float32]
-    """[B, C], rows sum to 1."""
+    """Probabilities of the classes [B, C]; every row sums to 1."""
 
 
 class Session:
     """A model file opened by onnxruntime. `run` may be called from several threads at once."""
 
     def __init__(self, model: Path, *, device: Device = "auto", threads: int = 0) -> None:
-        """`auto` is CUDA when usable; `cuda` without it falls back to the CPU with a warning; `threads` 0: all."""
+        """`device`: `auto` is CUDA when it is usable; `cuda` where it is not falls back to the CPU with a warning.
+        `threads`: CPU threads of one call, 0 for all cores. Raises what onnxruntime raises."""
         self._session = open_session(model, device, threads)
         self.provider: str = self._session.get_providers()[0]
-        """Execution provider that answers."""
+        """The execution provider that answers."""
+        # onnxruntime itself says nothing when it cannot load CUDA's libraries, and answers on the CPU.
         if device == "cuda" and self.provider != "CUDAExecutionProvider":
             log.warning("CUDA was asked for and cannot be used, %s answers", self.provider)
 
     def run(self, images: NDArray[np.float32]) -> Answers:
-        """float32 [B, 3, H, W], preprocessed."""
+        """The model's answers to `images`, float32 [B, 3, H, W], preprocessed."""
         return Answers(*self._session.run(OUTPUTS, {"images": images}))
 
 
@@ -64,38 +66,41 @@ class Prediction:
     """What a release says about one image."""
 
     labels: tuple[str, ...]
-    """Class names, the most probable first; extra names among them."""
+    """Class names and extra names, the most probable first."""
     scores: tuple[float, ...]
-    """Their probabilities; they sum to 1 when all are listed."""
+    """Their probabilities in the same order; they sum to 1 when all names are listed."""
     release: str
     """Id of the release that answered."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """An image as the network takes it, see `Classifier.prepare`."""
+    """An image as the network takes it, made by `Classifier.prepare`."""
 
     pixels: NDArray[np.float32]
-    """[3, H, W]"""
+    """The model's input [3, H, W]."""
     preprocess: Preprocess
-    """That made it."""
+    """The preprocessing that produced `pixels`."""
     extra: tuple[str, ...] = ()
-    """Names to score beside the learned classes."""
+    """Names to score for this image beside the learned classes."""
 
 
 @dataclass(frozen=True)
-class _Served:
-    """A release and its session, swapped together so that no answer mixes two releases."""
+class _OpenRelease:
+    """A release with what was opened of it, swapped together so that no answer mixes two releases."""
 
     release: Release
     session: Session
-    names: Names | None
-    """None when the release has no text part."""
+    names: NameEmbeddings | None
+    """Its text part; None when it has none."""
 
 
 class Classifier:
-    """Answers from a release folder, or from the current release of a state folder, which `refresh` or `follow` take up
-    while older calls finish on what they began with. Every method may be called from any thread."""
+    """Answers from a release folder, or from the current release of a state folder.
+
+    `refresh` and `follow` take up a newer release while calls that have begun finish on the older one. Every method may
+    be called from any thread.
+    """
 
     def __init__(
         self,
@@ -103,16 +108,19 @@ class Classifier:
         threads: int = 0,
         *,
         device: Device = "auto",
-        precision: Precision = "fp32",
+        precision: str = FP32,
         max_batch: int = 64,
         max_pixels: int = 50_000_000,
         max_names: int = 64,
         max_name_chars: int = 200,
     ) -> None:
-        """`threads`: of onnxruntime for one batch, 0 for all cores. `max_names`: extra names with an image, each of at
-        most `max_name_chars` characters. A release without `precision` is served in fp32:
-        the newest model matters more. Raises ReleaseError when there is no release, it is
-        damaged, or it does not pass its own test."""
+        """`path`: a release or a state folder. `threads`: CPU threads of onnxruntime for one batch, 0 for all cores.
+        `precision`: the one that answers; a release without it is served in fp32, since the newest model matters more.
+        `max_batch`: images that go through the model at once. `max_pixels`: an image of more is refused. `max_names`:
+        extra names for an image, each of at most `max_name_chars` characters.
+
+        Raises ReleaseError when there is no release, or it is damaged or does not pass its own test.
+        """
         self._path = path
         self._threads = threads
         self._device: Device = device
@@ -138,8 +146,10 @@ class Classifier:
         return self._served.session.provider
 
     def check_names(self, extra: Sequence[str]) -> tuple[str, ...]:
-        """`extra` as it is, when its names can be scored beside the learned classes by the release that answers now.
-        Raises NamesError."""
+        """`extra` as a tuple, when the release that answers now can score its names beside the learned classes.
+
+        Raises NamesError when there are too many, one is too long or blank, or the release has no text part.
+        """
         if len(extra) > self._max_names:
             raise NamesError(f"got {len(extra)} extra names, expected at most {self._max_names}")
         for name in extra:
@@ -156,8 +166,10 @@ class Classifier:
         return tuple(extra)
 
     def prepare(self, image: bytes | Image.Image, extra: Sequence[str] = ()) -> Prepared:
-        """All of `classify` that needs only this image, to be done where and when it suits. Raises ImageError,
-        NamesError."""
+        """Do all of `classify` that needs only this image, for callers that decode on threads of their own.
+
+        Raises ImageError for an unusable image, and NamesError and ReleaseError as `encode_names` does.
+        """
         served = self._served
         names = self.check_names(extra)
         prepared = Prepared(self._pixels(image, served.release.preprocess), served.release.preprocess, names)
@@ -165,8 +177,11 @@ class Classifier:
         return prepared
 
     def encode_names(self, extra: Sequence[str]) -> None:
-        """All of `classify` that needs only the names: they are kept, for when images come with them. May wait for the
-        names of others. Raises NamesError, and ReleaseError when the text part cannot be used."""
+        """Do all of `classify` that needs only the names: their embeddings are kept for the images that come with them.
+
+        May wait while names of other callers are encoded. Raises NamesError as `check_names` does, and ReleaseError
+        when the text part cannot be used.
+        """
         served = self._served
         if self.check_names(extra) and served.names is not None:
             served.names.rows(extra)
@@ -174,14 +189,14 @@ class Classifier:
     def classify(
         self, images: Sequence[bytes | Image.Image | Prepared], top: int = 5, extra: Sequence[str] = ()
     ) -> list[Prediction]:
-        """Encoded, Pillow or prepared images -> the `top` classes of each (0: all), all by one release.
+        """The `top` classes (0: all) of each encoded, Pillow or prepared image; one release answers for all of them.
 
         `extra`: names that are scored beside the learned classes by what their words mean (a prepared image has its
         own). An extra name's score is its share of softmax(scale * similarity) over all names; the learned classes
         share what is left as they would share all of it. A name that is learned is just that class.
 
-        Raises ImageError for the first unusable image, NamesError, and ReleaseError for an image that was prepared for
-        a release with another preprocessing, or with names where the new one scores none.
+        Raises ImageError for the first unusable image, NamesError as `check_names` does, and ReleaseError for an image
+        that was prepared for a release with another preprocessing, or with names where the new one scores none.
         """
         served = self._served
         extra = self.check_names(extra)
@@ -202,8 +217,8 @@ class Classifier:
     def refresh(self) -> bool:
         """Take up the current release if it is another one: open and test it beside the old one, then swap.
 
-        Returns whether it did. Raises ReleaseError when the new one cannot be used: the old one goes on answering, and
-        the bad one is not tried again.
+        Returns whether another release answers now. Raises ReleaseError when the new one cannot be used: the old one
+        goes on answering, and the bad one is not tried again.
         """
         with self._refreshing:
             folder = releases.current(self._path)
@@ -215,14 +230,17 @@ class Classifier:
                 return False
             served = self._load(release)
             if served.names is not None and self._served.names is not None and self._served.names.opened:
-                served.names.open()  # no request waits for it
+                served.names.open()  # where names are asked for, no request of the new release waits for it
             self._served = served
         _trim_memory()
         log.info("release %s answers now: %d classes, %s", release.id, len(release.classes), folder)
         return True
 
     def follow(self, interval_s: float = 1.0) -> None:
-        """Call `refresh` every so often on a thread of its own, until `close`; what goes wrong is logged."""
+        """Call `refresh` every `interval_s` seconds on a thread of its own, until `close`; failures are logged.
+
+        It looks instead of waiting for a notification: inotify says nothing on NFS and on mounted ConfigMaps.
+        """
 
         def loop() -> None:
             while not self._stop.wait(interval_s):
@@ -235,7 +253,7 @@ class Classifier:
         self._follower.start()
 
     def close(self) -> None:
-        """End `follow`."""
+        """End the thread of `follow`, if it runs. Calls are still answered."""
         self._stop.set()
         if self._follower is not None:
             self._follower.join()
@@ -248,8 +266,9 @@ class Classifier:
             raise ReleaseError("the image was prepared for a release with another preprocessing; prepare it again")
         return image.pixels
 
-    def _load(self, release: Release) -> _Served:
-        release.verify(set(release.files).difference(release.text_files))  # of which most never have need
+    def _load(self, release: Release) -> _OpenRelease:
+        # The text part may be as large as the model, and most who serve never open it; it is verified when they do.
+        release.verify(set(release.files).difference(release.text_files))
         try:
             precision = self._precision if release.offers(self._precision) else release.precision
             if precision != self._precision:
@@ -262,11 +281,12 @@ class Classifier:
             raise ReleaseError(f"release {release.path} cannot be run: {type(error).__name__}: {error}") from error
         names = None
         if release.text is not None and release.text_files:
-            names = Names(release, release.text, self._device, self._threads)
-        return _Served(release, session, names)
+            names = NameEmbeddings(release, release.text, self._device, self._threads)
+        return _OpenRelease(release, session, names)
 
 
-def _rows(served: _Served, names: Sequence[str]) -> tuple[list[str], NDArray[np.float32]]:
+def _rows(served: _OpenRelease, names: Sequence[str]) -> tuple[list[str], NDArray[np.float32]]:
+    """What NameEmbeddings.rows gives for `names`. Raises ReleaseError."""
     if served.names is None:
         raise ReleaseError(f"release {served.release.id}, which answers now, has no text part to score names with")
     return served.names.rows(names)
@@ -276,12 +296,12 @@ def _scores(
     release: Release,
     embedding: NDArray[np.float32],
     probabilities: NDArray[np.float32],
-    beside: tuple[list[str], NDArray[np.float32]] | None,
+    extra: tuple[list[str], NDArray[np.float32]] | None,
 ) -> tuple[tuple[str, ...], NDArray[np.float32]]:
-    """Labels and scores of one image: the learned classes, then the names `beside` them (see Names.rows)."""
-    if beside is None or not beside[0] or release.text is None:
+    """Labels and scores of one image: the learned classes, then the `extra` names (what NameEmbeddings.rows gives)."""
+    if extra is None or not extra[0] or release.text is None:
         return release.classes, probabilities
-    names, rows = beside
+    names, rows = extra
     similarity = release.text.scale * rows @ embedding
     shares = np.exp(similarity - similarity.max())
     shares = shares[len(probabilities) :] / shares.sum()
@@ -289,15 +309,21 @@ def _scores(
 
 
 def _trim_memory() -> None:
-    """Give what the release before took back to the system: glibc alone keeps about as much as a session takes, in the
-    arena of every thread that ever held some of it (measured over 50 swaps: 107 MB with this, 213 MB without)."""
-    with contextlib.suppress(AttributeError, OSError):  # another C library
+    """Give the memory of the release before back to the system.
+
+    By itself glibc keeps about as much as a session takes, in the arena of every thread that ever held some of it
+    (measured over 50 swaps: 107 MB with this, 213 MB without).
+    """
+    with contextlib.suppress(AttributeError, OSError):  # a C library without malloc_trim
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def _self_test(release: Release, precision: str, session: Session) -> None:
-    """Compare with the trained model's answers shipped in the release, at batch 1 and all at once (which also warms the
-    session up). Raises ReleaseError with numbers."""
+    """Compare with the trained model's answers that the release has, one image alone and all at once.
+
+    That finds what parity on the machine that learned cannot: another onnxruntime, another device. It also warms the
+    session up, so that no request waits for it. Raises ReleaseError with the numbers.
+    """
     atol = release.atol if precision == release.precision else release.variants[precision].atol
     with np.load(release.golden, allow_pickle=False) as golden:
         images, want = golden["images"], Answers(*(golden[name] for name in OUTPUTS))

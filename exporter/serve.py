@@ -1,7 +1,8 @@
 """`gapstream serve`: answers images over HTTP with the release readers follow; onnxruntime alone, no torch.
 
-Requests are read and decoded side by side; whatever is ready when the model is free goes through it as one batch.
-Names are encoded elsewhere: who asks for none, or for names that are known, does not wait for them.
+Requests are read on the event loop, their images decoded on one pool of threads and their names encoded on another, and
+all images go through the model on one thread (exporter.batcher). So a request without names, or with names that are
+known, does not wait for another's new ones.
 """
 
 from __future__ import annotations
@@ -9,19 +10,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import queue
 import socket
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
 import uvicorn
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
+from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 from starlette.applications import Starlette
 from starlette.datastructures import UploadFile
@@ -30,150 +30,52 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from exporter.batcher import Batcher
+from exporter.precision import FP32
 from exporter.preprocess import ImageError
 from exporter.release import ReleaseError
-from exporter.runtime import Classifier, Device, NamesError, Precision, Prediction, Prepared
+from exporter.runtime import Classifier, NamesError, Prediction, Prepared
+from exporter.serving_metrics import ServeMetrics
+from exporter.session import Device
 
 log = logging.getLogger(__name__)
 
 READ_S = 30
-"""A request's body must be there within so long."""
+"""Seconds within which a request's body must be there. Chosen by hand: the largest request by default (32 MiB) at 10
+Mbit/s. A client that is slower, or says nothing, would otherwise hold one of serve.max_requests places for ever."""
+
 DRAIN_S = 8
-"""After SIGTERM requests have so long to end."""
+"""Seconds that requests have to end after SIGTERM. The process must be gone before it is killed: after 10 s by `docker
+stop`, after 15 s by the systemd unit."""
+
 FOLLOW_S = 1.0
+"""Seconds between two looks for another release. A look reads a symlink or two; with a longer time the old release only
+answers longer."""
+
 _TOP = 5
-_SECONDS = [0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10]
-_IMAGES = [1, 2, 4, 8, 16, 32, 64, 128]
+"""Classes listed in an answer when the request does not say; the same as in `gapstream predict` and serve.kafka.top."""
 
-
-class ServeMetrics:
-    """All metrics of one serving process."""
-
-    def __init__(self, registry: CollectorRegistry) -> None:
-        common: dict[str, Any] = {"namespace": "gapstream_serve", "registry": registry}
-        ProcessCollector(registry=registry)
-        self.requests = Counter("requests", "Requests to classify, by HTTP status", ["code"], **common)
-        self.images = Counter("images", "Images answered, or unusable", ["result"], **common)
-        for result in ("ok", "rejected"):
-            self.images.labels(result)
-        self.seconds = Histogram("request_duration_seconds", "Seconds of a request", buckets=_SECONDS, **common)
-        self.batch = Histogram("batch_images", "Images that went through the model at once", buckets=_IMAGES, **common)
-        self.in_flight = Gauge("requests_in_flight", "Requests being worked on", **common)
-        self.release = Info("release", "The release that answers", **common)
-        self.made = Gauge("release_timestamp_seconds", "When the release that answers was made", **common)
-
-
-class KafkaMetrics:
-    """What a serving process that also answers topics has beside ServeMetrics. A message counts once its transaction is
-    committed."""
-
-    def __init__(self, registry: CollectorRegistry, reasons: Iterable[str]) -> None:
-        """`reasons`: all there are for a message that cannot be answered."""
-        common: dict[str, Any] = {"namespace": "gapstream_serve_kafka", "registry": registry}
-        self.records = Counter("records", "Messages passed, marks included", ["topic"], **common)
-        self.predictions = Counter("predictions", "Images of messages answered", **common)
-        self.rejected = Counter("rejected_records", "Messages answered with an error", ["reason"], **common)
-        self.lag = Gauge("lag_records", "Messages that wait, of the partitions held", ["topic", "partition"], **common)
-        self.seconds = Histogram(
-            "batch_duration_seconds", "Seconds from messages to committed predictions", buckets=_SECONDS, **common
-        )
-        self.transactions = Counter("transactions", "Transactions, by how they ended", ["result"], **common)
-        for reason in reasons:
-            self.rejected.labels(reason)
-        for result in ("committed", "aborted"):
-            self.transactions.labels(result)
+_MAX_TOP_DIGITS = 9
+"""Longest `top` that is read as a number: more classes than there are, and int() never sees a text of megabytes."""
 
 
 class Refused(Exception):
-    """A request that is not answered: HTTP status and why."""
+    """A request that is not answered; the message says why."""
 
     def __init__(self, status: int, why: str) -> None:
+        """`status`: the HTTP status of the refusal."""
         super().__init__(why)
         self.status = status
 
 
 class Companion(Protocol):
-    """Work beside a server, see `Server.watch`. Each gives its reasons, none when all is well."""
+    """Work that goes on beside a server and has a part in its health, see `Server.watch`."""
 
-    def why_not_alive(self) -> list[str]: ...
+    def why_not_alive(self) -> list[str]:
+        """Reasons why the process should be restarted; empty when all is well."""
 
-    def why_not_ready(self) -> list[str]: ...
-
-
-@dataclass(frozen=True)
-class _Job:
-    images: Sequence[Prepared]
-    top: int
-    answer: Future[list[Prediction]]
-
-
-class Batcher:
-    """Puts images of different requests through the model together. `submit` may be called from any thread."""
-
-    def __init__(
-        self,
-        classify: Callable[[Sequence[Prepared], int], list[Prediction]],
-        max_batch: int,
-        observe: Callable[[int], None] = lambda images: None,
-    ) -> None:
-        """`classify`: images and the number of classes to list (0: all) -> a prediction for each, by one release."""
-        self._classify = classify
-        self._max_batch = max_batch
-        self._observe = observe
-        self._waiting: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="batcher", daemon=True)
-        self._thread.start()
-
-    def submit(self, images: Sequence[Prepared], top: int) -> Future[list[Prediction]]:
-        """The predictions for `images`, or what `classify` raised."""
-        answer: Future[list[Prediction]] = Future()
-        self._waiting.put(_Job(images, top, answer))
-        return answer
-
-    @property
-    def alive(self) -> bool:
-        return self._thread.is_alive()
-
-    def close(self) -> None:
-        """Answer what was submitted, then end."""
-        self._waiting.put(None)
-        self._thread.join()
-
-    def _run(self) -> None:
-        ended = False
-        while not ended:
-            job = self._waiting.get()
-            jobs: list[_Job] = []
-            size = 0
-            while job is not None:
-                if job.answer.set_running_or_notify_cancel():
-                    jobs.append(job)
-                    size += len(job.images)
-                if size >= self._max_batch:
-                    break
-                try:
-                    job = self._waiting.get_nowait()
-                except queue.Empty:
-                    break
-            else:
-                ended = True
-            if jobs:
-                self._answer(jobs)
-
-    def _answer(self, jobs: Sequence[_Job]) -> None:
-        images = [image for job in jobs for image in job.images]
-        top = 0 if any(job.top == 0 for job in jobs) else max(job.top for job in jobs)
-        self._observe(len(images))
-        try:
-            predictions = iter(self._classify(images, top))
-            for job in jobs:
-                own = [next(predictions) for _ in job.images]
-                cut = job.top or None
-                job.answer.set_result([Prediction(p.labels[:cut], p.scores[:cut], p.release) for p in own])
-        except Exception as error:
-            for job in jobs:
-                if not job.answer.done():
-                    job.answer.set_exception(error)
+    def why_not_ready(self) -> list[str]:
+        """Reasons why it cannot do its work now; empty when it can."""
 
 
 class Server:
@@ -192,7 +94,7 @@ class Server:
         *,
         host: str = "127.0.0.1",
         port: int = 0,
-        precision: Precision = "fp32",
+        precision: str = FP32,
         device: Device = "auto",
         threads: int = 0,
         max_batch: int = 64,
@@ -203,7 +105,8 @@ class Server:
         max_names: int = 64,
         max_name_chars: int = 200,
     ) -> None:
-        """Listens from here on, answers while `run` runs. Raises OSError when the address cannot be had."""
+        """Listen from here on; answer while `run` runs. The keyword arguments are the keys of [serve], and those of
+        `Classifier`. Raises OSError when the address cannot be had."""
         self._open = lambda: Classifier(
             path,
             threads,
@@ -227,7 +130,8 @@ class Server:
         self._stopping = threading.Event()
         self._batcher = Batcher(self._classify, max_batch, self._metrics.batch.observe)
         self._decoders = ThreadPoolExecutor(os.cpu_count(), "decoder")
-        # New names wait for each other; a thread for every request lets those that are known pass by.
+        # A thread per request: those with new names wait for each other, and with fewer threads would hold up requests
+        # whose names are known.
         self._namers = ThreadPoolExecutor(max_requests, "namer")
         routes = [
             Route("/v1/classify", self._on_classify, methods=["POST"]),
@@ -243,7 +147,7 @@ class Server:
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,
-                lifespan="off",
+                lifespan="off",  # Starlette has nothing to set up; what is open here is closed in `run`
                 timeout_graceful_shutdown=DRAIN_S,
             )
         )
@@ -261,6 +165,7 @@ class Server:
 
     @property
     def port(self) -> int:
+        """The port listened on, also where 0 was asked for."""
         return self._socket.getsockname()[1]
 
     @property
@@ -274,12 +179,13 @@ class Server:
         return self._uvicorn.should_exit
 
     def watch(self, companion: Companion) -> None:
-        """/livez and /readyz speak for `companion` too, which works beside the server."""
+        """Let /livez and /readyz speak for `companion` too, which works beside the server."""
         self._companion = companion
 
     def run(self) -> None:
-        """Answer until `stop`, SIGTERM or SIGINT; requests that have begun are answered first."""
-        opener = threading.Thread(target=self._follow, name="opener", daemon=True)
+        """Answer until `stop`, SIGTERM or SIGINT; requests that have begun are answered first, within DRAIN_S."""
+        # Opening a release takes seconds, and there may be none yet; /livez, /readyz and /metrics answer meanwhile.
+        opener = threading.Thread(target=self._open_release, name="opener", daemon=True)
         opener.start()
         try:
             self._uvicorn.run(sockets=[self._socket])
@@ -294,10 +200,11 @@ class Server:
             self._socket.close()
 
     def stop(self) -> None:
+        """Make `run` end, also one that has not begun yet. May be called from any thread."""
         self._uvicorn.should_exit = True
 
-    def _follow(self) -> None:
-        """Open the release as soon as there is one; from then on newer ones are taken up beside it."""
+    def _open_release(self) -> None:
+        """Open the release as soon as there is one; from then on its classifier takes up newer ones by itself."""
         while not self._stopping.is_set():
             try:
                 classifier = self._open()
@@ -332,7 +239,7 @@ class Server:
                 self._requests -= 1
         except (Refused, NamesError) as refused:
             status = refused.status if isinstance(refused, Refused) else 400
-            # Its body was not read to the end, so the connection cannot carry another request.
+            # The request's body was not read to the end, so the connection cannot carry another request.
             headers = {"Connection": "close"} | ({"Retry-After": "1"} if status == 503 else {})
             response = JSONResponse({"error": str(refused)}, status, headers)
         except ReleaseError as error:
@@ -345,12 +252,14 @@ class Server:
         return response
 
     async def _answer(self, request: Request) -> Response:
+        """Read, prepare and classify the images of one request. Raises what `_on_classify` makes a response of."""
         classifier = self._ready()
         top = request.query_params.get("top", str(_TOP))
-        if not top.isdecimal() or len(top) > 9:
+        if not top.isdecimal() or len(top) > _MAX_TOP_DIGITS:
             raise Refused(400, f"got top={top}, expected how many classes to list, 0 for all")
         names = classifier.check_names(request.query_params.getlist("name"))
         images = await self._images(request)
+        # The names go by themselves, once for all images: a decoder thread that waited for them would hold up others.
         _, *prepared = await asyncio.gather(
             self._encode_names(classifier, names), *(self._prepare(classifier, image, names) for image in images)
         )
@@ -383,7 +292,7 @@ class Server:
         return replace(prepared, extra=names)
 
     async def _images(self, request: Request) -> list[bytes]:
-        """The encoded images of a request, at least one."""
+        """The encoded images of a request, at least one. Raises Refused."""
         try:
             async with asyncio.timeout(READ_S):
                 body = await self._body(request)
@@ -413,6 +322,7 @@ class Server:
         return images
 
     async def _body(self, request: Request) -> bytes:
+        """The whole body of at most `_max_bytes`; what a client announces may be a lie, so both are checked."""
         too_large = f"larger than the {self._max_bytes} bytes that are taken; send fewer or smaller images"
         announced = request.headers.get("content-length", "0")
         if announced.isdecimal() and int(announced) > self._max_bytes:
@@ -439,6 +349,7 @@ class Server:
         return _health(reasons + (self._companion.why_not_ready() if self._companion else []))
 
     async def _on_metrics(self, request: Request) -> Response:
+        # What can be read off is set here, at the scrape, and costs the requests nothing.
         metrics = self._metrics
         metrics.in_flight.set(self._requests)
         if self._classifier is not None:

@@ -1,4 +1,4 @@
-"""Model files opened by onnxruntime, on CUDA when usable."""
+"""Opens model files with onnxruntime, on CUDA where it is usable."""
 
 from __future__ import annotations
 
@@ -11,16 +11,22 @@ from typing import Any, Literal
 import onnxruntime
 
 Device = Literal["auto", "cpu", "cuda"]
+"""Where a model runs: `auto` is `cuda` when it is usable, else `cpu`."""
 
 
 def open_session(model: Path, device: Device, threads: int) -> onnxruntime.InferenceSession:
-    """`auto` and `cuda` are CUDA when usable, else the CPU; `threads` 0: all cores."""
+    """A session for `model`: on CUDA when `device` is not `cpu` and CUDA is usable, else on the CPU.
+
+    `threads`: CPU threads of one call, 0 for all cores. Raises what onnxruntime raises, whose errors share no public
+    base class.
+    """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    options.log_severity_level = 3  # errors; warnings tell of optimisations that were not made
+    options.log_severity_level = 3  # errors; its warnings tell of optimisations that were not made
     providers: list[Any] = ["CPUExecutionProvider"]
     if device != "cpu" and _cuda_usable():
-        # TF32 would cost three digits; exhaustive search and doubling arenas cost start-up time and memory.
+        # TF32 would cost three digits, more than parity allows. The defaults of the last two, an exhaustive search and
+        # arenas that double, cost start-up time and memory.
         cuda = {
             "device_id": 0,
             "use_tf32": 0,
@@ -32,8 +38,11 @@ def open_session(model: Path, device: Device, threads: int) -> onnxruntime.Infer
 
 
 def _cuda_usable() -> bool:
-    """Whether onnxruntime was built for CUDA and a device answers. Asking the driver first keeps machines without one
-    quiet: onnxruntime prints an error for every library it misses."""
+    """Whether onnxruntime was built for CUDA and a device answers.
+
+    The driver is asked first to keep machines without one quiet: onnxruntime prints an error for every library it
+    misses.
+    """
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         return False
     try:
@@ -43,6 +52,8 @@ def _cuda_usable() -> bool:
     count = ctypes.c_int(0)
     if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or not count.value:
         return False
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find
+    # Loads CUDA and cuDNN from NVIDIA's wheels; without it only a system-wide installation would be found, unless torch
+    # was imported first. It prints what it does not find.
+    with contextlib.redirect_stdout(io.StringIO()):
         onnxruntime.preload_dlls()
     return True

@@ -1,4 +1,4 @@
-"""Class names by a release's text tower: clean-up, tokenizer, embeddings. Needs no torch.
+"""Turns names into embeddings with a release's text part: clean-up, tokenizer, text tower. Needs no torch.
 
 What only this needs (tokenizers, ftfy) is imported where it is used: most who serve a release score no other names.
 """
@@ -21,10 +21,16 @@ from exporter.release import TEXT, TEXT_ROWS, TOKENIZER, Release, ReleaseError, 
 from exporter.session import Device, open_session
 
 KEPT_NAMES = 1024
-"""Embeddings of names that are kept, the newest."""
+"""Names whose embeddings are kept, those used last. Chosen by hand: 2 to 4 MB for embeddings of 512 to 1024 numbers;
+fewer only encode names again that come back."""
+
 _TESTED_NAMES = 4
+"""Learned classes whose embeddings are compared when a text part is opened. Chosen by hand: it is a test that tower and
+tokenizer are the ones of the release and run here; all names were compared when it was made."""
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+"""How CLIP's tokenizer splits a text into words before byte pairs are merged: its own pattern, in the notation of the
+library `tokenizers`."""
 
 
 def clip_tokenizer(
@@ -38,8 +44,9 @@ def clip_tokenizer(
 ) -> str:
     """CLIP's byte-pair tokenizer as the JSON that the library `tokenizers` reads, in any of its languages.
 
-    `merges` in their order, `vocabulary`: token -> id, `start` and `end`: the tokens put around a text, which is cut to
-    `context` tokens with both kept. `whole`: filled up with zeros to `context`.
+    `merges`: pairs of tokens in the order they are merged; `vocabulary`: token -> id; `start` and `end`: the tokens put
+    around a text, which is cut to `context` tokens with both kept. `whole`: every text is filled up with zeros to
+    `context` tokens, for towers that read them all.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
@@ -60,7 +67,7 @@ def clip_tokenizer(
 
 
 def filled_tokenizer(tokenizer: str, context: int, pad: int) -> str:
-    """A tokenizer's JSON, changed to cut or fill up every text to `context` tokens; `pad`: id that fills it up."""
+    """A tokenizer's JSON, changed so that every text is cut or filled up to `context` tokens with the id `pad`."""
     from tokenizers import Tokenizer
 
     changed = Tokenizer.from_str(tokenizer)
@@ -72,6 +79,7 @@ def filled_tokenizer(tokenizer: str, context: int, pad: int) -> str:
 def _basic(text: str) -> str:
     import ftfy
 
+    # Twice, as open_clip does it: `&amp;lt;` is `<`.
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
 
 
@@ -85,17 +93,21 @@ CLEANUPS: Mapping[str, Callable[[str], str]] = {
     "whitespace": _basic,
     "canonicalize": _canonical,
 }
-"""What open_clip's tokenizers do to a text first, under the names it has for it."""
+"""What open_clip's tokenizers do to a text first, by open_clip's names for it. Releases on disk have these names."""
 
 
 Encode = Callable[[Sequence[str]], NDArray[np.float32]]
-"""Names (n >= 1) -> embeddings float32 [n, D], L2-normalised."""
+"""A function from names (n >= 1) to their embeddings float32 [n, D], L2-normalised."""
 
 
-class Names:
-    """The text part of a release: opened and tested when it is first needed. Any thread may call any method."""
+class NameEmbeddings:
+    """Embeddings of names by the text part of a release, which is opened and tested when it is first needed.
+
+    The newest embeddings are kept. Any thread may call any method.
+    """
 
     def __init__(self, release: Release, part: TextPart, device: Device, threads: int) -> None:
+        """`part`: the text part of `release`; `device` and `threads` as in exporter.session.open_session."""
         self._release = release
         self._part = part
         self._device: Device = device
@@ -106,14 +118,20 @@ class Names:
         self._rows = np.zeros((0, 0), np.float32)
         self._kept: OrderedDict[str, NDArray[np.float32]] = OrderedDict()
         self._lock = threading.Lock()
+        """Held for a moment, by whoever looks into or changes what is kept."""
         self._encoding = threading.Lock()
+        """Held while the text tower opens or runs: names of many requests wait for each other, not for a core each."""
 
     @property
     def opened(self) -> bool:
+        """Whether `open` has succeeded."""
         return self._encode is not None
 
     def open(self) -> Encode:
-        """What the first name would wait for. Raises ReleaseError when the text part cannot be used."""
+        """Open and test the text part, which the first name would wait for; gives what encodes.
+
+        Raises ReleaseError when the text part cannot be used; once it has, it does so for good.
+        """
         if self._encode is not None:  # without the lock: names that are kept do not wait for others being encoded
             return self._encode
         with self._encoding:
@@ -128,8 +146,11 @@ class Names:
             return self._encode
 
     def rows(self, names: Sequence[str]) -> tuple[list[str], NDArray[np.float32]]:
-        """Those of `names` that were not learned, each once, and the embeddings of all learned classes, then of these:
-        float32 [C + n, D]. Names are the same when the tokenizer cannot tell them apart. Raises ReleaseError."""
+        """Those n of `names` that are no learned class, each once, and embeddings float32 [C + n, D]: of the C learned
+        classes, then of these n names.
+
+        Names are the same when the tokenizer cannot tell them apart. Raises ReleaseError as `open` does.
+        """
         encode = self.open()
         asked: dict[str, str] = {}
         for name in names:
@@ -137,7 +158,7 @@ class Names:
                 asked.setdefault(text, name)
         found = self._look_up(asked)
         if len(found) < len(asked):
-            with self._encoding:  # who asks for the same names waits, and then finds them
+            with self._encoding:  # another thread that asks for the same names waits, and then finds them
                 found = self._look_up(asked)
                 missing = [text for text in asked if text not in found]
                 new = dict(zip(missing, encode([asked[text] for text in missing]), strict=True)) if missing else {}
@@ -149,6 +170,7 @@ class Names:
         return list(asked.values()), np.concatenate([self._rows, *(found[text][None] for text in asked)])
 
     def _look_up(self, texts: Iterable[str]) -> dict[str, NDArray[np.float32]]:
+        """The embeddings that are kept of these cleaned texts, which count as used now."""
         with self._lock:
             found = {text: self._kept[text] for text in texts if text in self._kept}
             for text in found:
@@ -176,7 +198,10 @@ class Names:
 
 
 def name_encoder(folder: Path, prompt: str, clean: str, device: Device, threads: int) -> Encode:
-    """By the text part in a release's folder."""
+    """What encodes names with the text part in a release's folder; nothing is verified or tested here.
+
+    Raises OSError, and what onnxruntime and tokenizers raise.
+    """
     tokenizer = _tokenizer((folder / TOKENIZER).read_text(encoding="utf-8"))
     session = open_session(folder / TEXT, device, threads)
 
@@ -192,7 +217,8 @@ def name_encoder(folder: Path, prompt: str, clean: str, device: Device, threads:
 
 @functools.lru_cache(maxsize=2)
 def _tokenizer(text: str) -> Any:
-    """Read once for all releases that have the same: it takes a tenth of a second in which no other thread runs."""
+    """The tokenizer of this JSON, read once for all releases that have the same: it takes a tenth of a second, in which
+    no other thread runs. Two are kept, those of the release that answers and of the next one."""
     from tokenizers import Tokenizer
 
     return Tokenizer.from_str(text)

@@ -16,44 +16,40 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from exporter.parity import ParityError
-from exporter.release import ReleaseError
+from exporter.release import ParityError, ReleaseError
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_EXAMPLE = 3
+_EXAMPLE_CLASSES = 3
 """Classes in the example that is traced: neither 0 nor 1, which torch.export takes for constants."""
+
+EXAMPLE_BATCH = 2
+"""Images or texts in the example that is traced: a batch of one exports, passes onnx's checker and fails at three
+(pytorch#157621)."""
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and buffer by its name, shared ones under all their names, as the trace may pick any."""
+    """Every parameter and buffer by its name; a shared one under all its names, as the trace may pick any of them."""
     return {
         **{name: tensor.detach() for name, tensor in module.named_parameters(remove_duplicate=False)},
         **{name: tensor.detach() for name, tensor in module.named_buffers(remove_duplicate=False)},
     }
 
 
-def _shapes(tensors: Mapping[str, Tensor], wildcards: frozenset[str]) -> tuple:
-    return tuple(
-        (name, tuple(tensor.shape)[1:] if name in wildcards else tuple(tensor.shape), tensor.dtype, name in wildcards)
-        for name, tensor in tensors.items()
-    )
-
-
 class Trace:
-    """The graph of one kind of module, without weights; traced when a module of another structure comes."""
+    """The graph of one kind of module, without weights. It is traced when a module of another structure comes."""
 
     def __init__(self, opset: int, source: str, outputs: Sequence[str]) -> None:
-        """`source` and `outputs`: names in the graph."""
+        """`opset`: ONNX operator set of the graph; `source` and `outputs`: names of its input and outputs."""
         self._opset = opset
         self._source = source
         self._outputs = outputs
         self._structure: object = None
         self._graph: ir.Model | None = None
         self.seconds = 0.0
-        """Of the tracing that the last `fitting` took."""
+        """Wall seconds that the newest `fitting` spent on tracing; about 0 when an earlier trace was used again."""
 
     def fitting(
         self,
@@ -64,11 +60,14 @@ class Trace:
         longest: int,
         attempt: Callable[[ir.Model], T],
     ) -> T:
-        """What `attempt` makes of the graph of `module`. Where that was traced for an earlier module and does not fit,
-        which `attempt` says by a ParityError, it is traced anew.
+        """What `attempt` makes of the graph of `module`, which is traced only where no earlier trace fits.
 
-        `varying`: tensors whose first dimension is left open, as is that of `example`; so is its second, up to
-        `longest`, unless that is 0. Raises ReleaseError when torch cannot trace the module.
+        A trace fits when modules have the same type and shapes, and `attempt` raises no ParityError: a number kept
+        outside the tensors is part of the graph, and only the answers show that it changed. Then it is traced anew.
+
+        `tensors`: those of `module` (`tensors_of`). `varying`: names of tensors whose first dimension is left open, as
+        is that of `example` (EXAMPLE_BATCH inputs). `example`'s second dimension is left open too, up to `longest`,
+        unless that is 0. Raises ReleaseError when torch cannot trace the module, and what `attempt` raises.
         """
         began = time.monotonic()
         structure = (type(module), example.shape[1:], _shapes(tensors, frozenset(varying)))
@@ -82,7 +81,6 @@ class Trace:
         except ParityError as error:
             if fresh:
                 raise
-            # A number kept outside the tensors (a float attribute of the module) is part of the graph.
             log.warning("the graph traced earlier does not fit this model, tracing it again: %s", error)
             self._graph = self._traced(module, varying, example, longest)
             self.seconds = time.monotonic() - began
@@ -92,11 +90,50 @@ class Trace:
         dimensions = {0: torch.export.Dim("batch", min=1)}
         if longest:
             dimensions[1] = torch.export.Dim("length", min=2, max=longest)
+        module = copy.deepcopy(module).cpu().eval()
+        tensors = [getattr(module, name) for name in varying]
+        tensors = [tensor[torch.arange(_EXAMPLE_CLASSES) % len(tensor)] for tensor in tensors]
+        classes = torch.export.Dim("classes", min=1)
         try:
-            return _trace(module, varying, example, dimensions, self._opset, self._source, self._outputs)
+            with warnings.catch_warnings(), _silenced("torch.onnx", "onnxscript", "onnx_ir"), torch.no_grad():
+                warnings.simplefilter("ignore")
+                program = torch.onnx.export(
+                    _VaryingAsInputs(module, varying).eval(),
+                    (torch.from_numpy(example.copy()), tensors),
+                    dynamo=True,
+                    # Constant folding would swallow weights that later releases must replace.
+                    optimize=False,
+                    verbose=False,
+                    opset_version=self._opset,
+                    input_names=[self._source, *varying],
+                    output_names=list(self._outputs),
+                    dynamic_shapes=(dimensions, [{0: classes} for _ in tensors]),
+                )
         except torch.onnx.OnnxExporterError as error:
             found = str(error.__cause__ or error).splitlines()[0]
             raise ReleaseError(f"torch cannot trace {type(module).__name__} ({found}); not released") from error
+        assert program is not None
+        return _without_weights(program.model)
+
+
+def filled(template: ir.Model, weights: Mapping[str, Any], widths: Sequence[int]) -> ir.Model:
+    """The template with `weights` (onnx_ir tensors by name) and [batch, width] as the shape of each output."""
+    model = template.clone()
+    graph = model.graph
+    empty = graph.inputs[1:]
+    del graph.inputs[1:]
+    for value in empty:
+        weight = value.const_value = weights[str(value.name)]
+        value.shape = ir.Shape(weight.shape)
+        graph.register_initializer(value)
+    for output, width in zip(graph.outputs, widths, strict=True):
+        output.shape = ir.Shape(["batch", width])
+    return model
+
+
+def constant(name: str, tensor: Tensor) -> ir.TensorProtocol:
+    """A torch tensor as onnx_ir takes it."""
+    return ir.tensor(tensor.cpu().contiguous().numpy(), name=name)
 
 
 class _VaryingAsInputs(nn.Module):
@@ -112,37 +149,16 @@ class _VaryingAsInputs(nn.Module):
         return torch.func.functional_call(self.module, replaced, (source,))
 
 
-def _trace(
-    module: Any,
-    varying: Sequence[str],
-    example: NDArray[Any],
-    dimensions: Mapping[int, Any],
-    opset: int,
-    source: str,
-    outputs: Sequence[str],
-) -> ir.Model:
-    """The module's graph with every parameter and buffer as an input of the graph, under the module's own name."""
-    module = copy.deepcopy(module).cpu().eval()
-    others = [getattr(module, name) for name in varying]
-    others = [tensor[torch.arange(_EXAMPLE) % len(tensor)] for tensor in others]
-    free = torch.export.Dim("classes", min=1)
-    with warnings.catch_warnings(), _silenced("torch.onnx", "onnxscript", "onnx_ir"), torch.no_grad():
-        warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            _VaryingAsInputs(module, varying).eval(),
-            # Two examples: a batch of one exports, passes the checker and fails at three (pytorch#157621).
-            (torch.from_numpy(example.copy()), others),
-            dynamo=True,
-            # Constant folding would swallow weights that later releases must replace.
-            optimize=False,
-            verbose=False,
-            opset_version=opset,
-            input_names=[source, *varying],
-            output_names=list(outputs),
-            dynamic_shapes=(dict(dimensions), [{0: free} for _ in others]),
-        )
-    assert program is not None
-    graph = program.model.graph
+def _shapes(tensors: Mapping[str, Tensor], varying: frozenset[str]) -> tuple:
+    return tuple(
+        (name, tuple(tensor.shape)[1:] if name in varying else tuple(tensor.shape), tensor.dtype, name in varying)
+        for name, tensor in tensors.items()
+    )
+
+
+def _without_weights(model: ir.Model) -> ir.Model:
+    """The traced graph with every parameter and buffer as an input of the graph, under the module's own name."""
+    graph = model.graph
     for name, value in list(graph.initializers.items()):
         if name.startswith("module."):
             del graph.initializers[name]
@@ -152,7 +168,7 @@ def _trace(
     # What hangs on no weight is folded here: the casts left by the tracer would keep onnxruntime from merging batch
     # norms into convolutions (a convolutional trunk took 2.4 times as long for an image).
     with _silenced("onnxscript", "onnx_ir"):
-        onnxscript.optimizer.optimize(program.model)
+        onnxscript.optimizer.optimize(model)
     for node in graph.all_nodes():
         node.metadata_props.clear()  # stack traces, with this machine's paths
         for value in node.outputs:
@@ -160,26 +176,7 @@ def _trace(
             value.shape = None  # onnxruntime infers it, with the number of classes known
     for value in (*graph.inputs, *graph.initializers.values()):
         value.metadata_props.clear()
-    return program.model
-
-
-def filled(template: ir.Model, weights: Mapping[str, Any], widths: Sequence[int]) -> ir.Model:
-    """The template with `weights` (onnx_ir tensors) and [batch, width] as the shape of its outputs."""
-    model = template.clone()
-    graph = model.graph
-    empty = graph.inputs[1:]
-    del graph.inputs[1:]
-    for value in empty:
-        weight = value.const_value = weights[str(value.name)]
-        value.shape = ir.Shape(weight.shape)
-        graph.register_initializer(value)
-    for output, width in zip(graph.outputs, widths, strict=True):
-        output.shape = ir.Shape(["batch", width])
     return model
-
-
-def constant(name: str, tensor: Tensor) -> ir.TensorProtocol:
-    return ir.tensor(tensor.cpu().contiguous().numpy(), name=name)
 
 
 @contextmanager

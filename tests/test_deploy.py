@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry
 from agent import cli
 from agent.config import load
 from exporter.metrics import Metrics
-from exporter.serve import KafkaMetrics, ServeMetrics
+from exporter.serving_metrics import KafkaMetrics, ServeMetrics
 from streams.record import Reason
 
 DEPLOY = Path(__file__).parent.parent / "deploy"

@@ -9,7 +9,8 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.openmetrics.exposition import generate_latest
 
 from agent.values import Commit, GapStatistics, LateRejection, Outcome, Progress, Update
-from exporter.metrics import REASONS, STATES, Metrics
+from exporter.instruments import REASONS, STATES
+from exporter.metrics import Metrics
 from exporter.preprocess import Preprocess
 from exporter.release import Parity, Release
 from exporter.release import write as write_release

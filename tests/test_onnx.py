@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
@@ -16,9 +21,10 @@ from agent.methods.base import InferenceModule
 from exporter import onnx as exporting
 from exporter import release as releases
 from exporter.onnx import OnnxExporter
-from exporter.parity import ParityError
+from exporter.precision import PRECISIONS, Precision, Tolerance
 from exporter.preprocess import Preprocess
-from exporter.release import ReleaseError
+from exporter.release import ParityError, ReleaseError
+from exporter.runtime import Classifier
 
 SIZE = 32
 PREPROCESS = Preprocess(SIZE, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
@@ -288,13 +294,36 @@ def test_a_smaller_form_that_answers_worse_is_left_out_and_the_release_made(
 
 
 def test_a_smaller_form_beyond_its_tolerance_is_left_out(precise_exporter, tmp_path, images, monkeypatch):
-    strict = exporting.Tolerance(atol=1e-9, logits=1e-9, cosine=1, top1=1)
-    monkeypatch.setitem(exporting.TOLERANCES, "fp16", strict)
+    strict = Tolerance(atol=1e-9, logits=1e-9, cosine=1, top1=1)
+    monkeypatch.setitem(PRECISIONS, "fp16", replace(PRECISIONS["fp16"], tolerance=strict))
 
     release = precise_exporter.release(Toy(5, native_tower()), PREPROCESS, FACTS, tmp_path / "release", images)
 
     assert "embeddings differ by" in release.variants["fp16"].refused
     assert "model.fp16.onnx" not in release.files and "model.int8.onnx" in release.files
+
+
+def test_a_precision_is_one_entry_of_the_table(tmp_path, images, monkeypatch):
+    def convert(source, target, single_file_bytes):
+        shutil.copyfile(source, target)
+
+    exact = Tolerance(atol=1e-3, logits=1e-3, cosine=0.9999, top1=1)
+    monkeypatch.setitem(PRECISIONS, "same", Precision(convert, exact, cpu_only=True, suits="tests"))
+    module = Toy(3)
+
+    release = OnnxExporter(max_batch=4, precisions=("same",)).release(
+        module, PREPROCESS, FACTS, tmp_path / "release", images
+    )
+
+    assert release.offers("same") and release.variants["same"].parity.provider == "CPUExecutionProvider"
+    served = Classifier(tmp_path / "release", precision="same")
+    assert len(served.classify([Image.new("RGB", (9, 9))], top=0)[0].labels) == 3
+
+
+def test_the_table_of_precisions_is_read_without_what_converts():
+    code = "import exporter.precision, sys; print({'numpy', 'onnx', 'onnxruntime', 'torch'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout == "set()\n"
 
 
 def test_an_unknown_precision_is_refused_at_once():

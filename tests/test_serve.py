@@ -23,8 +23,10 @@ from prometheus_client import CollectorRegistry
 
 from agent.cli import main
 from exporter import serve
+from exporter.batcher import Batcher
 from exporter.runtime import Classifier, NamesError, Prediction
-from exporter.serve import Batcher, ServeMetrics, Server
+from exporter.serve import Server
+from exporter.serving_metrics import ServeMetrics
 from tests.test_deploy import program
 from tests.test_runtime import State, Toy, picture, png
 from tests.test_text import Exports

@@ -20,7 +20,7 @@ from agent.commands.serve_kafka import Responder
 from agent.config import load
 from exporter.release import ReleaseError
 from exporter.runtime import Classifier
-from exporter.serve import KafkaMetrics
+from exporter.serving_metrics import KafkaMetrics
 from streams.formats import Claim, Codec
 from streams.kafka.exchange import Arrival, Reply
 from streams.record import Partition, Raw, Reason, Record, Rejected

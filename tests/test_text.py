@@ -24,10 +24,11 @@ from agent.model.clip import Clip, ModelError
 from agent.model.lora import merged
 from exporter import release as releases
 from exporter import text as texts
-from exporter.onnx import OnnxExporter, Text
+from exporter.onnx import OnnxExporter
 from exporter.release import Release, ReleaseError
 from exporter.runtime import Classifier, NamesError
 from exporter.text import CLEANUPS, name_encoder
+from exporter.text_export import TextTower
 from tests.tiny import tiny_clip, tiny_timm_clip
 
 LEARNED = ("cat", "dog", "big red ship")
@@ -112,7 +113,7 @@ class Exports:
         module = TextHead(merged(self.clip.image, {}), tuple(classes), rows(text, classes), 100.0)
         size = self.clip.preprocess.size
         images = np.random.default_rng(0).normal(size=(3, 3, size, size)).astype(np.float32)
-        part = replace(Text(text, lambda: self.clip.tokenizer), **changes) if changes.get("text", True) else None
+        part = replace(TextTower(text, lambda: self.clip.tokenizer), **changes) if changes.get("text", True) else None
         before = self.made[-1].path if self.made else None
         folder = self.path / str(len(self.made) + 1)
         self.made.append(
@@ -267,7 +268,7 @@ def test_too_many_or_impossible_names_are_refused_with_what_is_expected(names, s
 def test_names_are_kept_up_to_a_bound_and_the_oldest_go_first(exports, monkeypatch):
     monkeypatch.setattr(texts, "KEPT_NAMES", 2)
     release = exports.made[0]
-    names = texts.Names(release, release.text, "cpu", 1)
+    names = texts.NameEmbeddings(release, release.text, "cpu", 1)
     for asked in (["a"], ["b"], ["a"], ["c"]):
         names.rows(asked)
 
@@ -279,7 +280,7 @@ def test_names_are_kept_up_to_a_bound_and_the_oldest_go_first(exports, monkeypat
 def test_names_that_are_kept_do_not_wait_for_new_ones_being_encoded(exports):
     # given a text part that has encoded one name, and is at work on another
     release = exports.made[0]
-    names = texts.Names(release, release.text, "cpu", 1)
+    names = texts.NameEmbeddings(release, release.text, "cpu", 1)
     _, known = names.rows(["zebra"])
     encode, begun, goes_on = names.open(), threading.Event(), threading.Event()
 

@@ -22,7 +22,8 @@ from agent.parts import codec, image_store, open_exchange
 from exporter.preprocess import ImageError
 from exporter.release import ReleaseError
 from exporter.runtime import Classifier, Prediction, Prepared
-from exporter.serve import KafkaMetrics, Server
+from exporter.serve import Server
+from exporter.serving_metrics import KafkaMetrics
 from streams.background import in_background
 from streams.dead_letter_format import message_size
 from streams.formats import Claim

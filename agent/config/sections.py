@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import (
     AfterValidator,
+    BeforeValidator,
     Field,
     SecretStr,
     ValidationInfo,
@@ -18,12 +19,25 @@ from pydantic import (
 
 from agent.config.base import MAYBE_PATH, Section, Unset
 from agent.config.methods import Method
+from exporter.precision import FP32, PRECISIONS
 
 
 def _one_slot(prompt: str) -> str:
     if prompt.count("{}") != 1:
         raise ValueError(f"got {prompt!r}, expected exactly one {{}} where the class name goes")
     return prompt
+
+
+def _one_of(*names: str) -> BeforeValidator:
+    """Accept these names alone, refusing others in pydantic's words for a Literal, which cannot be made of a table."""
+    *others, last = map(repr, names)
+
+    def check(value: object) -> object:
+        if value not in names:
+            raise ValueError(f"got {value!r}, expected: {', '.join(others)} or {last}")
+        return value
+
+    return BeforeValidator(check)
 
 
 class Model(Section):
@@ -325,9 +339,13 @@ class Triton(Section):
 class Release(Section):
     """The ONNX model that comes out."""
 
-    precisions: tuple[Literal["fp16", "int8"], ...] = ()
-    """Smaller forms beside fp32: `fp16` for GPUs, `int8` for CPUs. One that strays too far from fp32, or answers more
-    than a point fewer of the hold-out right, is left out, and the release says why."""
+    precisions: tuple[Annotated[str, _one_of(*PRECISIONS)], ...] = Field(
+        (),
+        description="Smaller forms beside fp32: "
+        + ", ".join(f"`{name}` for {form.suits}" for name, form in PRECISIONS.items())
+        + ". One that strays too far from fp32, or answers more\n"
+        "than a point fewer of the hold-out right, is left out, and the release says why.",
+    )
     text: bool = True
     """Also release the text tower and its tokenizer, so that names never learned can be scored beside the classes. It
     takes the tower's size on disk (28 MB for the bundled model, 254 MB for ViT-B-32), most of it only once for all
@@ -430,8 +448,11 @@ class Serve(Section):
     """Address to listen on; `0.0.0.0` is open to the network, without a login."""
     port: int = Field(9188, ge=0, le=65535)
     """0 picks a free one (logged)."""
-    precision: Literal["fp32", "fp16", "int8"] = "fp32"
-    """Form of the release that answers, see release.precisions; a release without it is served in fp32."""
+    precision: Annotated[str, _one_of(FP32, *PRECISIONS)] = Field(
+        FP32,
+        description="Form of the release that answers, see release.precisions; a release without it is served in "
+        f"fp32.\nOne of: {', '.join((FP32, *PRECISIONS))}",
+    )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` is CUDA when onnxruntime can use it."""
     threads: int = Field(0, ge=0)
