@@ -38,7 +38,7 @@ from agent.values import LateRejection, Outcome, Progress, Update
 from exporter.onnx import Labelled, OnnxExporter, Text
 from exporter.preprocess import decode
 from exporter.release import ReleaseError
-from streams.archive import ArchiveFolder
+from streams.archive_folder import ArchiveFolder
 from streams.buffer import Task
 from streams.record import Reason
 from streams.spool import Sample

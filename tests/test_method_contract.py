@@ -21,7 +21,7 @@ from agent.values import Progress, Update
 from exporter.onnx import OnnxExporter, Text
 from exporter.preprocess import Preprocess
 from exporter.text import name_encoder
-from streams.archive import ArchiveFolder
+from streams.archive_folder import ArchiveFolder
 from tests.tiny import silent, tiny_clip, tiny_task, tiny_timm_clip
 
 UNTRAINED = ("gapstream", "ncm", "zeroshot")
