@@ -36,9 +36,9 @@ STATES = ("starting", "recovering", "consuming", "training", "evaluating", "publ
 PHASES = ("decode", "train", "compensate", "evaluate", "export", "commit")
 
 REASONS = (
-    "empty", "too_large", "bad_envelope", "bad_schema", "missing_label", "label_type", "unknown_label",
+    "empty", "too_large", "bad_envelope", "bad_schema", "missing_label", "label_type",
     "undecodable", "truncated", "bomb", "bad_dimensions", "unsupported_format", "fetch_failed", "fetch_forbidden",
-    "duplicate", "stale", "task_failed",
+    "task_failed",
 )  # fmt: skip
 """The values of streams.record.Reason, which cannot be imported here."""
 

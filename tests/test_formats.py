@@ -66,7 +66,7 @@ def test_every_golden_message_decodes_as_its_file_says(path: Path) -> None:
 
 def test_every_reason_a_codec_can_give_has_a_golden_message() -> None:
     of_golden = {json.loads(path.read_text())["expect"].get("rejected") for path in GOLDEN}
-    elsewhere = {"unknown_label", "undecodable", "fetch_failed", "fetch_forbidden", "duplicate", "stale", "task_failed"}
+    elsewhere = {"undecodable", "fetch_failed", "fetch_forbidden", "task_failed"}
     assert set(Reason) - of_golden == elsewhere
 
 
