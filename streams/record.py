@@ -32,8 +32,8 @@ Offsets = Mapping[Partition, int]
 class Reason(enum.StrEnum):
     """Why a record cannot be used: the label of a metric and a header of a dead letter.
 
-    The list is closed, as a metric must not get a series for every text somebody writes. deploy/wire-format.md says what
-    each means; exporter.metrics repeats the list, and a test compares the two.
+    The list is closed, as a metric must not get a series for every text somebody writes. deploy/wire-format.md says
+    what each means; exporter.metrics repeats the list, and a test compares the two.
     """
 
     EMPTY = "empty"
@@ -162,8 +162,8 @@ MAX_ASPECT = 100
 pixels a needle of 1 x 500,000 would become one of 224 x 112,000,000. Chosen by hand, far beyond any panorama."""
 
 _JPEG_SEGMENTS = 2000
-"""Segments that are walked to find the frame header. Real files have a dozen; megabytes of empty ones would take seconds
-to walk."""
+"""Segments that are walked to find the frame header. Real files have a dozen; to walk megabytes of empty ones would
+take seconds."""
 
 
 def check_image(data: bytes, max_bytes: int, max_pixels: int) -> None:
@@ -193,7 +193,7 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 """First bytes of a PNG."""
 
 _RARE = (b"II*\0", b"MM\0*", b"P1", b"P2", b"P3", b"P4", b"P5", b"P6")
-"""First bytes of TIFF and PPM. Their headers have many forms, so Pillow reads them, which takes a hundred microseconds."""
+"""First bytes of TIFF and PPM. Their headers have many forms, so Pillow reads them in about a hundred microseconds."""
 
 _JPEG_FRAMES = frozenset({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})
 """Markers of a JPEG's frame headers (SOF0 to SOF15); the three left out are tables and extensions among them."""
