@@ -21,8 +21,8 @@ from kafka.errors import (
 from streams.background import in_background
 from streams.dead_letter_format import dead_letter
 from streams.kafka.connection import (
+    NOTHING_LOST,
     REQUEST_MS,
-    SAFE,
     UNKNOWN_TOPIC,
     Connection,
     abandon,
@@ -84,7 +84,7 @@ class KafkaDeadLetters:
         if self._waiting_bytes > self._max_pending:
             raise DeadLetterError(
                 f"{self._waiting_bytes} bytes of dead letters wait for {self._connection} "
-                f"({self._failure or 'no answer'}), at most {self._max_pending} may; stopping. {SAFE}"
+                f"({self._failure or 'no answer'}), at most {self._max_pending} may; stopping. {NOTHING_LOST}"
             )
         size = _weight(rejected)
         self._waiting_bytes += size

@@ -236,14 +236,14 @@ def test_images_elsewhere_come_in_their_place_with_the_right_reasons(
 def test_messages_without_a_value_fill_the_memory_too(scripted: Callable[..., Any]) -> None:
     empty = [[Message(offset, 7, None, None, ()) for offset in range(at, at + 10)] for at in range(0, 500, 10)]
     source, _ = scripted(*empty, fetch_bytes=10_000)
-    wait_until(lambda: source._ready_bytes >= 10_000, 10)
-    assert sum(len(items) for items, _ in source._ready) <= 20
-    assert offsets(read(source, 500)) == list(range(500)) and source._ready_bytes == 0
+    wait_until(lambda: source._handover.bytes >= 10_000, 10)
+    assert sum(len(items) for items, _ in source._handover._ready) <= 20
+    assert offsets(read(source, 500)) == list(range(500)) and source._handover.bytes == 0
 
     heavy = Message(0, 7, b"k" * 3000, JPEG, (("label", b"cat"), ("note", bytes(4000))))
     full, _ = scripted([heavy], [message(1)], fetch_bytes=7000)
-    wait_until(lambda: full._ready, 10)
-    assert full._ready_bytes > 7000
+    wait_until(lambda: full._handover._ready, 10)
+    assert full._handover.bytes > 7000
 
 
 def test_the_breaker_opens_for_what_only_decoding_finds(scripted: Callable[..., Any]) -> None:

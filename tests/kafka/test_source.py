@@ -274,7 +274,7 @@ def test_while_throttled_nothing_is_handed_out_and_little_is_fetched(
     while time.monotonic() < deadline:
         assert not source.poll(0.05)
         time.sleep(0.02)
-    assert source._ready_bytes <= 3 * 2**20
+    assert source._handover.bytes <= 3 * 2**20
     assert source.lag()[topic, 0] > 0
     source.throttle(False)
     assert [item.offset for item in read(source, 64)] == list(range(64))
