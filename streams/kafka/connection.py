@@ -38,6 +38,13 @@ REQUEST_MS = 5_000
 """Time for the answer to a single question, as where a log ends; the client's default is 30 s. Chosen by hand: the
 reader's thread does nothing else meanwhile."""
 
+LINGER_MS = 5
+"""Time that a message waits for others to share its request; the client's default is 0, a request for every message."""
+
+_LARGEST_REQUEST = 2**30
+"""Bytes of a message that our producers let pass: more than any topic takes, so that the topic's own limit counts. The
+client's default, 1 MiB, would refuse messages that the topic takes."""
+
 NOTHING_LOST = "Nothing is lost: a restart continues at the last commit"
 """The last sentence of every message that ends the stream."""
 
@@ -106,6 +113,15 @@ class Connection:
                 settings["sasl_plain_username"] = self.username
                 settings["sasl_plain_password"] = read_secret(self.password)
         return settings
+
+    def producer_settings(self) -> dict[str, Any]:
+        """The keyword arguments that every producer takes beside its own: no message is lost or written twice."""
+        return self.settings() | {
+            "acks": "all",
+            "enable_idempotence": True,  # the default, but kafka-python drops it silently where an option conflicts
+            "max_request_size": _LARGEST_REQUEST,
+            "metrics_enabled": False,  # nobody reads them
+        }
 
     def __str__(self) -> str:
         return ",".join(self.bootstrap_servers)

@@ -18,7 +18,7 @@ from kafka.record.memory_records import MemoryRecords, MemoryRecordsBuilder
 from streams.claims import ImageStore
 from streams.kafka.breaker import Breaker
 from streams.kafka.connection import Connection
-from streams.kafka.record_batches import Message, Unreadable, _PartitionRecords
+from streams.kafka.record_batches import Message, PartitionRecords, Unreadable
 from streams.kafka.source import KafkaSource
 from streams.record import Item, Partition, Reason, Record, Rejected
 from streams.source import PositionError, StreamError
@@ -157,7 +157,7 @@ def batches(*images: bytes) -> bytearray:
 
 
 def test_messages_are_unpacked_with_all_they_have() -> None:
-    records = _PartitionRecords(1, TopicPartition("t", 0), MemoryRecords(bytes(batches(b"a", b"b", b"c"))))
+    records = PartitionRecords(1, TopicPartition("t", 0), MemoryRecords(bytes(batches(b"a", b"b", b"c"))))
     assert records.take() == [
         Message(offset, 7, b"k", value, (("label", b"cat"), ("none", None))) for offset, value in ((1, b"b"), (2, b"c"))
     ]
@@ -168,12 +168,12 @@ def test_a_batch_with_a_wrong_checksum_or_length_costs_only_itself() -> None:
     data = batches(b"a", b"b", b"c")
     size = len(data) // 3
     data[size + 70] ^= 1
-    records = _PartitionRecords(0, TopicPartition("t", 0), MemoryRecords(bytes(data)))
+    records = PartitionRecords(0, TopicPartition("t", 0), MemoryRecords(bytes(data)))
     first, lost, last = records.take()
     assert (first.value, last.value) == (b"a", b"c")
     assert (lost.offset, lost.next_offset) == (1, 2) and "checksum" in str(lost.error)
 
-    unchecked = _PartitionRecords(0, TopicPartition("t", 0), MemoryRecords(bytes(data)), check_crcs=False)
+    unchecked = PartitionRecords(0, TopicPartition("t", 0), MemoryRecords(bytes(data)), check_crcs=False)
     assert len(unchecked.take()) == 3  # whatever the byte was, nothing is raised
 
 
@@ -190,7 +190,7 @@ def test_what_a_broken_batch_says_of_its_length_is_not_believed(field: int, says
     struct.pack_into(">i", data, size + field, says)
     if last:
         del data[2 * size :]
-    first, lost, *others = _PartitionRecords(0, TopicPartition("t", 0), MemoryRecords(bytes(data))).take()
+    first, lost, *others = PartitionRecords(0, TopicPartition("t", 0), MemoryRecords(bytes(data))).take()
     assert first.value == b"a" and (lost.offset, lost.next_offset) == (1, 2)
     assert [message.value for message in others] == ([] if last else [b"c"])
 

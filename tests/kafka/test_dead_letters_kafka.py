@@ -128,7 +128,7 @@ def test_what_was_replayed_for_one_reason_is_not_replayed_with_all_the_others(
     topic = new_topic()
     box = set_aside(topic)
     raw = Raw(b"k", b"v")
-    reasons = [Reason.BOMB, Reason.EMPTY, Reason.STALE]
+    reasons = [Reason.BOMB, Reason.EMPTY, Reason.MISSING_LABEL]
     for offset, reason in enumerate(reasons):
         box.put(rejected(topic, offset, raw, reason))
     box.flush(10)
@@ -139,7 +139,7 @@ def test_what_was_replayed_for_one_reason_is_not_replayed_with_all_the_others(
     assert sent("bomb") == 1
     assert sent("bomb", "empty") == 1
     assert sent() == 1
-    assert [sent(), sent("bomb"), sent("empty", "stale")] == [0, 0, 0]
+    assert [sent(), sent("bomb"), sent("empty", "missing_label")] == [0, 0, 0]
     box.put(rejected(topic, 3, raw, Reason.BOMB))
     box.put(rejected(topic, 4, raw, Reason.EMPTY))
     box.flush(10)
@@ -212,7 +212,7 @@ class FakeProducer:
 def producers(monkeypatch: pytest.MonkeyPatch) -> Any:
     own = type("Own", (FakeProducer,), {"made": [], "answers": [], "away": []})
     monkeypatch.setattr("streams.kafka.dead_letters.KafkaProducer", own)
-    monkeypatch.setattr("streams.kafka.dead_letters.KafkaDeadLetters._topics_ready", lambda *_: {"t": 10**6})
+    monkeypatch.setattr("streams.kafka.dead_letters.KafkaDeadLetters._prepare_topics", lambda *_: {"t": 10**6})
     return own
 
 
