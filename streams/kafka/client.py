@@ -10,7 +10,7 @@ from typing import Any
 from kafka import KafkaConsumer, OffsetAndMetadata, TopicPartition
 from kafka.admin import KafkaAdminClient
 
-from streams.kafka.connection import REQUEST_MS, Connection, describe_error
+from streams.kafka.connection import METADATA_MS, PARTITION_BYTES, REQUEST_MS, Connection, describe_error
 from streams.kafka.record_batches import Message, Unreadable, guard
 from streams.record import Offsets, Partition
 
@@ -19,14 +19,6 @@ log = logging.getLogger(__name__)
 _POLL_RECORDS = 1000
 """Messages that one poll gives at most: what is decoded before the reader's thread looks at anything else. Chosen by
 hand, twice the client's default."""
-
-_PARTITION_BYTES = 4 * 2**20
-"""Bytes of one partition in a fetch; the client's default is 1 MiB. A larger batch comes all the same, alone (KIP-74):
-this is no limit for images, it only says how well a fetch is filled."""
-
-_METADATA_MS = 30_000
-"""Age at which the list of brokers and leaders is asked for again, also when nothing failed. The client's default is
-five minutes; chosen by hand, shorter so that moved partitions are known about sooner."""
 
 _CLOSE_MS = 500
 """Time that closing may take while the cluster is away; KafkaSource must be closed within seconds."""
@@ -53,8 +45,8 @@ class Client:
             isolation_level="read_committed",
             allow_auto_create_topics=False,  # a misspelt topic is an error and not a new topic
             fetch_max_bytes=fetch_bytes,
-            max_partition_fetch_bytes=min(fetch_bytes, _PARTITION_BYTES),
-            metadata_max_age_ms=_METADATA_MS,
+            max_partition_fetch_bytes=min(fetch_bytes, PARTITION_BYTES),
+            metadata_max_age_ms=METADATA_MS,
             metrics_enabled=False,  # nobody reads them, and they cost work at every fetch
         )
         guard(self._consumer)

@@ -38,6 +38,14 @@ REQUEST_MS = 5_000
 """Time for the answer to a single question, as where a log ends; the client's default is 30 s. Chosen by hand: the
 reader's thread does nothing else meanwhile."""
 
+PARTITION_BYTES = 4 * 2**20
+"""Bytes of one partition in a fetch; the client's default is 1 MiB. A larger batch comes all the same, alone (KIP-74):
+this is no limit for images, it only says how well a fetch is filled."""
+
+METADATA_MS = 30_000
+"""Age at which the list of brokers and leaders is asked for again, also when nothing failed. The client's default is
+five minutes; chosen by hand, shorter so that moved partitions are known about sooner."""
+
 LINGER_MS = 5
 """Time that a message waits for others to share its request; the client's default is 0, a request for every message."""
 

@@ -32,8 +32,8 @@ from streams.kafka.connection import describe_error
 from streams.record import Partition, Reason, Rejected
 
 MAX_INFLATED = 128 * 2**20
-"""Bytes a batch may have once decompressed; beyond it all of its records are rejected. A producer's batches have 1 MiB or
-less as a rule, and images hardly compress. While it is unpacked a batch and the copies of its parts take twice this."""
+"""Bytes a batch may have once decompressed; beyond it all of its records are rejected. Batches have 1 MiB or less as a
+rule, and images hardly compress. While a batch is unpacked, it and the copies of its parts take twice this."""
 
 
 class BatchTooLarge(Exception):
