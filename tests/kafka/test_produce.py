@@ -16,7 +16,7 @@ from streams.kafka.source import KafkaSource
 from streams.record import Control, ControlKind, Partition, Reason, Record
 from streams.source import StreamError
 from tests.bad_images import encoded, picture
-from tests.kafka.test_source import CODEC, read
+from tests.kafka.records import CODEC, read
 
 
 def archive(folder: Path) -> Path:
