@@ -157,9 +157,9 @@ def image_store(config: Config) -> ImageStore | None:
     if not images.allowed:
         return None
     from streams.claims import S3, ImageStore
-    from streams.kafka.connection import revealed
+    from streams.kafka.connection import read_secret
 
-    secret = revealed(_secret(images, "s3_secret_key")) or ""
+    secret = read_secret(_secret(images, "s3_secret_key")) or ""
     s3 = S3(images.s3_endpoint, images.s3_region, images.s3_access_key, secret)
     return ImageStore(images.allowed, config.source.max_image_bytes, images.timeout_s, s3, images.cafile)
 

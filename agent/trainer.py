@@ -39,7 +39,7 @@ from exporter.onnx import Labelled, OnnxExporter
 from exporter.preprocess import decode
 from exporter.release import ReleaseError
 from exporter.text_export import TextTower
-from streams.archive import ArchiveFolder
+from streams.archive_folder import ArchiveFolder
 from streams.buffer import Task
 from streams.record import Reason
 from streams.spool import Sample

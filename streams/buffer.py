@@ -19,15 +19,15 @@ class CutRule:
     """A task is cut at the first of these that holds; 0 or False switches one off. A `flush` mark always cuts."""
 
     new_classes: int = 0
-    """Before the record that would begin one more class not known than this."""
+    """Classes not known before that a task may have: the record that would begin one more is the next task's first."""
     samples: int = 0
-    """After so many samples."""
+    """Samples a task has at most."""
     bytes: int = 0
-    """After so many bytes of encoded images."""
+    """Bytes of encoded images after which a task ends."""
     idle_s: float = 0
-    """After so many seconds without an item."""
+    """Seconds without an item after which a task ends."""
     boundaries: bool = True
-    """At a task boundary mark."""
+    """Whether a task boundary mark ends a task."""
 
 
 @dataclass(frozen=True)
@@ -35,17 +35,17 @@ class Task:
     """A cut of the stream that one update learns."""
 
     number: int
-    """From 1."""
+    """Tasks are counted from 1."""
     classes: tuple[str, ...]
-    """In order of first appearance."""
+    """The class names of the samples, in order of first appearance."""
     samples: tuple[Sample, ...]
     """At least one, in order of arrival."""
     next_offsets: dict[Partition, int]
-    """For every partition seen so far: what follows the task."""
+    """The offset that follows the task, for every partition seen so far."""
     reason: str
     """Why it was cut: new_classes | samples | bytes | boundary | idle | end | stop."""
     bytes: int
-    """Of encoded images."""
+    """Bytes of the samples' encoded images."""
     records: int
     """Items consumed for it, rejected ones and marks included."""
     rejected: dict[str, int]
@@ -62,45 +62,48 @@ class TaskBuffer:
     def __init__(self, rule: CutRule, spool: Spool, known: Collection[str], next_number: int, offsets: Offsets):
         self._rule = rule
         self._spool = spool
-        self._next: dict[Partition, int] = dict(offsets)
+        self._next_offsets: dict[Partition, int] = dict(offsets)
         self._number = next_number
         self._known = set(known)
         self._spelling: dict[str, str] = {}
         for name in known:
             self._spelling.setdefault(name.casefold(), name)
-        self._cut: deque[Task] = deque()
-        self._held = 0
+        self._cut_tasks: deque[Task] = deque()
+        self._samples_held = 0
         self._quiet_since: float | None = None
         self._begin()
 
     @property
     def records(self) -> int:
-        """Samples on the spool: waiting in cut and uncut tasks, or being learned."""
-        return self._held
+        """The number of samples on the spool: waiting in cut and uncut tasks, or being learned."""
+        return self._samples_held
 
     @property
     def bytes(self) -> int:
-        """Bytes they take on disk."""
+        """The bytes that the samples take on disk."""
         return self._spool.bytes
 
     @property
     def full(self) -> bool:
-        """True asks to stop fetching until a task is committed. `add` takes what was fetched already."""
+        """Whether fetching should stop until a task is committed. `add` still takes what was fetched already."""
         return self._spool.full
 
     @property
     def next_offsets(self) -> dict[Partition, int]:
-        """What follows everything added. It may be committed by itself while no sample waits (`records` is 0)."""
-        return dict(self._next)
+        """The offsets after everything added. They may be committed alone while no sample waits (`records` is 0)."""
+        return dict(self._next_offsets)
 
     def add(self, item: Item) -> None:
-        """Take the next item of a partition. One from before the partition's position came twice and is ignored."""
-        if item.offset < self._next.get(item.partition, 0):
+        """Take the next item of a partition. One from before the partition's position came twice and is ignored.
+
+        Raises SpoolError.
+        """
+        if item.offset < self._next_offsets.get(item.partition, 0):
             return
         self._quiet_since = None
         if isinstance(item, Record):
             self._add_sample(item)
-        self._next[item.partition] = item.offset + 1
+        self._next_offsets[item.partition] = item.offset + 1
         self._records += 1
         if isinstance(item, Rejected):
             self._rejected[str(item.reason)] += 1
@@ -110,16 +113,17 @@ class TaskBuffer:
         elif self._rule.samples and len(self._samples) >= self._rule.samples:
             self._end_task("samples")
         # A task that fills the spool alone is cut too: nothing else could ever free room.
-        elif (self._rule.bytes and self._bytes >= self._rule.bytes) or self._stored >= self._spool.max_bytes:
+        elif (self._rule.bytes and self._image_bytes >= self._rule.bytes) or self._spool_bytes >= self._spool.max_bytes:
             self._end_task("bytes")
 
     def cut(self, now: float) -> Task | None:
         """The oldest task not handed out yet, or None. `now`: seconds of a monotonic clock, for the idle rule alone."""
+        # The idle rule counts from the first call without an item: a poll that took long is no silence of the stream.
         if self._quiet_since is None:
             self._quiet_since = now
-        if not self._cut and self._samples and 0 < self._rule.idle_s <= now - self._quiet_since:
+        if not self._cut_tasks and self._samples and 0 < self._rule.idle_s <= now - self._quiet_since:
             self._end_task("idle")
-        return self._cut.popleft() if self._cut else None
+        return self._cut_tasks.popleft() if self._cut_tasks else None
 
     def end(self, reason: str) -> Task | None:
         """Cut what remains and hand out the oldest task; None when no sample is left.
@@ -128,19 +132,19 @@ class TaskBuffer:
         """
         if self._samples:
             self._end_task(reason)
-        return self._cut.popleft() if self._cut else None
+        return self._cut_tasks.popleft() if self._cut_tasks else None
 
     def committed(self, task: Task) -> None:
-        """The task handed out is committed: its samples leave the spool."""
+        """Take the samples of a task off the spool, now that it is committed. Raises SpoolError."""
         self._spool.release(task.samples)
-        self._held -= len(task.samples)
+        self._samples_held -= len(task.samples)
 
     def _begin(self) -> None:
         self._samples: list[Sample] = []
         self._classes: dict[str, None] = {}
         self._new_classes = 0
-        self._bytes = 0
-        self._stored = 0
+        self._image_bytes = 0
+        self._spool_bytes = 0
         self._records = 0
         self._rejected: Counter[str] = Counter()
 
@@ -156,9 +160,9 @@ class TaskBuffer:
             self._classes[label] = None
         before = self._spool.bytes
         self._samples.append(self._spool.append(record))
-        self._stored += self._spool.bytes - before
-        self._bytes += len(record.image)
-        self._held += 1
+        self._spool_bytes += self._spool.bytes - before
+        self._image_bytes += len(record.image)
+        self._samples_held += 1
 
     def _end_task(self, reason: str) -> None:
         self._spool.end_segment()
@@ -166,13 +170,13 @@ class TaskBuffer:
             number=self._number,
             classes=tuple(self._classes),
             samples=tuple(self._samples),
-            next_offsets=dict(self._next),
+            next_offsets=dict(self._next_offsets),
             reason=reason,
-            bytes=self._bytes,
+            bytes=self._image_bytes,
             records=self._records,
             rejected=dict(self._rejected),
         )
-        self._cut.append(task)
+        self._cut_tasks.append(task)
         self._number += 1
         self._known |= self._classes.keys()
         self._begin()

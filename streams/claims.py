@@ -20,12 +20,16 @@ from pathlib import Path
 from streams.record import Reason, Unusable
 
 ATTEMPTS = 3
+"""Times that an image is asked for. Chosen by hand: with waits of 0.5 and 2 s a server's short trouble costs nothing,
+and a server that stays away holds up each record for three time-outs at most."""
+
 _BACKOFF_S = 0.5
+"""Seconds before the second attempt; before the third there are four times as many. Chosen by hand."""
 
 
 @dataclass(frozen=True)
 class S3:
-    """Where `s3://bucket/key` is and who asks; without keys the request is anonymous."""
+    """Where `s3://bucket/key` is found and who asks for it; without keys the request is anonymous."""
 
     endpoint: str = "https://s3.amazonaws.com"
     region: str = "us-east-1"
@@ -34,7 +38,7 @@ class S3:
 
 
 class ImageStore:
-    """Gets the bytes behind a URL. Used from several threads."""
+    """Gets the bytes behind a URL. It may be used from several threads."""
 
     def __init__(
         self,
@@ -45,7 +49,10 @@ class ImageStore:
         cafile: Path | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        """`allowed`: prefixes, each with a scheme and ending in `/`. `timeout_s`: of one attempt. Raises ValueError."""
+        """`allowed`: prefixes, each with a scheme and ending in `/`; anything else raises ValueError.
+
+        `timeout_s`: seconds that one attempt may take. `cafile`: certificates to trust instead of the system's.
+        """
         for prefix in allowed:
             check_prefix(prefix)
         self._allowed = tuple(allowed)
@@ -56,7 +63,7 @@ class ImageStore:
         self._sleep = sleep
 
     def fetch(self, url: str) -> bytes:
-        """The bytes; tried again when the other side is in trouble.
+        """Get the bytes behind `url`, at most `max_bytes`; it is tried again when the other side is in trouble.
 
         Raises Unusable: FETCH_FORBIDDEN (not allowed), FETCH_FAILED, TOO_LARGE.
         """
@@ -73,12 +80,14 @@ class ImageStore:
         raise Unusable(Reason.FETCH_FAILED, f"{url[:500]!r} failed {ATTEMPTS} times, last with {failure[:500]}")
 
     def _permitted(self, url: str) -> urllib.parse.SplitResult:
+        # The URL comes from whoever may write to the topic. A prefix alone is not enough: what reads the URL later may
+        # resolve `..`, take the host from behind an `@`, or decode a slash that was no slash here.
         forbidden = Unusable(Reason.FETCH_FORBIDDEN, f"{url[:500]!r} is not below an allowed prefix")
         if not url.startswith(self._allowed) or not url.isascii() or any(c <= " " or c in '\\"#\x7f' for c in url):
             raise forbidden
         try:
             parts = urllib.parse.urlsplit(url)
-            _ = parts.port
+            _ = parts.port  # raises for a port that is no number
         except ValueError:
             raise forbidden from None
         steps = urllib.parse.unquote(parts.path).split("/")
@@ -90,6 +99,7 @@ class ImageStore:
         url = parts.geturl()
         folders = [urllib.parse.urlsplit(prefix).path for prefix in self._allowed if prefix.startswith("file:")]
         try:
+            # Resolved, as a link below an allowed folder may lead anywhere.
             path = Path(urllib.parse.unquote(parts.path)).resolve(strict=True)
             if not any(path.is_relative_to(Path(urllib.parse.unquote(folder)).resolve()) for folder in folders):
                 raise Unusable(Reason.FETCH_FORBIDDEN, f"{url[:500]!r} is a link that leads out of the allowed folder")
@@ -104,6 +114,7 @@ class ImageStore:
         headers: dict[str, str] = {}
         if parts.scheme == "s3":
             endpoint = urllib.parse.urlsplit(self._s3.endpoint)
+            # The bucket as part of the path: not every service of this kind has a host name for every bucket.
             parts = endpoint._replace(path=f"/{parts.netloc}{parts.path}")
             headers = signed(parts, self._s3, datetime.now(UTC)) if self._s3.access_key else {}
         host, port = parts.hostname or "", parts.port
@@ -112,13 +123,15 @@ class ImageStore:
             if parts.scheme == "http"
             else http.client.HTTPSConnection(host, port, timeout=self._timeout_s, context=self._tls)
         )
+        # The client's time-out is for each read alone: a server that sends a byte a second would never meet it.
         deadline = time.monotonic() + self._timeout_s
         try:
             connection.request("GET", parts.path + (f"?{parts.query}" if parts.query else ""), headers=headers)
             response = connection.getresponse()
-            if response.status >= 500 or response.status == 429:
+            if response.status >= 500 or response.status == 429:  # worth another attempt
                 raise http.client.HTTPException(f"status {response.status}")
             if response.status != 200:
+                # A redirect would lead past the check of the prefixes.
                 why = "redirects are not followed" if 300 <= response.status < 400 else response.reason
                 raise Unusable(Reason.FETCH_FAILED, f"{url[:500]!r} answered {response.status} ({why})")
             chunks: list[bytes] = []
@@ -128,7 +141,7 @@ class ImageStore:
                 read += len(chunk)
                 if time.monotonic() > deadline:
                     raise TimeoutError(f"{read} bytes in {self._timeout_s} s")
-            if response.length and read <= self._max_bytes:
+            if response.length and read <= self._max_bytes:  # the connection closed early, which `read1` does not say
                 raise http.client.IncompleteRead(b"", response.length)
             return self._bounded(b"".join(chunks), url)
         finally:
@@ -141,7 +154,7 @@ class ImageStore:
 
 
 def check_prefix(prefix: str) -> str:
-    """`prefix` when it can be allowed. Raises ValueError: it must name a place and end where a name ends."""
+    """`prefix`, when it can be allowed: it must name a place, and end where a name ends. Raises ValueError."""
     parts = urllib.parse.urlsplit(prefix)
     where = parts.path if parts.scheme == "file" else parts.netloc
     if parts.scheme not in ("https", "http", "s3", "file") or not where or not prefix.endswith("/"):
@@ -150,7 +163,7 @@ def check_prefix(prefix: str) -> str:
 
 
 def signed(parts: urllib.parse.SplitResult, s3: S3, now: datetime) -> dict[str, str]:
-    """Headers of a GET signed with AWS Signature Version 4."""
+    """The headers of a GET request, signed with AWS Signature Version 4."""
     date, stamp = now.strftime("%Y%m%d"), now.strftime("%Y%m%dT%H%M%SZ")
     empty = hashlib.sha256(b"").hexdigest()
     headers = {"host": parts.netloc, "x-amz-content-sha256": empty, "x-amz-date": stamp}

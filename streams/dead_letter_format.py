@@ -1,4 +1,7 @@
-"""The message that sets a rejected record aside, with what is needed to send it again. Pure."""
+"""The message that sets a rejected record aside, with what is needed to send it again. Pure.
+
+This is the one home of its header names; deploy/wire-format.md lists them for readers in any language.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,34 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from streams.record import (
-    Partition,
-    Raw,
-    Rejected,
-)
+from streams.record import Partition, Raw, Rejected
+
+# Named as Kafka Connect names them (its DeadLetterQueueReporter), so that tools made for Connect show them.
+CONNECT_TOPIC = "__connect.errors.topic"
+CONNECT_PARTITION = "__connect.errors.partition"
+CONNECT_OFFSET = "__connect.errors.offset"
+CONNECT_CONNECTOR = "__connect.errors.connector.name"
+CONNECT_TASK = "__connect.errors.task.id"
+CONNECT_STAGE = "__connect.errors.stage"
+CONNECT_CLASS = "__connect.errors.class.name"
+CONNECT_EXCEPTION = "__connect.errors.exception.class.name"
+CONNECT_MESSAGE = "__connect.errors.exception.message"
+
+# Ours: why, and what `original` needs to give the message back as it was.
+REASON = "gapstream.errors.reason"
+OWN_HEADERS = "gapstream.errors.headers"
+NULL_HEADERS = "gapstream.errors.null-headers"
+NULL_KEY = "gapstream.errors.null-key"
+DROPPED = "gapstream.errors.dropped"
+VALUE_BYTES = "gapstream.errors.value-bytes"
+VALUE_SHA256 = "gapstream.errors.value-sha256"
 
 _DETAIL_BYTES = 4096
+"""Bytes that the message text may have. A detail repeats what a producer sent, which has no bound of its own."""
+
+_ADDED_BYTES = 512
+"""Room for the headers added here beside the message text; they take about 510 bytes and the topic's name. With too
+little of it the broker refuses a letter that just fits, and KafkaDeadLetters tries again with half the limit."""
 
 
 def dead_letter(rejected: Rejected, max_bytes: int) -> Raw:
@@ -25,43 +49,46 @@ def dead_letter(rejected: Rejected, max_bytes: int) -> Raw:
     raw = rejected.raw or Raw(None, None)
     topic, partition = rejected.partition
     notes: dict[str, object] = {
-        "__connect.errors.topic": topic,
-        "__connect.errors.partition": partition,
-        "__connect.errors.offset": rejected.offset,
-        "__connect.errors.connector.name": "gapstream",
-        "__connect.errors.task.id": 0,
-        "__connect.errors.stage": "VALUE_CONVERTER",
-        "__connect.errors.class.name": "streams.formats.Codec",
-        "__connect.errors.exception.class.name": f"gapstream.{rejected.reason}",
-        "__connect.errors.exception.message": _text(rejected.detail)[:_DETAIL_BYTES].decode("utf-8", "ignore"),
-        "gapstream.errors.reason": rejected.reason,
+        CONNECT_TOPIC: topic,
+        CONNECT_PARTITION: partition,
+        CONNECT_OFFSET: rejected.offset,
+        CONNECT_CONNECTOR: "gapstream",
+        CONNECT_TASK: 0,
+        CONNECT_STAGE: "VALUE_CONVERTER",
+        CONNECT_CLASS: "streams.formats.Codec",
+        CONNECT_EXCEPTION: f"gapstream.{rejected.reason}",
+        CONNECT_MESSAGE: _utf8(rejected.detail)[:_DETAIL_BYTES].decode("utf-8", "ignore"),
+        REASON: rejected.reason,
     }
     nulls = [str(index) for index, (_, value) in enumerate(raw.headers) if value is None]
     if nulls:
-        notes["gapstream.errors.null-headers"] = ",".join(nulls)
+        notes[NULL_HEADERS] = ",".join(nulls)
     key, value, headers = raw.key, raw.value, raw.headers
-    if message_size(key, value, headers) + 512 + _DETAIL_BYTES > max_bytes and value is not None:
-        notes["gapstream.errors.dropped"] = "value"
-        notes["gapstream.errors.value-bytes"] = len(value)
-        notes["gapstream.errors.value-sha256"] = hashlib.sha256(value).hexdigest()
+    if message_size(key, value, headers) + _ADDED_BYTES + _DETAIL_BYTES > max_bytes and value is not None:
+        notes[DROPPED] = "value"
+        notes[VALUE_BYTES] = len(value)
+        notes[VALUE_SHA256] = hashlib.sha256(value).hexdigest()
         value = None
-    if message_size(key, value, headers) + 512 + _DETAIL_BYTES > max_bytes:
-        notes["gapstream.errors.dropped"] = "key, value and headers"
+    if message_size(key, value, headers) + _ADDED_BYTES + _DETAIL_BYTES > max_bytes:
+        notes[DROPPED] = "key, value and headers"
         key, headers = None, ()
     if key is None and value is None:
-        notes["gapstream.errors.null-key"] = "true"
+        notes[NULL_KEY] = "true"
         key = f"{topic}-{partition}-{rejected.offset}".encode()
+    # kafka-python fails on a header without a value; which ones had none is in NULL_HEADERS.
     written = tuple((name, content or b"") for name, content in headers)
-    notes["gapstream.errors.headers"] = len(written)
+    # The record may be a dead letter itself, with the same names. Its own headers come first, and this says where they
+    # end; of a repeated name the last one counts.
+    notes[OWN_HEADERS] = len(written)
     return Raw(key, value, written + tuple((name, str(note).encode()) for name, note in notes.items()))
 
 
-def _text(text: str) -> bytes:
+def _utf8(text: str) -> bytes:
     return text.encode("utf-8", "backslashreplace")  # JSON can spell half a surrogate pair
 
 
 def message_size(key: bytes | None, value: bytes | None, headers: Sequence[tuple[str, bytes | None]]) -> int:
-    """Bytes a message takes, about and at least."""
+    """The bytes that a message takes, about and at least."""
     written = sum(len(name.encode()) + len(content or b"") + 10 for name, content in headers)
     return len(key or b"") + len(value or b"") + written
 
@@ -73,21 +100,25 @@ class Origin:
     partition: Partition
     offset: int
     reason: str
+    """Any text: letters outlive the program that wrote them, and its list of reasons."""
     detail: str
     dropped: str
-    """What was too large to be kept; empty: nothing."""
+    """What was too large to be kept; empty when nothing was."""
 
 
 def origin(letter: Raw) -> Origin:
-    """Raises ValueError for a message that `dead_letter` did not write."""
+    """Where a dead letter's record came from and why it was rejected.
+
+    Raises ValueError for a message that `dead_letter` did not write.
+    """
     notes = {name: (value or b"").decode("utf-8", "replace") for name, value in letter.headers}
     try:
         return Origin(
-            Partition(notes["__connect.errors.topic"], int(notes["__connect.errors.partition"])),
-            int(notes["__connect.errors.offset"]),
-            notes["gapstream.errors.reason"],
-            notes["__connect.errors.exception.message"],
-            notes.get("gapstream.errors.dropped", ""),
+            Partition(notes[CONNECT_TOPIC], int(notes[CONNECT_PARTITION])),
+            int(notes[CONNECT_OFFSET]),
+            notes[REASON],
+            notes[CONNECT_MESSAGE],
+            notes.get(DROPPED, ""),
         )
     except KeyError as missing:
         raise ValueError(f"not a dead letter of gapstream: no header {missing}") from None
@@ -99,13 +130,13 @@ def original(letter: Raw) -> Raw:
     Raises ValueError when parts of it were dropped, or for a message that `dead_letter` did not write.
     """
     notes = dict(letter.headers)
-    if "gapstream.errors.dropped" in notes:
-        dropped = (notes["gapstream.errors.dropped"] or b"").decode()
+    if DROPPED in notes:
+        dropped = (notes[DROPPED] or b"").decode()
         raise ValueError(f"cannot be sent again: its {dropped} was too large to be kept")
     try:
-        count = int(notes["gapstream.errors.headers"] or b"")
+        count = int(notes[OWN_HEADERS] or b"")
     except KeyError as missing:
         raise ValueError(f"not a dead letter of gapstream: no header {missing}") from None
-    nulls = {int(index) for index in (notes.get("gapstream.errors.null-headers") or b"").split(b",") if index}
+    nulls = {int(index) for index in (notes.get(NULL_HEADERS) or b"").split(b",") if index}
     headers = tuple((name, None if at in nulls else value) for at, (name, value) in enumerate(letter.headers[:count]))
-    return Raw(None if "gapstream.errors.null-key" in notes else letter.key, letter.value, headers)
+    return Raw(None if NULL_KEY in notes else letter.key, letter.value, headers)

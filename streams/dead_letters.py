@@ -17,10 +17,12 @@ from streams.source import DeadLetterError
 log = logging.getLogger(__name__)
 
 _FILES = 8
+"""Files that share the bound. The oldest is deleted as a whole: with more files less is lost at once, with fewer a
+larger value still fits into one."""
 
 
 class FileDeadLetters:
-    """Keeps about the newest `max_bytes` of dead letters in `folder`, in files of an eighth of that.
+    """Keeps the newest dead letters in `folder`, about `max_bytes` of them, in files of an eighth of that.
 
     A line has `time` (UTC), `topic`, `partition`, `offset`, `reason`, `detail`, and of the message as it came `key`,
     `value` (base64 or null) and `headers` (pairs of name and base64 or null). A value too large for a file is left out:
@@ -35,7 +37,7 @@ class FileDeadLetters:
         self._failed: OSError | None = None
 
     def put(self, rejected: Rejected) -> None:
-        """Write it, not yet for good. A disk that does not take it is reported by `flush`."""
+        """Write a record, not yet for good. `flush` raises for a disk that did not take it."""
         if self._failed:
             return
         line = _line(rejected, self._file_bytes)
@@ -49,8 +51,10 @@ class FileDeadLetters:
             self._failed = error
 
     def flush(self, timeout_s: float = 0) -> None:
-        """Fsync everything put before (a disk has no timeout). Raises DeadLetterError, and from then on always, when a
-        letter could not be written: the record is read, and rejected, again after the next start.
+        """Write everything put before to the disk for good; a disk has no time-out.
+
+        Raises DeadLetterError, and from then on always, when a letter could not be written: the record is read, and
+        rejected, again after the next start.
         """
         try:
             if self._file and not self._failed:
@@ -65,7 +69,7 @@ class FileDeadLetters:
             ) from self._failed
 
     def close(self) -> None:
-        """Without a `flush` before it, letters may be lost."""
+        """Close the file. Letters that no `flush` followed may be lost."""
         file, self._file = self._file, None
         if file:
             try:
@@ -87,6 +91,7 @@ class FileDeadLetters:
         number = int(files[-1].stem) + 1 if files else 1
         self._file = (self._folder / f"{number:08d}.jsonl").open("xb")
         self._written = 0
+        # A file is there after a crash only when its folder's entry is on the disk too.
         folder = os.open(self._folder, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -95,7 +100,7 @@ class FileDeadLetters:
 
 
 def _line(rejected: Rejected, max_bytes: int) -> bytes:
-    letter: dict[str, Any] = {
+    line: dict[str, Any] = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "topic": rejected.partition.topic,
         "partition": rejected.partition.number,
@@ -105,12 +110,13 @@ def _line(rejected: Rejected, max_bytes: int) -> bytes:
     }
     raw = rejected.raw
     if raw is not None:
-        letter |= {"key": _base64(raw.key), "headers": [[name, _base64(value)] for name, value in raw.headers]}
+        line |= {"key": _base64(raw.key), "headers": [[name, _base64(value)] for name, value in raw.headers]}
+        # As base64 it has 4 characters for 3 bytes; half a file is left for the rest of the line.
         if raw.value is not None and len(raw.value) * 4 // 3 > max_bytes // 2:
-            letter |= {"value_bytes": len(raw.value), "value_sha256": hashlib.sha256(raw.value).hexdigest()}
+            line |= {"value_bytes": len(raw.value), "value_sha256": hashlib.sha256(raw.value).hexdigest()}
         else:
-            letter["value"] = _base64(raw.value)
-    return json.dumps(letter).encode() + b"\n"
+            line["value"] = _base64(raw.value)
+    return json.dumps(line).encode() + b"\n"
 
 
 def _base64(value: bytes | None) -> str | None:

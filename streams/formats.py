@@ -1,4 +1,4 @@
-"""The wire format: messages of a topic to items and back, and dead letters with what is needed to replay them. Pure.
+"""The wire format: messages of a topic to items, and records and marks to messages. Pure.
 
 A message is one of, told apart in this order (deploy/wire-format.md is the same for producers in any language):
 
@@ -34,27 +34,45 @@ from streams.record import (
     check_image,
 )
 
+# Header names. Those with `ce_` are the CloudEvents attributes of the Kafka binding's binary mode.
 CONTROL = "gapstream.control"
+LABEL, CE_LABEL = "label", "ce_label"
+CONTENT_TYPE = "content-type"
+CE_VERSION = "ce_specversion"
 IMAGE_URL, IMAGE_SHA256, IMAGE_SIZE = "image-url", "image-sha256", "image-size"
-JSON, CLOUDEVENTS = "application/json", "application/cloudevents+json"
+
+COMMON_HEADERS = (LABEL, CONTENT_TYPE, "ce_id", "ce_type", "ce_time")
+"""Names that most messages have: who reads thousands of messages decodes these once. A name that is not here only costs
+time."""
+
+JSON, CLOUDEVENTS, OCTETS = "application/json", "application/cloudevents+json", "application/octet-stream"
+"""Values of the header `content-type` that are understood, beside `image/...`."""
+
+_CE_VERSION = "1.0"
+"""What CloudEvents of version 1.0 and its corrections say; another version may mean anything, so it is rejected."""
 
 _SHA256 = re.compile(r"[0-9a-fA-F]{64}")
+
 _ENVELOPE_EXTRA = 2**16
+"""Bytes that an envelope may have beside its image in base64: label, URL, fields of others. Chosen by hand; it bounds
+what is parsed, and an envelope beyond it is rejected as too large."""
+
 _MEDIA_TYPES = {b"\xff\xd8\xff": "image/jpeg", b"\x89PNG": "image/png", b"GIF8": "image/gif", b"BM": "image/bmp"}
+"""First bytes of an image -> what `encode_image` declares. For readers of others: ours go by the bytes themselves."""
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A record whose image is elsewhere: to be fetched, then handed to `Codec.redeem`."""
+    """A record whose image is elsewhere (a claim check): `Codec.fetch` turns it into a Record or a Rejected."""
 
     partition: Partition
     offset: int
     label: str
     url: str
     sha256: str
-    """64 lower-case hexadecimal digits."""
+    """The digest the image must have: 64 lower-case hexadecimal digits."""
     size: int | None
-    """Bytes, when the message says."""
+    """The bytes the image must have; None when the message does not say."""
     timestamp_s: float | None
     raw: Raw
 
@@ -65,14 +83,17 @@ class Codec:
     def __init__(
         self, *, max_image_bytes: int, max_image_pixels: int, max_label_chars: int, labelled: bool = True
     ) -> None:
-        """`labelled` False: images need no class name, and one they have is not looked at."""
+        """`max_image_bytes` and `max_image_pixels` bound an encoded image, `max_label_chars` a class name.
+
+        Without `labelled` images need no class name, and one they have is not looked at.
+        """
         self._max_bytes = max_image_bytes
         self._max_pixels = max_image_pixels
         self._max_label = max_label_chars
         self._labelled = labelled
 
     def decode(self, partition: Partition, offset: int, raw: Raw, timestamp_s: float | None) -> Item | Claim:
-        """The item a message stands for; of an image only the header is looked at."""
+        """The item a message stands for; of an image only the first bytes are looked at (see `check_image`)."""
         try:
             headers = dict(raw.headers)  # of a repeated header the last one counts, as Kafka's lastHeader has it
             if CONTROL in headers:
@@ -96,20 +117,20 @@ class Codec:
             return Rejected(partition, offset, why.reason, why.detail, raw)
         return Record(partition, offset, label, image, timestamp_s, raw)
 
-    def fetched(self, claim: Claim, fetch: Callable[[str], bytes] | None) -> Record | Rejected:
-        """The record of a claim; its image is fetched here. Without a store no image may be elsewhere."""
+    def fetch(self, claim: Claim, get: Callable[[str], bytes] | None) -> Record | Rejected:
+        """The record of a claim, whose image `get` brings for its URL. Without `get` no image may be elsewhere."""
         try:
-            if fetch is None:
+            if get is None:
                 raise Unusable(Reason.FETCH_FORBIDDEN, f"{claim.url[:500]!r}: no prefix is allowed")
-            return self.redeem(claim, fetch(claim.url))
+            return self.redeem(claim, get(claim.url))
         except Unusable as why:
             return Rejected(claim.partition, claim.offset, why.reason, why.detail, claim.raw)
-        except Exception as error:
+        except Exception as error:  # whatever a network brings: a record's image never ends the stream
             detail = f"{claim.url[:500]!r}: {type(error).__name__}: {str(error)[:400]}"
             return Rejected(claim.partition, claim.offset, Reason.FETCH_FAILED, detail, claim.raw)
 
     def redeem(self, claim: Claim, image: bytes) -> Record | Rejected:
-        """The record of a claim whose image has been fetched. Its hash and size are checked here."""
+        """The record of a claim whose image has been fetched; its hash and size are checked."""
         try:
             digest = hashlib.sha256(image).hexdigest()
             if claim.size is not None and len(image) != claim.size:
@@ -125,35 +146,35 @@ class Codec:
 
     @staticmethod
     def _is_image(headers: Mapping[str, bytes | None], value: bytes | None) -> bool:
-        if "ce_specversion" in headers and headers["ce_specversion"] != b"1.0":
-            version = headers["ce_specversion"]
-            raise Unusable(Reason.BAD_SCHEMA, f"CloudEvents specversion {version!r}; only 1.0 is understood")
-        declared = headers.get("content-type")
+        if CE_VERSION in headers and headers[CE_VERSION] != _CE_VERSION.encode():
+            version = headers[CE_VERSION]
+            raise Unusable(Reason.BAD_SCHEMA, f"CloudEvents specversion {version!r}; only {_CE_VERSION} is understood")
+        declared = headers.get(CONTENT_TYPE)
         if declared is None:
             return not (value and value.startswith(b"{"))
-        if declared.startswith(b"image/"):
+        if declared.startswith(b"image/"):  # nearly all: without the work below
             return True
         kind = declared.partition(b";")[0].strip().lower()
-        if kind.startswith(b"image/") or kind == b"application/octet-stream":
+        if kind.startswith(b"image/") or kind == OCTETS.encode():
             return True
         if kind.decode("latin-1") in (JSON, CLOUDEVENTS):
             return False
         raise Unusable(
             Reason.BAD_SCHEMA,
-            f"content-type {declared[:100]!r}; understood are image/*, application/octet-stream, {JSON}, {CLOUDEVENTS}",
+            f"content-type {declared[:100]!r}; understood are image/*, {OCTETS}, {JSON}, {CLOUDEVENTS}",
         )
 
     def _label(self, headers: Mapping[str, bytes | None], envelope: Mapping[str, Any] | None) -> str:
         if not self._labelled:
             return ""
-        found: Any = headers.get("label")
+        found: Any = headers.get(LABEL)
         if found is not None:
             return canonical_label(found, self._max_label)
-        found = headers.get("ce_label")
+        found = headers.get(CE_LABEL)
         if found is None and envelope:
             found = envelope.get("label")
         if found is None:
-            raise Unusable(Reason.MISSING_LABEL, "no header `label` or `ce_label`, and no `label` in an envelope")
+            raise Unusable(Reason.MISSING_LABEL, f"no header `{LABEL}` or `{CE_LABEL}`, and no `label` in an envelope")
         if not isinstance(found, str | bytes):
             raise Unusable(Reason.LABEL_TYPE, f"label is {type(found).__name__} {str(found)[:80]}, expected text")
         return canonical_label(found, self._max_label)
@@ -161,16 +182,16 @@ class Codec:
     def _envelope(self, headers: Mapping[str, bytes | None], value: bytes) -> dict[str, Any]:
         if not value:
             raise Unusable(Reason.EMPTY, "no value, expected a JSON envelope")
-        longest = self._max_bytes * 4 // 3 + _ENVELOPE_EXTRA
+        longest = self._max_bytes * 4 // 3 + _ENVELOPE_EXTRA  # base64 has 4 characters for 3 bytes
         if len(value) > longest:
             raise Unusable(Reason.TOO_LARGE, f"envelope of {len(value)} bytes, at most {longest}")
         try:
             parsed = json.loads(value)
-        except (ValueError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # the latter for brackets nested by the thousand
             raise Unusable(Reason.BAD_ENVELOPE, f"not JSON: {str(error)[:200]}") from None
         if not isinstance(parsed, dict):
             raise Unusable(Reason.BAD_ENVELOPE, f"JSON {type(parsed).__name__}, expected an object")
-        if (headers.get("content-type") or b"").lower().startswith(CLOUDEVENTS.encode()):
+        if (headers.get(CONTENT_TYPE) or b"").lower().startswith(CLOUDEVENTS.encode()):
             return _event_envelope(parsed)
         return parsed
 
@@ -180,7 +201,7 @@ class Codec:
             raise Unusable(Reason.BAD_SCHEMA, "envelope has neither `image` nor `image_url` nor `control`")
         if not isinstance(text, str):
             raise Unusable(Reason.BAD_SCHEMA, f"`image` is {type(text).__name__}, expected base64 text")
-        if len(text) // 4 * 3 > self._max_bytes + 2:
+        if len(text) // 4 * 3 > self._max_bytes + 2:  # before it is decoded; the last 3 bytes may be 2 of padding
             raise Unusable(Reason.TOO_LARGE, f"about {len(text) // 4 * 3} bytes of image, at most {self._max_bytes}")
         try:
             return binascii.a2b_base64(text, strict_mode=True)
@@ -218,21 +239,22 @@ def _control(value: Any) -> ControlKind:
 
 
 def _claim_fields(headers: Mapping[str, bytes | None]) -> dict[str, Any]:
-    """The headers of a claim check under the names an envelope has."""
+    """The headers of a claim check, under the names that an envelope has for them."""
     fields: dict[str, Any] = {}
     for name, key in ((IMAGE_URL, "image_url"), (IMAGE_SHA256, "sha256"), (IMAGE_SIZE, "size")):
         value = headers.get(name)
         if value is not None:
             text = value.decode("utf-8", "backslashreplace")
+            # 18 digits at most: Python refuses to read a number of thousands of digits.
             fields[key] = int(text) if key == "size" and re.fullmatch("[0-9]{1,18}", text, re.ASCII) else text
     return fields
 
 
 def _event_envelope(event: dict[str, Any]) -> dict[str, Any]:
     """The envelope inside a structured CloudEvent; its `label` extension counts when the data has none."""
-    if event.get("specversion") != "1.0":
-        version = event.get("specversion")
-        raise Unusable(Reason.BAD_SCHEMA, f"CloudEvents specversion {version!r}; only 1.0 is understood")
+    version = event.get("specversion")
+    if version != _CE_VERSION:
+        raise Unusable(Reason.BAD_SCHEMA, f"CloudEvents specversion {version!r}; only {_CE_VERSION} is understood")
     label = {"label": event["label"]} if "label" in event else {}
     if "data_base64" in event:
         return label | {"image": event["data_base64"]}
@@ -242,11 +264,11 @@ def _event_envelope(event: dict[str, Any]) -> dict[str, Any]:
 
 
 def encode_image(label: str, image: bytes) -> tuple[bytes, list[tuple[str, bytes]]]:
-    """Value and headers of a labelled image in the default format."""
-    media = next((name for magic, name in _MEDIA_TYPES.items() if image.startswith(magic)), "application/octet-stream")
-    return image, [("label", label.encode()), ("content-type", media.encode())]
+    """The value and headers of a labelled image in the default format."""
+    media = next((name for magic, name in _MEDIA_TYPES.items() if image.startswith(magic)), OCTETS)
+    return image, [(LABEL, label.encode()), (CONTENT_TYPE, media.encode())]
 
 
 def encode_control(kind: ControlKind) -> tuple[None, list[tuple[str, bytes]]]:
-    """Value and headers of a mark. Its message needs a key, as a client may refuse to send neither key nor value."""
+    """The value and headers of a mark. Its message needs a key: kafka-python sends none without both key and value."""
     return None, [(CONTROL, kind.value.encode())]

@@ -20,9 +20,13 @@ Entry = TypeVar("Entry")
 
 
 class Merge(Generic[Entry]):
-    """Takes entries of known partitions in their order, gives them out in the joint one. Times are ms."""
+    """Takes the entries of partitions in their order and gives them out in the joint one. Times are in milliseconds.
+
+    Not safe for threads, but for `waiting`, which others may ask.
+    """
 
     def __init__(self, wait_s: float) -> None:
+        """`wait_s`: how many seconds after its own time a record may reach the broker and still find its place."""
         self._wait_ms = wait_s * 1000
         self._waiting: dict[Partition, deque[tuple[int, Entry]]] = {}
         self._quiet: dict[Partition, float] = {}
@@ -33,25 +37,21 @@ class Merge(Generic[Entry]):
             self._waiting.setdefault(partition, deque())
             self._quiet.setdefault(partition, float("-inf"))
 
-    def forget(self, partition: Partition) -> None:
-        """Drop what waits of a partition and what is known of it."""
-        self._waiting[partition].clear()
-        self._quiet[partition] = float("-inf")
-
     def add(self, partition: Partition, entries: Iterable[tuple[int, Entry]]) -> None:
-        """Entries of one partition with their timestamps, in the partition's order."""
+        """Take entries of one partition with their timestamps, in the partition's order."""
         self._waiting[partition].extend(entries)
 
     def quiet(self, partition: Partition, time_ms: float) -> None:
-        """At `time_ms` the partition had no record that was not added before."""
+        """Note that at `time_ms` the partition had no record that was not added before."""
         self._quiet[partition] = max(self._quiet[partition], time_ms)
 
     def waiting(self, partition: Partition) -> int:
+        """The number of entries of a partition that are held back."""
         return len(self._waiting[partition])
 
     @property
     def blocking(self) -> Collection[Partition]:
-        """Partitions without an entry, that keep others' entries back; empty when nothing is held back."""
+        """The partitions without an entry that keep others' entries back; empty when nothing is held back."""
         if not any(self._waiting.values()):
             return ()
         return [partition for partition, entries in self._waiting.items() if not entries]
@@ -77,10 +77,11 @@ class Merge(Generic[Entry]):
                 heapq.heapreplace(heads, (queue[0][0], first))
             else:
                 heapq.heappop(heads)
-                certain = min(certain, self._quiet[first] - self._wait_ms) if not uncertain else certain
+                if not uncertain:  # what comes next of this partition is not known
+                    certain = min(certain, self._quiet[first] - self._wait_ms)
         return taken
 
     def _certain_ms(self) -> float:
-        """Whatever comes will have at least this timestamp."""
+        """The timestamp that whatever comes will have at least."""
         silent = [self._quiet[partition] for partition, queue in self._waiting.items() if not queue]
         return min(silent, default=float("inf")) - self._wait_ms

@@ -18,10 +18,11 @@ from PIL import Image
 
 
 class Partition(NamedTuple):
-    """One ordered log. An archive is one topic with the single partition 0."""
+    """One ordered log: partition `number` of `topic`. An archive is one topic with the single partition 0."""
 
     topic: str
     number: int
+    """From 0."""
 
 
 Offsets = Mapping[Partition, int]
@@ -29,7 +30,11 @@ Offsets = Mapping[Partition, int]
 
 
 class Reason(enum.StrEnum):
-    """Why a record cannot be used. Closed: it is the label of a metric and a header of a dead letter."""
+    """Why a record cannot be used: the label of a metric and a header of a dead letter.
+
+    The list is closed, as a metric must not get a series for every text somebody writes. deploy/wire-format.md says
+    what each means; exporter.metrics repeats the list, and a test compares the two.
+    """
 
     EMPTY = "empty"
     TOO_LARGE = "too_large"
@@ -37,7 +42,6 @@ class Reason(enum.StrEnum):
     BAD_SCHEMA = "bad_schema"
     MISSING_LABEL = "missing_label"
     LABEL_TYPE = "label_type"
-    UNKNOWN_LABEL = "unknown_label"
     UNDECODABLE = "undecodable"
     TRUNCATED = "truncated"
     BOMB = "bomb"
@@ -45,13 +49,15 @@ class Reason(enum.StrEnum):
     UNSUPPORTED_FORMAT = "unsupported_format"
     FETCH_FAILED = "fetch_failed"
     FETCH_FORBIDDEN = "fetch_forbidden"
-    DUPLICATE = "duplicate"
-    STALE = "stale"
     TASK_FAILED = "task_failed"
 
 
 MESSAGE_OVERHEAD = 500
+"""Bytes of memory for the Python objects around a message. Measured: 354 for a message and its record; the rest is for
+the queues they wait in. Without it small messages would take many times the memory they are counted for."""
+
 _HEADER_OVERHEAD = 150
+"""Bytes of memory for the Python objects of a header. Measured: 152 to 166."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +70,7 @@ class Raw:
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes the message takes in memory, about: what it carries, and the objects around it."""
+        """The bytes that the message takes in memory, about: what it carries, and the objects around it."""
         return (
             MESSAGE_OVERHEAD
             + len(self.key or b"")
@@ -80,7 +86,7 @@ class Record:
     partition: Partition
     offset: int
     label: str
-    """Canonical class name: see `canonical_label`."""
+    """The canonical class name (see `canonical_label`)."""
     image: bytes
     timestamp_s: float | None = None
     """When the record was produced, seconds since the epoch; None when the stream does not say."""
@@ -100,6 +106,8 @@ class Rejected:
 
 
 class ControlKind(enum.StrEnum):
+    """What a mark says; the values are those of the wire format."""
+
     TASK_BOUNDARY = "task-boundary"
     FLUSH = "flush"
 
@@ -127,12 +135,13 @@ class Unusable(Exception):
 
 @lru_cache(maxsize=4096)
 def canonical_label(raw: str | bytes, max_chars: int) -> str:
-    """The class name `raw` means: NFC, no space at the ends, every run of white space inside is one space.
+    """The class name that `raw` means: NFC, no space at the ends, every run of white space inside is one space.
 
     Case is kept: which of two spellings counts is for the buffer, which knows the one seen first. Raises `Unusable`:
     MISSING_LABEL when nothing is left, LABEL_TYPE for what is not UTF-8, has control characters or more than
     `max_chars` characters.
     """
+    # Cached, as a stream has few class names and many records: 0.1 microseconds instead of 1.4.
     try:
         text = raw.decode() if isinstance(raw, bytes) else raw
         text.encode()
@@ -149,10 +158,12 @@ def canonical_label(raw: str | bytes, max_chars: int) -> str:
 
 
 MAX_ASPECT = 100
-"""Longest over shortest side. Beyond it the resize of the shortest side to the model's input is itself a bomb."""
+"""Longest over shortest side. Beyond it the resize of the shortest side to the model's input is itself a bomb: at 224
+pixels a needle of 1 x 500,000 would become one of 224 x 112,000,000. Chosen by hand, far beyond any panorama."""
 
 _JPEG_SEGMENTS = 2000
-"""Real files have a dozen; megabytes of empty ones would take seconds to walk."""
+"""Segments that are walked to find the frame header. Real files have a dozen; to walk megabytes of empty ones would
+take seconds."""
 
 
 def check_image(data: bytes, max_bytes: int, max_pixels: int) -> None:
@@ -179,12 +190,18 @@ def check_image(data: bytes, max_bytes: int, max_pixels: int) -> None:
 
 
 _PNG = b"\x89PNG\r\n\x1a\n"
+"""First bytes of a PNG."""
+
 _RARE = (b"II*\0", b"MM\0*", b"P1", b"P2", b"P3", b"P4", b"P5", b"P6")
+"""First bytes of TIFF and PPM. Their headers have many forms, so Pillow reads them in about a hundred microseconds."""
+
 _JPEG_FRAMES = frozenset({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})
+"""Markers of a JPEG's frame headers (SOF0 to SOF15); the three left out are tables and extensions among them."""
 
 
 def _dimensions(data: bytes) -> tuple[int, int]:
-    """Width and height from the header. struct.error and IndexError mean that the data ends too early."""
+    """The width and height from the header. struct.error and IndexError mean that the data ends too early."""
+    # By hand, as this is done for every record: one or two microseconds, where Pillow takes 12 (PNG) to 100 (WEBP).
     if data.startswith(b"\xff\xd8\xff"):
         return _jpeg_dimensions(data)
     if data.startswith(_PNG):
@@ -198,9 +215,9 @@ def _dimensions(data: bytes) -> tuple[int, int]:
         width, height = struct.unpack_from("<HH", data, 6)
         return width, height
     if data.startswith(b"BM"):
-        (header_size,) = struct.unpack_from("<I", data, 14)
+        (header_size,) = struct.unpack_from("<I", data, 14)  # 12 is OS/2's header, with sides of 16 bits
         width, height = struct.unpack_from("<HH" if header_size == 12 else "<ii", data, 18)
-        return width, abs(height)
+        return width, abs(height)  # negative: the rows come from the top
     if data.startswith(_RARE) or data[4:12] == b"ftypavif":
         return _pillow_dimensions(data)
     found = f"begins with {data[:12]!r}"
@@ -216,15 +233,13 @@ def _jpeg_dimensions(data: bytes) -> tuple[int, int]:
         if marker in _JPEG_FRAMES:
             height, width = struct.unpack_from(">HH", data, at + 5)
             return width, height
-        if marker >= 0xDB and marker != 0xFF:  # tables, comments, EXIF
-            at += 2 + (data[at + 2] << 8 | data[at + 3])
-        elif marker == 0xFF:  # a fill byte
+        if marker == 0xFF:  # a fill byte
             at += 1
         elif marker == 0x01 or 0xD0 <= marker <= 0xD8:  # markers without a segment
             at += 2
         elif marker in (0x00, 0xD9, 0xDA):
             raise Unusable(Reason.UNDECODABLE, "JPEG has no frame header before its pixels")
-        else:
+        else:  # a table, a comment, EXIF
             at += 2 + (data[at + 2] << 8 | data[at + 3])
     raise Unusable(Reason.UNDECODABLE, f"JPEG has no frame header in its first {_JPEG_SEGMENTS} segments")
 

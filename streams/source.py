@@ -20,50 +20,56 @@ class Source(Protocol):
         """Identity of the order of items; a commit's offsets mean something only under the same fingerprint."""
 
     def continues(self, fingerprint: str) -> bool:
-        """Whether the offsets of a commit made under `fingerprint` mean something here. Asked before `seek`."""
+        """Whether the offsets of a commit made under `fingerprint` mean something here. It is asked before `seek`."""
 
     def seek(self, offsets: Offsets) -> None:
-        """Continue at `offsets` (from a commit). Partitions it lacks start where the configuration says."""
+        """Continue at a commit's `offsets`. Partitions that it lacks start where the configuration says."""
 
     @property
     def positions(self) -> Offsets:
         """Where `seek` began, for every partition there was, and what else the next commit has to remember."""
 
     def poll(self, timeout_s: float) -> Sequence[Item]:
-        """Items that arrived, perhaps none; returns within about `timeout_s`. Must be called also while throttled."""
+        """The items that arrived, perhaps none, within about `timeout_s` seconds. It is called also while throttled."""
 
     def throttle(self, full: bool) -> None:
         """While `full` nothing new is fetched; polling goes on."""
 
     def acknowledge(self, offsets: Offsets) -> None:
-        """Tell the outside (lag tools) what is committed. Never read back; a failure is logged, not fatal."""
+        """Tell the outside (lag tools) what is committed. It is never read back; a failure is logged, not fatal."""
 
     def judged(self, samples: int, rejected: int) -> None:
-        """Of `samples` that were handed out, decoding them for learning found `rejected` that cannot be used."""
+        """Tell the source that decoding `samples` of its records found `rejected` of them that cannot be used."""
 
     def lag(self) -> dict[tuple[str, int], int]:
-        """Records not yet read, per (topic, partition); empty where unknown."""
+        """The number of records not yet read, per (topic, partition); empty where it is unknown."""
 
     @property
     def skipped(self) -> Mapping[str, int]:
-        """Records by topic that were gone before they were read, since the process began."""
+        """The number of records by topic that were gone before they were read, since the process began."""
 
     @property
     def holding(self) -> str:
         """Why the source itself does not read at present; empty when it does."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Stop reading; what was handed out stays valid."""
 
 
 class DeadLetters(Protocol):
-    """Where rejected records go. `flush` returns only when everything put before is acknowledged."""
+    """Where rejected records go, as dead letters."""
 
-    def put(self, rejected: Rejected) -> None: ...
+    def put(self, rejected: Rejected) -> None:
+        """Set a record aside, perhaps only later. Raises DeadLetterError."""
 
     def flush(self, timeout_s: float) -> None:
-        """Raises DeadLetterError when they cannot be delivered: the commit that would pass them must not happen."""
+        """Return when everything put before is acknowledged.
 
-    def close(self) -> None: ...
+        Raises DeadLetterError when it cannot be delivered: the commit that would pass those records must not happen.
+        """
+
+    def close(self) -> None:
+        """Let go of files and connections. Letters that no `flush` followed may be lost."""
 
 
 class StreamError(Exception):

@@ -28,7 +28,7 @@ class Sample:
     path: Path
     start: int
     length: int
-    """The encoded image is `length` bytes of the file `path` from byte `start` on."""
+    """Bytes of the encoded image, which begins at byte `start` of the file `path`."""
 
     def read(self) -> bytes:
         """The encoded image. Raises SpoolError when the segment is gone or shorter than it was."""
@@ -36,7 +36,11 @@ class Sample:
 
 
 class Spool:
-    """Holds about `max_bytes`: nothing is refused beyond it, but `full` asks to stop fetching. Used from one thread."""
+    """The segments in `folder`. Used from one thread.
+
+    It holds about `max_bytes`: nothing is refused beyond them, but `full` asks to stop fetching. A segment of
+    `segment_bytes` is closed: smaller ones free the disk sooner, larger ones are fewer files. Raises SpoolError.
+    """
 
     def __init__(self, folder: Path, max_bytes: int, segment_bytes: int = 64 * 2**20):
         self.max_bytes = max_bytes
@@ -55,11 +59,12 @@ class Spool:
 
     @property
     def bytes(self) -> int:
-        """Bytes of all segments that still hold a sample."""
+        """The bytes of all segments that still hold a sample."""
         return self._bytes
 
     @property
     def full(self) -> bool:
+        """Whether the bound is reached."""
         return self._bytes >= self.max_bytes
 
     def append(self, record: Record) -> Sample:
@@ -94,7 +99,10 @@ class Spool:
                 raise self._error(error) from error
 
     def raw(self, sample: Sample) -> Raw:
-        """The message the sample came in. For a record without `raw`: no key, no headers, the image as value."""
+        """The message the sample came in. A record without `raw` has no key, no headers, and the image as value.
+
+        Raises SpoolError like `Sample.read`.
+        """
         after = sample.start + sample.length
         (size,) = _LENGTH.unpack(_read(sample.path, after, _LENGTH.size))
         image = sample.read()
@@ -110,14 +118,9 @@ class Spool:
             if not segment.samples:
                 self._delete(segment)
 
-    def clear(self) -> None:
-        """Forget every sample."""
-        for segment in list(self._segments.values()):
-            self._delete(segment)
-
     def _next_segment(self) -> _Segment:
         self.end_segment()
-        self._number += 1
+        self._number += 1  # never used twice: a name stands for the same bytes as long as somebody knows it
         path = self._folder / f"{self._number:08d}.segment"
         self._open = self._segments[path] = _Segment(path, path.open("wb", buffering=2**20))
         return self._open
@@ -159,11 +162,15 @@ def _read(path: Path, start: int, length: int) -> bytes:
     return data
 
 
-# After the image: the size of what follows, then key, value and headers as fields of a length and so many bytes.
+# After the image stand the size of what follows, then key, value and headers as fields: a length and its bytes.
 _LENGTH = struct.Struct("<i")
+"""A length. 32 bits are enough: no message is longer than a Kafka request, which has a length of 32 bits itself."""
 _NOTHING = _LENGTH.pack(0)
+"""In the place of the size: the record came without a message around it."""
 _NULL = _LENGTH.pack(-1)
+"""In the place of a field: null, which Kafka tells from empty."""
 _THE_IMAGE = _LENGTH.pack(-2)
+"""In the place of the value: the image itself, as nearly always; it is not written twice."""
 
 
 def _pack(raw: Raw, image: bytes) -> bytes:
@@ -174,7 +181,7 @@ def _pack(raw: Raw, image: bytes) -> bytes:
     else:
         parts += [_NULL] if raw.value is None else [size(len(raw.value)), raw.value]
     for name, value in raw.headers:
-        text = name.encode("utf-8", "surrogateescape")
+        text = name.encode("utf-8", "surrogateescape")  # whatever stands in a header name, the letter repeats it
         parts += [size(len(text)), text]
         parts += [_NULL] if value is None else [size(len(value)), value]
     packed = b"".join(parts)

@@ -24,7 +24,7 @@ from agent.methods import build
 from agent.model.clip import Clip, load_clip
 from agent.scoring.evaluator import Evaluator
 from agent.scoring.holdout import HoldOut
-from streams.archive import ArchiveFolder
+from streams.archive_folder import ArchiveFolder
 from tests.tiny import silent
 
 RGB = tuple[int, int, int]

@@ -71,4 +71,4 @@ def test_what_waits_too_long_may_be_let_go() -> None:
     merge.track([A, B])
     merge.add(A, [(10_000, "x"), (10_001, "y")])
     assert merge.waiting(A) == 2
-    assert merge.take(whatever=True) == ["x", "y"]
+    assert merge.take(uncertain=True) == ["x", "y"]

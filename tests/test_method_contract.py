@@ -22,7 +22,7 @@ from exporter.onnx import OnnxExporter
 from exporter.preprocess import Preprocess
 from exporter.text import name_encoder
 from exporter.text_export import TextTower
-from streams.archive import ArchiveFolder
+from streams.archive_folder import ArchiveFolder
 from tests.tiny import silent, tiny_clip, tiny_task, tiny_timm_clip
 
 UNTRAINED = ("gapstream", "ncm", "zeroshot")

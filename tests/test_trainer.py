@@ -15,7 +15,7 @@ from agent.config import Config
 from agent.trainer import LearnerError, Trainer
 from agent.values import Commit, Outcome, Progress
 from exporter.runtime import Classifier
-from streams.archive import ArchiveFolder
+from streams.archive_folder import ArchiveFolder
 from streams.buffer import Task
 from streams.record import Partition, Reason, Record
 from streams.spool import Spool

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from agent.cli import main
-from streams.archive import ArchiveFolder
+from streams.archive_folder import ArchiveFolder
 from tests.processes import free_port, gapstream, get, running, until
 from tests.test_deploy import DEPLOY, panels, program
 

@@ -19,7 +19,8 @@ from agent.methods.base import TaskData
 from agent.model.clip import Clip
 from agent.model.images import TokensAt, load_tokens
 from exporter.preprocess import ImageError
-from streams.archive import ArchiveFolder, ArchiveSource, Entry
+from streams.archive import ArchiveSource
+from streams.archive_folder import ArchiveFolder, Entry
 from streams.record import Unusable
 
 log = logging.getLogger(__name__)

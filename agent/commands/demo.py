@@ -26,7 +26,7 @@ from agent.config import Config, load
 from agent.process import log_to_stderr, stop_on_signals
 from agent.run import run_agent
 from exporter.metrics import Metrics
-from streams.archive import ArchiveFolder
+from streams.archive_folder import ArchiveFolder
 
 FOLDER = Path("build/demo")
 

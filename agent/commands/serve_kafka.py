@@ -26,7 +26,7 @@ from exporter.serve import Server
 from exporter.serving_metrics import KafkaMetrics
 from streams.background import in_background
 from streams.dead_letter_format import message_size
-from streams.formats import Claim
+from streams.formats import CONTENT_TYPE, JSON, Claim
 from streams.kafka.exchange import Arrival, Exchange, Reply
 from streams.record import Control, Partition, Reason, Record, Rejected
 from streams.source import StreamError
@@ -63,7 +63,7 @@ def beside(config: Config, server: Server) -> Iterator[None]:
         lambda: server.classifier,
         KafkaMetrics(server.registry, Reason),
         lambda: server.stopping,
-        fetch=lambda claim: decoder.fetched(claim, images.fetch if images else None),
+        fetch=lambda claim: decoder.fetch(claim, images.fetch if images else None),
         top=section.top,
         headers=section.headers,
         max_batch=config.serve.max_batch,
@@ -255,4 +255,4 @@ def _prepared(item: Record | Rejected | Control, classifier: Classifier) -> Prep
 
 def _message(key: bytes | None, headers: list[tuple[str, bytes]], body: dict[str, Any]) -> Reply:
     value = json.dumps(body, ensure_ascii=False).encode("utf-8", "backslashreplace")
-    return Reply(key, value, [*headers, ("content-type", b"application/json")])
+    return Reply(key, value, [*headers, (CONTENT_TYPE, JSON.encode())])

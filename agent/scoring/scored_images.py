@@ -26,7 +26,7 @@ class EvaluationError(Exception):
 
 
 class ImageFolder(Protocol):
-    """Test images by class (streams.archive.ArchiveFolder)."""
+    """Test images by class (streams.archive_folder.ArchiveFolder)."""
 
     @property
     def classes(self) -> tuple[str, ...]: ...

@@ -1,4 +1,5 @@
-"""Stops reading when nearly everything is rejected."""
+"""A breaker of reading: it opens when nearly everything is rejected, lest a wrong setting empty a topic into its dead
+letters."""
 
 from __future__ import annotations
 
@@ -6,10 +7,13 @@ from collections import deque
 
 
 class Breaker:
-    """Opens when nearly everything is rejected, lest a wrong setting empty a topic into its dead letters."""
+    """Counts the last records, and how many of them were rejected."""
 
     def __init__(self, share: float = 0.9, window: int = 1000, pause_s: float = 60) -> None:
-        """Opens for `pause_s` when of the last `window` records more than `share` were rejected; 1.0: never."""
+        """It opens when more than `share` of the last `window` records were rejected, and never with a share of 1.0.
+
+        `pause_s` is for whoever asks: the seconds to read nothing then.
+        """
         self.share = share
         self.pause_s = pause_s
         self.window = window
@@ -17,7 +21,7 @@ class Breaker:
         self._records = self._rejected = 0
 
     def saw(self, records: int, rejected: int) -> bool:
-        """True when it opens; what was seen until then is forgotten."""
+        """Count `records`, of which `rejected` were rejected. True when the breaker opens; all is forgotten then."""
         self._seen.append((records, rejected))
         self._records += records
         self._rejected += rejected

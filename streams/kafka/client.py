@@ -10,32 +10,44 @@ from typing import Any
 from kafka import KafkaConsumer, OffsetAndMetadata, TopicPartition
 from kafka.admin import KafkaAdminClient
 
-from streams.kafka.connection import REQUEST_MS, Connection, describe_error
-from streams.kafka.record_batches import guard
+from streams.kafka.connection import METADATA_MS, PARTITION_BYTES, REQUEST_MS, Connection, describe_error
+from streams.kafka.record_batches import Message, Unreadable, guard
 from streams.record import Offsets, Partition
 
 log = logging.getLogger(__name__)
 
 _POLL_RECORDS = 1000
+"""Messages that one poll gives at most: what is decoded before the reader's thread looks at anything else. Chosen by
+hand, twice the client's default."""
+
+_CLOSE_MS = 500
+"""Time that closing may take while the cluster is away; KafkaSource must be closed within seconds."""
+
+_LAST_COMMIT_MS = 1500
+"""Time that the copy of the last commit may take at the end; only lag tools miss it."""
 
 
 class Client:
-    """The calls we make to a cluster, in our own words. Every one is bounded in time."""
+    """One connection to a cluster: a consumer with partitions assigned by hand, and an admin client.
+
+    Every call is bounded in time, and may raise any error of the client library. Used from one thread.
+    """
 
     def __init__(self, connection: Connection, group: str, fetch_bytes: int) -> None:
+        """`group`: where commits are copied to; empty for nowhere. `fetch_bytes`: what one fetch may bring, about."""
         settings = connection.settings()
+        # No deserializers: what one raises makes every later poll of kafka-python 3.0 spin for ever.
         self._consumer = KafkaConsumer(
             **settings,
             group_id=group or None,
-            enable_auto_commit=False,
-            auto_offset_reset="none",
+            enable_auto_commit=False,  # it would commit what was fetched and perhaps never learned
+            auto_offset_reset="none",  # a position that is gone is an error, which `on_lost` decides
             isolation_level="read_committed",
-            allow_auto_create_topics=False,
+            allow_auto_create_topics=False,  # a misspelt topic is an error and not a new topic
             fetch_max_bytes=fetch_bytes,
-            max_partition_fetch_bytes=min(fetch_bytes, 4 * 2**20),
-            request_timeout_ms=30_000,
-            metadata_max_age_ms=30_000,
-            metrics_enabled=False,
+            max_partition_fetch_bytes=min(fetch_bytes, PARTITION_BYTES),
+            metadata_max_age_ms=METADATA_MS,
+            metrics_enabled=False,  # nobody reads them, and they cost work at every fetch
         )
         guard(self._consumer)
         self._group = group
@@ -46,73 +58,91 @@ class Client:
             raise
 
     def close(self) -> None:
-        for part in (lambda: self._consumer.close(autocommit=False, timeout_ms=500), self._admin.close):
+        """Close both connections; a failure is only logged."""
+        for part in (lambda: self._consumer.close(autocommit=False, timeout_ms=_CLOSE_MS), self._admin.close):
             try:
                 part()
             except Exception as error:
                 log.debug("closing the Kafka client: %s", describe_error(error))
 
     def describe(self, topics: Iterable[str]) -> list[dict[str, Any]]:
+        """What the cluster says of topics: `name`, `error_code`, `topic_id` and `partitions` of each."""
         return self._admin.describe_topics(list(topics))
 
     def assign(self, positions: Offsets) -> None:
-        self._consumer.assign([TopicPartition(*where) for where in positions])
-        for where, offset in positions.items():
-            self.seek(where, offset)
+        """Read exactly these partitions from now on, each from its offset."""
+        self._consumer.assign([TopicPartition(*partition) for partition in positions])
+        for partition, offset in positions.items():
+            self.seek(partition, offset)
 
-    def seek(self, where: Partition, offset: int) -> None:
-        self._consumer.seek(TopicPartition(*where), offset)
+    def seek(self, partition: Partition, offset: int) -> None:
+        """Go on at `offset`; what was fetched beyond it is dropped."""
+        self._consumer.seek(TopicPartition(*partition), offset)
 
-    def poll(self, timeout_s: float) -> dict[Partition, list[Any]]:
+    def poll(self, timeout_s: float) -> dict[Partition, list[Message | Unreadable]]:
+        """Messages that arrived, at most a thousand, by partition and in order."""
         polled = self._consumer.poll(timeout_ms=int(timeout_s * 1000), max_records=_POLL_RECORDS)
-        return {Partition(*where): messages for where, messages in polled.items()}
+        return {Partition(*partition): messages for partition, messages in polled.items()}
 
     def pause(self, wanted: set[Partition]) -> None:
-        """Exactly these are paused from now on."""
-        paused = {Partition(*where) for where in self._consumer.paused()}
-        self._consumer.pause(*(TopicPartition(*where) for where in wanted - paused))
-        self._consumer.resume(*(TopicPartition(*where) for where in paused - wanted))
+        """Pause exactly these partitions from now on."""
+        paused = {Partition(*partition) for partition in self._consumer.paused()}
+        self._consumer.pause(*(TopicPartition(*partition) for partition in wanted - paused))
+        self._consumer.resume(*(TopicPartition(*partition) for partition in paused - wanted))
 
-    def position(self, where: Partition) -> int:
-        return self._consumer.position(TopicPartition(*where), timeout_ms=REQUEST_MS) or 0
+    def position(self, partition: Partition) -> int:
+        """The offset that the next poll begins with; the fetched and not yet polled lie behind it."""
+        return self._consumer.position(TopicPartition(*partition), timeout_ms=REQUEST_MS) or 0
 
-    def end(self, where: Partition) -> int | None:
-        """As the last fetch had it."""
-        return self._consumer.highwater(TopicPartition(*where))
+    def end(self, partition: Partition) -> int | None:
+        """The end of a partition as the last fetch had it; None before the first. It costs no request."""
+        return self._consumer.highwater(TopicPartition(*partition))
 
     def ends(self, partitions: Iterable[Partition]) -> dict[Partition, int]:
-        return self._asked(self._consumer.end_offsets, partitions)
+        """The offset after the last message of each partition."""
+        return self._ask(self._consumer.end_offsets, partitions)
 
     def beginnings(self, partitions: Iterable[Partition]) -> dict[Partition, int]:
-        return self._asked(self._consumer.beginning_offsets, partitions)
+        """The offset of the first message that each partition still has."""
+        return self._ask(self._consumer.beginning_offsets, partitions)
 
     @staticmethod
-    def _asked(ask: Callable[..., Mapping[Any, int]], partitions: Iterable[Partition]) -> dict[Partition, int]:
-        wanted = [TopicPartition(*where) for where in partitions]
+    def _ask(ask: Callable[..., Mapping[Any, int]], partitions: Iterable[Partition]) -> dict[Partition, int]:
+        wanted = [TopicPartition(*partition) for partition in partitions]
         answer = ask(wanted, timeout_ms=REQUEST_MS) if wanted else {}
-        return {Partition(*where): offset for where, offset in answer.items()}
+        return {Partition(*partition): offset for partition, offset in answer.items()}
 
     def at_time(self, partitions: Iterable[Partition], moment: datetime) -> dict[Partition, int]:
-        """First offset from `moment` on; the end where there is none yet."""
-        wanted = {TopicPartition(*where): int(moment.timestamp() * 1000) for where in partitions}
-        found = self._consumer.offsets_for_times(wanted, timeout_ms=REQUEST_MS)
-        known = {Partition(*where): answer.offset for where, answer in found.items() if answer and answer.offset >= 0}
-        return self.ends(Partition(*where) for where in wanted) | known
+        """The first offset from `moment` on of each partition; its end where there is none yet."""
+        wanted = {TopicPartition(*partition): int(moment.timestamp() * 1000) for partition in partitions}
+        answers = self._consumer.offsets_for_times(wanted, timeout_ms=REQUEST_MS)
+        found = {
+            Partition(*partition): answer.offset
+            for partition, answer in answers.items()
+            if answer and answer.offset >= 0
+        }
+        return self.ends(Partition(*partition) for partition in wanted) | found
 
     def committed(self, partitions: Iterable[Partition]) -> dict[Partition, int]:
+        """The group's offsets, of the partitions it has any for."""
         answers = {
-            where: self._consumer.committed(TopicPartition(*where), timeout_ms=REQUEST_MS) for where in partitions
+            partition: self._consumer.committed(TopicPartition(*partition), timeout_ms=REQUEST_MS)
+            for partition in partitions
         }
-        return {where: offset for where, offset in answers.items() if offset is not None}
+        return {partition: offset for partition, offset in answers.items() if offset is not None}
 
     def commit(self, offsets: Offsets, wait: bool) -> None:
-        wanted = {TopicPartition(*where): OffsetAndMetadata(offset, "", -1) for where, offset in offsets.items()}
+        """Write the group's offsets; a failure is logged where nobody waits for the answer."""
+        # -1: no leader epoch is known, as positions are sought by their offset alone.
+        wanted = {
+            TopicPartition(*partition): OffsetAndMetadata(offset, "", -1) for partition, offset in offsets.items()
+        }
         if wait:
-            self._consumer.commit(wanted, timeout_ms=1500)
+            self._consumer.commit(wanted, timeout_ms=_LAST_COMMIT_MS)
         else:
-            self._consumer.commit_async(wanted, callback=self._committed)
+            self._consumer.commit_async(wanted, callback=self._on_committed)
 
-    def _committed(self, offsets: Any, answer: Any) -> None:
+    def _on_committed(self, offsets: Any, answer: Any) -> None:
         if isinstance(answer, Exception):
             log.warning(
                 "offsets were not copied to group %s: %s; lag tools are behind", self._group, describe_error(answer)

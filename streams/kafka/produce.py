@@ -1,4 +1,4 @@
-"""Plays a stream of records and marks into a topic, as fast as told, each message acknowledged by all replicas."""
+"""Plays a stream of records and marks into a topic, at a given rate, each message acknowledged by all replicas."""
 
 from __future__ import annotations
 
@@ -13,12 +13,20 @@ from kafka.admin import KafkaAdminClient
 from kafka.errors import KafkaError, KafkaTimeoutError, TopicAlreadyExistsError
 
 from streams.formats import encode_control, encode_image
-from streams.kafka.connection import CONNECT_S, Connection, connecting
+from streams.kafka.connection import CONNECT_S, LINGER_MS, Connection, connecting
 from streams.record import Item, Record, Rejected
 from streams.source import StreamError
 
 _IN_FLIGHT = 1000
-_REPORT_S = 0.1
+"""Messages sent and not acknowledged yet at most: what is read of the archive waits in memory. Chosen by hand; fewer
+would leave a fast cluster waiting."""
+
+_PROGRESS_S = 0.1
+"""Seconds between two calls of `on_progress` at least: for a bar that moves, and no call for every record."""
+
+_BATCH_BYTES = 2**17
+"""Bytes of a batch. The client's default, 16 KiB, holds a single small image, and every batch is stored and
+acknowledged by itself."""
 
 
 @dataclass
@@ -27,14 +35,14 @@ class Played:
 
     records: int = 0
     bytes: int = 0
-    """Of images."""
+    """Bytes of the images."""
     boundaries: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
     """Images that cannot be used and were not sent, by reason."""
 
 
 def create_topic(connection: Connection, topic: str, partitions: int, replication: int = -1) -> bool:
-    """Create `topic` (`replication` -1: as the cluster has it by default); False when it is there already.
+    """Create `topic`; False when it is there already. `replication` -1 is the cluster's default.
 
     Raises StreamError.
     """
@@ -62,13 +70,13 @@ def play(
     on_progress: Callable[[Played], None] = lambda played: None,
     stop: threading.Event | None = None,
     compression: str | None = None,
-    clock: Callable[[], float] = time.time,
 ) -> Played:
     """Send every Record and Control of `items` to `topic` and wait until they are acknowledged; count the Rejected.
 
     The key of a record is its class name and number, so that records spread over the partitions; timestamps rise
-    through a mark, so that readers of several partitions see it at its place. `rate`: records a second, 0 is as fast as
-    they are taken. Raises StreamError; what was acknowledged until then stays in the topic.
+    through a mark, so that readers of several partitions see it at its place. `rate`: records a second; 0 is as fast as
+    they are taken. `on_progress` is called with what was acknowledged until now. Setting `stop` ends it after the
+    records sent. Raises StreamError; what was acknowledged until then stays in the topic.
     """
     played = Played()
     producer = _producer(connection, compression)
@@ -76,6 +84,7 @@ def play(
     failures: list[BaseException] = []
     slots = threading.Semaphore(_IN_FLIGHT)
 
+    # Both are called in the client's thread.
     def acknowledged(_: object, size: int = 0, boundary: bool = False) -> None:
         played.records += not boundary
         played.boundaries += boundary
@@ -88,18 +97,18 @@ def play(
 
     try:
         try:
-            producer.partitions_for(topic)
+            producer.partitions_for(topic)  # waits for the topic's metadata, once, instead of failing at every `send`
         except KafkaTimeoutError:
             raise StreamError(f"{connection} has no topic {topic}; create it first") from None
-        began, reported = clock(), 0.0
+        began, shown = time.time(), 0.0
         sent, last_ms = 0, 0
         for item in items:
             if stop.is_set() or failures:
                 break
-            now = clock()
-            if now - reported > _REPORT_S:
+            now = time.time()
+            if now - shown > _PROGRESS_S:
                 on_progress(played)
-                reported = now
+                shown = now
             if isinstance(item, Rejected):
                 played.skipped[item.reason] += 1
                 continue
@@ -112,7 +121,7 @@ def play(
                 future = producer.send(topic, value, key, headers, timestamp_ms=last_ms)
                 future.add_callback(acknowledged, size=size)
                 sent += 1
-                if rate and (ahead := sent / rate - (clock() - began)) > 0:
+                if rate and (ahead := sent / rate - (time.time() - began)) > 0:
                     stop.wait(ahead)
             else:
                 _, marks = encode_control(item.kind)
@@ -136,14 +145,10 @@ def play(
 def _producer(connection: Connection, compression: str | None) -> KafkaProducer:
     with connecting(connection):
         return KafkaProducer(
-            **connection.settings(),
-            acks="all",
-            enable_idempotence=True,
-            linger_ms=5,
-            batch_size=2**17,
-            max_request_size=2**30,
+            **connection.producer_settings(),
+            linger_ms=LINGER_MS,
+            batch_size=_BATCH_BYTES,
             max_block_ms=CONNECT_S * 1000,
             compression_type=compression,
-            allow_auto_create_topics=False,
-            metrics_enabled=False,
+            allow_auto_create_topics=False,  # its partitions would be the cluster's default, not what was asked for
         )

@@ -1,7 +1,11 @@
 """Record batches as they lie in a fetch response, read so that no content of theirs can stop or starve the client.
 
-kafka-python 3.0 decompresses a batch without any bound, fails on a header name that is not UTF-8, and once an exception
-left its unpacking, every later poll spins for ever. `guard` closes the three for one consumer.
+kafka-python 3.0 decompresses a batch without any bound (204 kB of gzip became 200 MiB), fails on a header name that is
+not UTF-8, and once an exception left its unpacking, every later poll spins for ever at full load, deaf to its time-out:
+`Fetcher.fetched_records` waits for the broken batch to give something. `guard` closes the three for one consumer.
+
+Batches are unpacked here rather than by the client's DefaultRecordBatch, which makes an object per record and decodes
+every header name anew.
 """
 
 from __future__ import annotations
@@ -23,11 +27,13 @@ from kafka.protocol.consumer import IsolationLevel
 from kafka.record.default_records import DefaultRecordBatch
 from kafka.record.util import decode_varint
 
+from streams.formats import COMMON_HEADERS
 from streams.kafka.connection import describe_error
 from streams.record import Partition, Reason, Rejected
 
 MAX_INFLATED = 128 * 2**20
-"""Bytes a batch may have once decompressed. A producer's batches have 1 MiB or less, and images hardly compress."""
+"""Bytes a batch may have once decompressed; beyond it all of its records are rejected. Batches have 1 MiB or less as a
+rule, and images hardly compress. While a batch is unpacked, it and the copies of its parts take twice this."""
 
 
 class BatchTooLarge(Exception):
@@ -39,7 +45,7 @@ class Message(NamedTuple):
 
     offset: int
     timestamp_ms: int
-    """-1 when it has none."""
+    """When it was produced, or appended where the topic says so; -1 when it has no time."""
     key: bytes | None
     value: bytes | None
     headers: tuple[tuple[str, bytes | None], ...]
@@ -47,26 +53,31 @@ class Message(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Unreadable:
-    """In the place of messages: those of a batch from `offset` up to `next_offset` cannot be had."""
+    """What comes in the place of messages that cannot be had: those of a batch from `offset` up to `next_offset`."""
 
     offset: int
     next_offset: int
     error: Exception
 
 
-def rejections(where: Partition, lost: Unreadable) -> list[Rejected]:
-    """One for each record of a batch that cannot be read; there is nothing of them to keep but where they were."""
+def rejections(partition: Partition, lost: Unreadable) -> list[Rejected]:
+    """A rejection for each record of a batch that cannot be read; nothing of them can be kept but where they were."""
     reason = Reason.TOO_LARGE if isinstance(lost.error, BatchTooLarge) else Reason.UNDECODABLE
     detail = f"its batch ({lost.offset} to {lost.next_offset - 1}) cannot be read: {describe_error(lost.error)}"
-    return [Rejected(where, offset, reason, detail) for offset in range(lost.offset, lost.next_offset)]
+    return [Rejected(partition, offset, reason, detail) for offset in range(lost.offset, lost.next_offset)]
 
 
 def guard(consumer: KafkaConsumer) -> None:
-    """Make `consumer.poll` give Message, and an Unreadable where it would raise; its header names are escaped."""
-    consumer._fetcher.PartitionRecords = _PartitionRecords
+    """Make `consumer.poll` give Message, and an Unreadable where it would raise; its header names are escaped.
+
+    This replaces a private class of the client, which is why its version is pinned to 3.0.
+    """
+    consumer._fetcher.PartitionRecords = PartitionRecords
 
 
-class _PartitionRecords(Fetcher.PartitionRecords):
+class PartitionRecords(Fetcher.PartitionRecords):
+    """What a fetch brought of one partition, as the client's `poll` takes from it."""
+
     def _unpack_records(self: Any, tp: Any, records: Any, *_: Any) -> Iterator[Message | Unreadable]:
         while (batch := records.next_batch()) is not None:
             try:
@@ -80,10 +91,11 @@ class _PartitionRecords(Fetcher.PartitionRecords):
                         self.next_fetch_offset = message.offset + 1
                         yield message
             except Exception as error:
-                if batch.magic < 2:
+                if batch.magic < 2:  # such a batch does not say where it ends
                     raise
+                # What was given out already is not lost with the rest of the batch.
                 first = max(self.next_fetch_offset, batch.base_offset)
-                end = max(first + 1, _end(batch, records))
+                end = max(first + 1, _offset_after(batch, records))
                 yield Unreadable(first, end, error)
                 self.next_fetch_offset = end
                 continue
@@ -92,7 +104,10 @@ class _PartitionRecords(Fetcher.PartitionRecords):
         self.drain()
 
     def _is_skipped(self: Any, batch: Any) -> bool:
-        """True for marks of transactions and for what an aborted one wrote, as Fetcher.PartitionRecords has it."""
+        """Whether a batch is a mark of a transaction, or written by an aborted one.
+
+        The same as in the client's `_unpack_records`, which keeps it in the middle of what is replaced here.
+        """
         self.leader_epoch = batch.leader_epoch
         if self.isolation_level == IsolationLevel.READ_COMMITTED and batch.has_producer_id():
             self._consume_aborted_transactions_up_to(batch.last_offset)
@@ -103,7 +118,10 @@ class _PartitionRecords(Fetcher.PartitionRecords):
         return batch.is_control_batch
 
     def _old_messages(self: Any, batch: Any) -> Iterator[Message]:
-        """Of a batch written before Kafka 0.11: it has no headers."""
+        """The messages of a batch written before Kafka 0.11, which have no headers.
+
+        They are rare enough to be left to the client, decompression included; KafkaSource gives up after five failures.
+        """
         for record in batch:
             self.next_fetch_offset = record.offset + 1
             yield Message(
@@ -111,19 +129,23 @@ class _PartitionRecords(Fetcher.PartitionRecords):
             )
 
 
-def _end(batch: Any, records: Any) -> int:
-    """Offset after a batch that cannot be read. One that fails its checksum may lie about it: the next one is believed
-    more, and without it the smaller of the two numbers that say how much the batch has."""
+def _offset_after(batch: Any, records: Any) -> int:
+    """The offset after a batch that cannot be read.
+
+    A batch that fails its checksum may lie about it: the next batch is believed more, and without one the smaller of
+    the two numbers that say how many records the batch has. Too large an offset would lose good records of the next
+    batch; too small a one only costs another fetch of this one.
+    """
     counted = batch.base_offset + batch.records_count
     if batch.validate_crc():
         return batch.next_offset
-    if (following := _readable_base(records)) is not None and following > batch.base_offset:
+    if (following := _next_base_offset(records)) is not None and following > batch.base_offset:
         return min(following, max(batch.next_offset, counted))
     return min(batch.next_offset, counted)
 
 
-def _readable_base(records: Any) -> int | None:
-    """Where the batch that comes next begins, if it passes its checksum."""
+def _next_base_offset(records: Any) -> int | None:
+    """The first offset of the batch that comes next, if that passes its checksum."""
     if records._next_slice is None:
         return None
     try:
@@ -144,7 +166,7 @@ def messages(batch: Any) -> Iterator[Message]:
     for _ in range(batch.records_count):
         length, start = decode_varint(buffer, end)
         end = start + length
-        elapsed_ms, pos = decode_varint(buffer, start + 1)
+        elapsed_ms, pos = decode_varint(buffer, start + 1)  # after the attributes, which are unused
         offset, pos = decode_varint(buffer, pos)
         key, pos = _field(buffer, pos)
         value, pos = _field(buffer, pos)
@@ -153,25 +175,24 @@ def messages(batch: Any) -> Iterator[Message]:
         for _ in range(count):
             name, pos = _field(buffer, pos)
             content, pos = _field(buffer, pos)
-            headers.append((_NAMES.get(name) or _name(name), content))
+            headers.append((_NAMES.get(name) or _escaped(name), content))
         if pos != end or end > len(buffer):
             raise CorruptRecordError(f"record at byte {start} says it ends at {end} and ends at {pos} of {len(buffer)}")
         timestamp_ms = base_ms + elapsed_ms if appended_ms is None else appended_ms
         yield Message(base_offset + offset, timestamp_ms, key, value, tuple(headers))
 
 
-_NAMES: dict[bytes | None, str] = {
-    name.encode(): name for name in ("label", "content-type", "ce_id", "ce_type", "ce_time")
-}
-"""Names of many headers, decoded once."""
+_NAMES: dict[bytes | None, str] = {name.encode(): name for name in COMMON_HEADERS}
+"""The names of most headers, decoded once."""
 
 
-def _name(name: bytes | None) -> str:
+def _escaped(name: bytes | None) -> str:
     return (name or b"").decode("utf-8", "backslashreplace")
 
 
 def _field(buffer: bytes, pos: int) -> tuple[bytes | None, int]:
-    """A field of a length and so many bytes; None for a negative length."""
+    """The field at `pos`, a length and its bytes, and the position after it; None for a negative length."""
+    # The length is a zigzag varint. Most are one byte, for which a call of `decode_varint` is saved.
     length = buffer[pos]
     if length & 0x80:
         length, pos = decode_varint(buffer, pos)
@@ -187,7 +208,8 @@ def _field(buffer: bytes, pos: int) -> tuple[bytes | None, int]:
 
 
 def inflate(codec: int, data: bytes, limit: int = MAX_INFLATED) -> bytes:
-    """`data` decompressed; `codec` is Kafka's number of it. Raises BatchTooLarge beyond `limit` bytes."""
+    """`data` decompressed; `codec` is Kafka's number of how. Raises BatchTooLarge beyond `limit` bytes."""
+    # Every codec is asked for one byte more than allowed, instead of for all there is.
     if codec == DefaultRecordBatch.CODEC_GZIP:
         inflated = zlib.decompressobj(wbits=31).decompress(data, limit + 1)
     elif codec == DefaultRecordBatch.CODEC_SNAPPY:
@@ -205,7 +227,7 @@ def inflate(codec: int, data: bytes, limit: int = MAX_INFLATED) -> bytes:
 
 
 def _inflate_snappy(data: bytes, limit: int) -> bytes:
-    """One snappy block, or the framing of the Java client: a header of 16 bytes, then blocks with their length."""
+    """The content of a snappy block, or of the Java client's framing: 16 bytes of header, then blocks with lengths."""
     blocks = [data]
     if data.startswith(b"\x82SNAPPY\x00"):
         blocks, at = [], 16
@@ -213,8 +235,9 @@ def _inflate_snappy(data: bytes, limit: int) -> bytes:
             (size,) = struct.unpack_from(">i", data, at)
             blocks.append(data[at + 4 : at + 4 + size])
             at += 4 + size
+    # python-snappy takes no bound, but a block begins with its decompressed length, a varint of 5 bytes at most.
     announced = 0
-    for block in blocks:  # a block begins with its decompressed length
+    for block in blocks:
         shift = 0
         for byte in block[:5]:
             announced += (byte & 0x7F) << shift

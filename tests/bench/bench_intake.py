@@ -72,7 +72,8 @@ def intake(bootstrap: str, topic: str, count: int, folder: Path) -> float:
             seen += 1
     seconds = time.perf_counter() - began
     source.close()
-    spool.clear()
+    if task := buffer.end("stop"):
+        buffer.committed(task)
     return seconds
 
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from streams.archive import ArchiveFolder
+from streams.archive_folder import ArchiveFolder
 from tests.processes import free_port, gapstream, get, running
 
 LIMIT_S = 15

@@ -35,7 +35,7 @@ from agent.model.clip import Clip, load_clip
 from agent.model.images import load_tokens
 from agent.trainer import Trainer
 from exporter.preprocess import decode
-from streams.archive import ArchiveFolder
+from streams.archive_folder import ArchiveFolder
 from streams.buffer import Task
 from streams.record import Partition, Record
 from streams.spool import Spool

@@ -33,8 +33,8 @@ class DecodingLearner:
         if commit is not None:
             self.state = json.loads((commit / "learner.safetensors").read_text())
 
-    def learn(self, task: Task, staging: Path, report: Callable[[Progress], None]) -> Outcome:
-        report(Progress("train", task.number))
+    def learn(self, task: Task, staging: Path, on_progress: Callable[[Progress], None]) -> Outcome:
+        on_progress(Progress("train", task.number))
         rejected = []
         for sample in task.samples:
             image = sample.read()
@@ -43,8 +43,8 @@ class DecodingLearner:
             except ImageError as error:
                 rejected.append(LateRejection(sample.partition, sample.offset, Reason(error.reason), error.detail))
                 continue
-            facts = f"{self.state['chain']}{sample.partition}{sample.offset}{sample.label}".encode()
-            self.state["chain"] = hashlib.sha256(facts + image).hexdigest()
+            seen = f"{self.state['chain']}{sample.partition}{sample.offset}{sample.label}".encode()
+            self.state["chain"] = hashlib.sha256(seen + image).hexdigest()
             self.state["learned"].append([*sample.partition, sample.offset])
         self.state["classes"] += [name for name in task.classes if name not in self.state["classes"]]
         for name, content in (("learner.safetensors", self.state), ("learner.json", {}), ("report.json", {})):

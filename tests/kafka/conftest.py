@@ -6,23 +6,19 @@ import itertools
 import os
 import uuid
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from typing import Any
 
 import pytest
 from kafka import KafkaProducer
 from kafka.admin import KafkaAdminClient
 
-from tests.kafka.broker import Broker, BrokerUnavailable
-
-
-def start_broker(folder: Path, **overrides: str) -> Broker:
-    """A started broker; skips the test where none can be had, unless CI is set."""
-    try:
-        return Broker(folder, **overrides).start()
-    except BrokerUnavailable as why:
-        if os.environ.get("CI"):
-            raise
-        pytest.skip(str(why))
+from streams.kafka.connection import Connection
+from streams.kafka.dead_letters import KafkaDeadLetters
+from streams.kafka.source import KafkaSource
+from streams.record import Offsets
+from tests.kafka.broker import Broker, start_broker
+from tests.kafka.fake_client import FakeClient
+from tests.kafka.records import CODEC, Open
 
 
 @pytest.fixture(scope="session")
@@ -68,3 +64,50 @@ def producer(bootstrap: str) -> Iterator[KafkaProducer]:
     )
     yield client
     client.close()
+
+
+@pytest.fixture
+def open_source(bootstrap: str) -> Iterator[Open]:
+    """`open_source(*topics, at=offsets, **options)` gives a source that reads from `at`."""
+    opened: list[KafkaSource] = []
+
+    def make(*topics: str, at: Offsets | None = None, **options: Any) -> KafkaSource:
+        source = KafkaSource(Connection([bootstrap]), topics, CODEC, **{"merge_wait_s": 0.2, "group": "", **options})
+        opened.append(source)
+        source.seek(at or {})
+        return source
+
+    yield make
+    for source in opened:
+        source.close()
+
+
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`scripted(step, ...)` gives a source and the clients it makes."""
+    opened: list[KafkaSource] = []
+
+    def make(*steps: Any, **options: Any) -> tuple[KafkaSource, list[FakeClient]]:
+        own = type("Own", (FakeClient,), {"script": list(steps), "made": []})
+        monkeypatch.setattr("streams.kafka.source.Client", own)
+        monkeypatch.setattr("streams.kafka.source._BACKOFF_S", 0.001)
+        opened.append(KafkaSource(Connection(["x:1"]), ["t"], CODEC, **options))
+        opened[-1].seek({})
+        return opened[-1], own.made
+
+    yield make
+    for source in opened:
+        source.close()
+
+
+@pytest.fixture
+def set_aside(bootstrap: str) -> Iterator[Callable[..., KafkaDeadLetters]]:
+    opened: list[KafkaDeadLetters] = []
+
+    def make(topic: str, **options: Any) -> KafkaDeadLetters:
+        opened.append(KafkaDeadLetters(Connection([bootstrap]), [topic], **options))
+        return opened[-1]
+
+    yield make
+    for one in opened:
+        one.close()

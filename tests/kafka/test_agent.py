@@ -29,7 +29,7 @@ from streams.record import Partition, Reason
 from tests.bad_images import OddImage, all_images, encoded, picture
 from tests.fakes import pipeline
 from tests.kafka.agents import Agent, current, model, wait_until
-from tests.kafka.conftest import start_broker
+from tests.kafka.broker import start_broker
 
 MAX_PIXELS = MAX_BYTES = 10**6
 

@@ -254,7 +254,7 @@ def test_a_batch_that_cannot_be_read_is_fetched_once_more_and_then_passed(
     assert isinstance(item, Rejected) and item.reason == Reason.UNDECODABLE and arrivals[1].raw is None
     # and once it is passed, nothing of it is remembered
     exchange.commit(arrivals, replies(arrivals))
-    assert not exchange._broken
+    assert not exchange._fetched_again
 
 
 def test_members_that_come_and_go_answer_everything_once(bootstrap, new_topic, producer, member) -> None:

@@ -16,7 +16,7 @@ from streams.kafka.source import KafkaSource
 from streams.record import Control, ControlKind, Partition, Reason, Record
 from streams.source import StreamError
 from tests.bad_images import encoded, picture
-from tests.kafka.test_source import CODEC, read
+from tests.kafka.records import CODEC, read
 
 
 def archive(folder: Path) -> Path:
@@ -38,7 +38,7 @@ def test_what_is_played_comes_back_in_order_with_its_marks(bootstrap: str, new_t
         items += stream.poll(0)
     seen = []
 
-    played = play(items, where, topic, report=lambda so_far: seen.append(so_far.records))
+    played = play(items, where, topic, on_progress=lambda so_far: seen.append(so_far.records))
 
     good = [item for item in items if isinstance(item, Record | Control)]
     assert (played.records, played.boundaries, seen[-1]) == (19, 2, 19)

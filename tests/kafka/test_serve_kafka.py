@@ -24,7 +24,7 @@ from kafka import KafkaProducer
 from kafka.admin import KafkaAdminClient
 
 from tests.kafka.agents import wait_until
-from tests.kafka.conftest import start_broker
+from tests.kafka.broker import start_broker
 from tests.kafka.test_exchange import read
 from tests.test_runtime import State, Toy, picture, png
 

@@ -23,7 +23,7 @@ from streams.kafka.source import KafkaSource
 from streams.record import Record, Rejected
 from streams.source import StreamError
 from tests.kafka.broker import PASSWORD, USER, Broker
-from tests.kafka.test_source import CODEC, JPEG, read
+from tests.kafka.records import CODEC, JPEG, read
 
 
 def unsecured_token(lifetime_s: int = 3600) -> str:

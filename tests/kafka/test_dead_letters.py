@@ -1,15 +1,14 @@
-"""Dead letters through a real broker: acknowledged, complete, listed and replayed."""
+"""Dead letters through a real broker: acknowledged, complete and listed, whatever happens to the broker."""
 
 from __future__ import annotations
 
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from kafka import KafkaConsumer, KafkaProducer
+from kafka import KafkaProducer
 from kafka.admin import KafkaAdminClient
 from kafka.errors import KafkaTimeoutError
 from kafka.future import Future as KafkaFuture
@@ -18,29 +17,13 @@ from streams.dead_letter_format import original
 from streams.formats import Codec
 from streams.kafka.connection import Connection
 from streams.kafka.dead_letters import KafkaDeadLetters
-from streams.kafka.replay import dead_letters, replay
+from streams.kafka.replay import dead_letters
 from streams.kafka.source import KafkaSource
-from streams.record import Partition, Raw, Reason, Rejected
+from streams.record import Partition, Raw
 from streams.source import DeadLetterDelayed, DeadLetterError
 from tests.kafka.agents import wait_until
-from tests.kafka.conftest import start_broker
-
-
-@pytest.fixture
-def set_aside(bootstrap: str) -> Iterator[Callable[..., KafkaDeadLetters]]:
-    opened: list[KafkaDeadLetters] = []
-
-    def make(topic: str, **options: Any) -> KafkaDeadLetters:
-        opened.append(KafkaDeadLetters(Connection([bootstrap]), [topic], **options))
-        return opened[-1]
-
-    yield make
-    for one in opened:
-        one.close()
-
-
-def rejected(topic: str, offset: int, raw: Raw | None, reason: Reason = Reason.BOMB) -> Rejected:
-    return Rejected(Partition(topic, 0), offset, reason, "why", raw)
+from tests.kafka.broker import start_broker
+from tests.kafka.records import rejected
 
 
 def test_letters_are_there_after_flush_with_everything_the_message_had(
@@ -96,54 +79,6 @@ def test_a_dead_letter_topic_is_made_only_when_allowed(set_aside: Any, new_topic
         set_aside(topic, create=False)
     set_aside(topic)
     set_aside(topic, create=False)
-
-
-def test_replay_sends_each_record_again_once(
-    set_aside: Any, bootstrap: str, new_topic: Any, admin: KafkaAdminClient
-) -> None:
-    topic = new_topic()
-    where = Connection([bootstrap])
-    box = set_aside(topic)
-    raw = Raw(b"k", b"v", (("label", b"cat"), ("x", None)))
-    box.put(rejected(topic, 5, raw))
-    box.put(rejected(topic, 5, raw))
-    box.put(rejected(topic, 6, raw, Reason.EMPTY))
-    box.put(rejected(topic, 7, None, Reason.EMPTY))
-    box.flush(10)
-    dead = [f"{topic}.dlq"]
-
-    assert replay(where, dead, ["bomb"], topic) == {"sent": 1, "twice": 1}
-    assert replay(where, dead, ["bomb"], topic) == {}
-    assert replay(where, dead, ["bomb"], topic, again=True) == {"sent": 1, "twice": 1}
-
-    consumer = KafkaConsumer(topic, bootstrap_servers=bootstrap, auto_offset_reset="earliest", consumer_timeout_ms=2000)
-    sent = [Raw(message.key, message.value, tuple(message.headers)) for message in consumer]
-    consumer.close()
-    assert sent == [Raw(b"k", b"v", (("label", b"cat"), ("x", b"")))] * 2
-
-
-def test_what_was_replayed_for_one_reason_is_not_replayed_with_all_the_others(
-    set_aside: Any, bootstrap: str, new_topic: Any
-) -> None:
-    topic = new_topic()
-    box = set_aside(topic)
-    raw = Raw(b"k", b"v")
-    reasons = [Reason.BOMB, Reason.EMPTY, Reason.STALE]
-    for offset, reason in enumerate(reasons):
-        box.put(rejected(topic, offset, raw, reason))
-    box.flush(10)
-
-    def sent(*reasons: str) -> int:
-        return replay(Connection([bootstrap]), [f"{topic}.dlq"], reasons, topic)["sent"]
-
-    assert sent("bomb") == 1
-    assert sent("bomb", "empty") == 1
-    assert sent() == 1
-    assert [sent(), sent("bomb"), sent("empty", "stale")] == [0, 0, 0]
-    box.put(rejected(topic, 3, raw, Reason.BOMB))
-    box.put(rejected(topic, 4, raw, Reason.EMPTY))
-    box.flush(10)
-    assert [sent("empty"), sent("empty"), sent(), sent()] == [1, 0, 1, 0]
 
 
 def test_while_the_broker_is_away_flush_says_so_and_later_delivers(tmp_path: Any) -> None:
@@ -212,7 +147,7 @@ class FakeProducer:
 def producers(monkeypatch: pytest.MonkeyPatch) -> Any:
     own = type("Own", (FakeProducer,), {"made": [], "answers": [], "away": []})
     monkeypatch.setattr("streams.kafka.dead_letters.KafkaProducer", own)
-    monkeypatch.setattr("streams.kafka.dead_letters.KafkaDeadLetters._topics_ready", lambda *_: {"t": 10**6})
+    monkeypatch.setattr("streams.kafka.dead_letters.KafkaDeadLetters._prepare_topics", lambda *_: {"t": 10**6})
     return own
 
 

@@ -1,0 +1,179 @@
+"""Which topics and partitions are read, and where in their logs reading begins and goes on.
+
+A commit's offsets mean something only in the log they were counted in. That log may be gone (its topic deleted and
+created again), shorter than it was (retention, a truncation) or longer (new partitions): it is found out here.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+from datetime import UTC, datetime
+from typing import Literal
+
+from streams.kafka.client import Client
+from streams.kafka.connection import NOTHING_LOST, UNKNOWN_TOPIC, Connection
+from streams.record import Offsets, Partition
+from streams.source import PositionError, StreamError
+
+log = logging.getLogger(__name__)
+
+
+class Topics:
+    """The topics of a source, as their cluster describes them.
+
+    Every method that asks the cluster is given the client to ask, because KafkaSource replaces a client that fails.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        connection: Connection,
+        names: Sequence[str],
+        start: str,
+        on_lost: Literal["stop", "skip"],
+    ) -> None:
+        """`start` and `on_lost`: see KafkaSource. Raises StreamError when a topic is not there or may not be read."""
+        self._connection = connection
+        self._names = names
+        self._start = start
+        self._on_lost = on_lost
+        self._recreated: frozenset[str] = frozenset()
+        self._no_longer_read: dict[str, str] = {}
+        self._times_missing = 0
+        self.skipped: Counter[str] = Counter()
+        """Records by topic that were gone before they were read, where `on_lost` is skip."""
+        self._ids, self._partitions = self._describe(client)
+
+    @property
+    def fingerprint(self) -> str:
+        """The topics with the identity their cluster gave them when they were created, also those read before."""
+        return "kafka " + " ".join(
+            f"{topic}={identity}" for topic, identity in sorted((self._no_longer_read | self._ids).items())
+        )
+
+    def continues(self, fingerprint: str) -> bool:
+        """Whether a commit under `fingerprint` can be gone on from: topics may have been added or removed.
+
+        A topic that was deleted and created again raises PositionError, or begins anew where `on_lost` is skip.
+        """
+        kind, *topics = fingerprint.split(" ")
+        if kind != "kafka":
+            return False
+        known = dict(topic.rsplit("=", 1) for topic in topics)
+        recreated = [topic for topic, identity in self._ids.items() if known.get(topic, identity) != identity]
+        if recreated and self._on_lost == "stop":
+            raise PositionError(
+                f"{', '.join(recreated)} on {self._connection} was deleted and created again since the last commit, so "
+                'its offsets mean nothing there; source.kafka.on_lost = "skip" reads it from its beginning'
+            )
+        self._recreated = frozenset(recreated)
+        self._no_longer_read = {topic: identity for topic, identity in known.items() if topic not in self._ids}
+        return True
+
+    def first_positions(self, client: Client, offsets: Offsets) -> tuple[dict[Partition, int], dict[Partition, int]]:
+        """Where to read every partition from, after the commit with `offsets`.
+
+        The second value are the offsets of topics that are not read any more, which the next commit must keep. Raises
+        PositionError, and StreamError or an error of the client when the cluster does not answer.
+        """
+        known = {partition: offset for partition, offset in offsets.items() if partition.topic not in self._recreated}
+        ours = {partition: offset for partition, offset in known.items() if partition in self._partitions}
+        unread = {partition: offset for partition, offset in known.items() if partition.topic in self._no_longer_read}
+        for topic in sorted({partition.topic for partition in unread}):
+            log.info("topic %s is not read any more; its offsets are kept, should it be read again", topic)
+        gone = [partition for partition in known if partition.topic in self._ids and partition not in self._partitions]
+        if gone:
+            raise PositionError(f"{named(gone)} had been read before and does not exist any more on {self._connection}")
+        # A partition that was added to a topic already being read began empty: all of it is new, whatever `start` says.
+        begun = {partition.topic for partition in known} | self._recreated
+        added = {partition for partition in self._partitions if partition.topic in begun} - ours.keys()
+        first = self._partitions - ours.keys() - added
+        positions = self.within_log(client, ours) | client.beginnings(added) | self._starts(client, first)
+        return positions, unread
+
+    def look_again(self, client: Client) -> set[Partition] | None:
+        """All partitions there are now; None when a topic is not there, for once: a broker that has just come back may
+        not know of it yet. Raises PositionError when it is not there again, or was deleted and created again."""
+        try:
+            ids, partitions = self._describe(client)
+        except StreamError as error:
+            self._times_missing += 1
+            if self._times_missing > 1:
+                raise PositionError(f"{error}; it was there before. Nothing is lost of what was committed") from None
+            return None
+        self._times_missing = 0
+        recreated = [topic for topic, identity in ids.items() if identity != self._ids[topic]]
+        if recreated:
+            raise PositionError(
+                f"{', '.join(recreated)} on {self._connection} was deleted and created again; stopping. A restart "
+                + ("reads it from its beginning" if self._on_lost == "skip" else "says what can be done")
+            )
+        return partitions
+
+    def within_log(self, client: Client, offsets: Offsets) -> dict[Partition, int]:
+        """The offsets, those that are no longer in the log moved to where it begins or ends. Raises PositionError."""
+        begins, ends = client.beginnings(offsets), client.ends(offsets)
+        placed = {
+            partition: min(max(offset, begins[partition]), ends[partition]) for partition, offset in offsets.items()
+        }
+        lost = [
+            f"{named([partition])}: the log has {begins[partition]} to {ends[partition]}, next was {offset}"
+            for partition, offset in offsets.items()
+            if placed[partition] != offset
+        ]
+        if lost and self._on_lost == "stop":
+            raise PositionError(
+                f"{self._connection} no longer has what follows the last commit ({'; '.join(lost)}): retention deleted "
+                'it or the log was truncated. source.kafka.on_lost = "skip" goes on with what there is'
+            )
+        for text in lost:
+            log.warning("skipping what is lost: %s", text)
+        for partition, offset in offsets.items():
+            self.skipped[partition.topic] += max(0, placed[partition] - offset)
+        return placed
+
+    def moved_into_log(self, client: Client, positions: Offsets) -> dict[Partition, int]:
+        """`within_log` for positions that are being read. Raises PositionError also for a log that became shorter: what
+        was read of its end, and perhaps learned, will come a second time as something else."""
+        placed = self.within_log(client, positions)
+        back = [partition for partition, offset in placed.items() if offset < positions[partition]]
+        if back:
+            raise PositionError(f"the log of {named(back)} was truncated below what was read; stopping. {NOTHING_LOST}")
+        return placed
+
+    def _starts(self, client: Client, partitions: Collection[Partition]) -> dict[Partition, int]:
+        """Where partitions begin that no commit knows."""
+        if not partitions or self._start == "earliest":
+            return client.beginnings(partitions)
+        if self._start == "latest":
+            return client.ends(partitions)
+        if self._start == "group":
+            of_group = client.committed(partitions)
+            return self.within_log(client, of_group) | client.beginnings(set(partitions) - of_group.keys())
+        moment = datetime.fromisoformat(self._start)
+        return client.at_time(partitions, moment if moment.tzinfo else moment.replace(tzinfo=UTC))
+
+    def _describe(self, client: Client) -> tuple[dict[str, str], set[Partition]]:
+        """The identity of every topic, and all their partitions. Raises StreamError for a topic that is not there."""
+        topics = client.describe(self._names)
+        missing = [topic["name"] for topic in topics if topic["error_code"] == UNKNOWN_TOPIC]
+        if missing:
+            raise StreamError(
+                f"{self._connection} has no topic {', '.join(missing)}; create it or set source.kafka.topics"
+            )
+        refused = [f"{topic['name']} (error {topic['error_code']})" for topic in topics if topic["error_code"]]
+        if refused:
+            raise StreamError(
+                f"{self._connection} does not describe topic {', '.join(refused)}; is reading it allowed?"
+            )
+        partitions = {
+            Partition(topic["name"], part["partition_index"]) for topic in topics for part in topic["partitions"]
+        }
+        return {topic["name"]: str(topic["topic_id"]) for topic in topics}, partitions
+
+
+def named(partitions: Iterable[Partition]) -> str:
+    """Partitions as a message names them, like `images/0, images/1`."""
+    return ", ".join(f"{partition.topic}/{partition.number}" for partition in sorted(partitions))
