@@ -23,6 +23,7 @@ from pathlib import Path
 from exporter.release import CURRENT, RELEASE_FOLDER
 from exporter.release import RELEASE as RELEASE
 
+# The names are what a state folder of any version has; changing one makes every folder there is unreadable.
 LOCK = "lock"
 COMMITS = "commits"
 PINNED = "pinned"

@@ -211,10 +211,10 @@ def _learner(config: Config, commit: Commit | None) -> Iterator[Finding]:
     from agent.trainer import Trainer
 
     learned = commit.path if commit and has_learned(commit.path) else None
-    facts = Trainer(config, learned).facts()
-    model = f"{facts['model']['name']} ({facts['model']['pretrained']})"
-    yield Finding("learner", "ok", f"{facts['method']} on {model}, device {facts['device']}, torch {torch.__version__}")
-    if facts["device"] == "cpu" and torch.cuda.is_available():
+    learner = Trainer(config, learned).identity
+    model = f"{learner.model.name} ({learner.model.pretrained})"
+    yield Finding("learner", "ok", f"{learner.method} on {model}, device {learner.device}, torch {torch.__version__}")
+    if learner.device == "cpu" and torch.cuda.is_available():
         yield Finding("learner", "warning", f"{torch.cuda.get_device_name()} is not used", "set model.device to auto")
 
 

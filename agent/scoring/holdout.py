@@ -27,8 +27,16 @@ from exporter.files import link_or_copy
 log = logging.getLogger(__name__)
 
 TRAINED = "trained.zip"
+"""The file that says what was trained on; compressed, since the filter of a young stream is mostly zeros."""
+
+FRACTION = "facts.json"
+"""The entry of trained.zip with the share of the hash space that qualifies for the hold-out."""
+
+FILTER = "filter"
+"""The entry of trained.zip with the cells of the TrainedFilter."""
 
 Choice = Literal["train", "hold", "drop"]
+"""What becomes of a sample: it is learned, held out, or left alone because it is held out already."""
 
 
 class HoldOutError(Exception):
@@ -54,13 +62,12 @@ class ImageRef:
 
 
 class TrainedFilter:
-    """Bloom filter of image hashes: at most a wrong "yes", which here only means one image less is held out.
-
-    Remembering trained images exactly would grow with the stream; 2**23 bits (1 MiB) with 4 positions answer wrongly in
-    2 % of cases after a million entries, which is ten million samples at the default hold-out fraction.
-    """
+    """Bloom filter of image hashes: at most a wrong "yes", which here only means that one image less is held out."""
 
     BITS = 2**23
+    """Size of the filter, 1 MiB: with 4 positions for each entry it answers wrongly in 2 % of cases after a million
+    entries, which is ten million samples at the default hold-out fraction. Remembering trained images exactly would
+    grow with the stream. It is part of the file format: filters of another size mean nothing here."""
 
     def __init__(self, data: bytes = b"") -> None:
         self._cells = bytearray(data or self.BITS // 8)
@@ -79,7 +86,7 @@ class TrainedFilter:
         return TrainedFilter(bytes(self._cells))
 
     def _positions(self, digest: bytes) -> list[int]:
-        # bytes 0-7 decide whether an image qualifies, so they are not evenly spread among those that come here
+        # Bytes 0 to 7 decide whether an image qualifies, so they are not evenly spread among those that come here.
         return [int.from_bytes(digest[i : i + 4], "big") % self.BITS for i in (8, 12, 16, 20)]
 
 
@@ -97,6 +104,7 @@ class HoldOut:
         self._trained = TrainedFilter()
         self._held: dict[bytes, tuple[str, str]] = {}  # digest -> class name, pack
         self._new: dict[bytes, Labelled] = {}
+        # What the last `split` adds to the filter counts only once it is written: a task that fails is split again.
         self._trained_next = self._trained
         self._folder: Path | None = None
         self._open: zipfile.ZipFile | None = None
@@ -117,14 +125,13 @@ class HoldOut:
             return holdout
         holdout._folder = folder
         with _reading(folder / TRAINED), zipfile.ZipFile(folder / TRAINED) as archive:
-            before = json.loads(archive.read("facts.json"))["fraction"]
-            holdout._trained = holdout._trained_next = TrainedFilter(archive.read("filter"))
+            before = json.loads(archive.read(FRACTION))["fraction"]
+            holdout._trained = holdout._trained_next = TrainedFilter(archive.read(FILTER))
         if fraction > before:
             log.warning(
                 "evaluation.holdout_fraction is %g but this state began with %g: what is already trained on cannot be "
                 "held out any more; %g stays in force",
-                fraction,
-                before, before,
+                fraction, before, before,
             )  # fmt: skip
             holdout.fraction = before
         for pack in holdout._packs():
@@ -146,6 +153,7 @@ class HoldOut:
         history give the same answer.
         """
         digests = [hashlib.sha256(sample.read()).digest() for sample in samples]
+        # An image may come with several labels; held out, it is lost to the training of all of them.
         names_of: dict[bytes, set[str]] = {}
         for digest, sample in zip(digests, samples, strict=True):
             if digest not in self._held:
@@ -197,14 +205,14 @@ class HoldOut:
                 )
             link_or_copy(parent / HOLDOUT / pack, folder / pack)
         with zipfile.ZipFile(folder / TRAINED, "w", zipfile.ZIP_DEFLATED) as archive:
-            archive.writestr(zipfile.ZipInfo("facts.json"), json.dumps({"fraction": self.fraction}))
-            archive.writestr(zipfile.ZipInfo("filter"), bytes(self._trained_next), zipfile.ZIP_DEFLATED, 1)
+            archive.writestr(zipfile.ZipInfo(FRACTION), json.dumps({"fraction": self.fraction}))
+            archive.writestr(zipfile.ZipInfo(FILTER), bytes(self._trained_next), zipfile.ZIP_DEFLATED, 1)
         if self._new:
             last = max((int(Path(pack).stem) for _, pack in self._held.values()), default=0)
             name = f"{last + 1:06d}.zip"
             with zipfile.ZipFile(folder / name, "w") as archive:
                 for digest, sample in self._new.items():
-                    # ZipInfo's fixed date makes the same images the same file
+                    # ZipInfo's fixed date makes the same images the same file, byte for byte.
                     archive.writestr(zipfile.ZipInfo(f"{quote(sample.label, safe='')}/{digest.hex()}"), sample.read())
             self._held |= {digest: (sample.label, name) for digest, sample in self._new.items()}
             self._new = {}
@@ -243,7 +251,7 @@ class HoldOut:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Turns what zipfile and the disk raise into HoldOutError with the file's name."""
+    """Turn what zipfile and the disk raise into HoldOutError with the file's name."""
     try:
         yield
     except (OSError, zipfile.BadZipFile, KeyError, ValueError) as error:
