@@ -191,8 +191,8 @@ class Pipeline:
     def _read(self) -> None:
         """Take what has arrived into the buffer; while draining, leave it for the next start.
 
-        The source is polled in every pass, also while it is throttled: its client keeps its connections alive and looks
-        for new partitions only there.
+        The source is polled in every pass, also while it is throttled: a source that failed says so only there, and its
+        wait is what gives the loop its pace.
         """
         busy = self._task is not None
         items = self.source.poll(min(self.rules.poll_timeout_s, _BUSY_POLL_S) if busy else self.rules.poll_timeout_s)
@@ -228,11 +228,11 @@ class Pipeline:
                     self.metrics.progressed(progress)
                 case Outcome() as outcome:
                     assert self._task is not None
-                    self._settlement = self._outcome(self._task, outcome)
+                    self._settlement = self._settle_learned(self._task, outcome)
         except WorkerDied as died:
             self._settlement = self._after_failure(died)
 
-    def _outcome(self, task: Task, outcome: Outcome) -> _Settlement:
+    def _settle_learned(self, task: Task, outcome: Outcome) -> _Settlement:
         """Settle a task that was learned."""
 
         def commit() -> Commit:
@@ -240,7 +240,6 @@ class Pipeline:
             self.metrics.committed(made, outcome)
             return made
 
-        # Only here: a task that is tried again must not be judged twice.
         self.source.judged(len(task.samples), len(outcome.rejected))
         sample_at = {(sample.partition, sample.offset): sample for sample in task.samples}
         undecodable = (
@@ -249,7 +248,7 @@ class Pipeline:
         )
         return _Settlement(undecodable, commit)
 
-    def _quarantine(self, task: Task, why: str) -> _Settlement:
+    def _settle_given_up(self, task: Task, why: str) -> _Settlement:
         """Settle a task that was given up: all of it is set aside, and only its offsets are committed."""
 
         def commit() -> Commit:
@@ -287,7 +286,7 @@ class Pipeline:
             ) from died
         log.error("%s failed %d times and is set aside as dead letters", _name(task), ATTEMPTS)
         self.worker.start(self._learned)
-        return self._quarantine(task, str(died))
+        return self._settle_given_up(task, str(died))
 
     def _set_aside(self, settlement: _Settlement) -> bool:
         """Send the dead letters, a few in each pass; True once all are acknowledged. A delay holds up only the commit:
@@ -351,7 +350,7 @@ class Pipeline:
         return self.commit.path if self.commit and has_learned(self.commit.path) else None
 
     def _provenance(self, task: Task | None, outcome: Outcome | None) -> Provenance:
-        """What the next commit records. task: None when only offsets are carried; outcome: None when it was given up."""
+        """What the next commit records. task: None when it carries offsets alone; outcome: None for a task given up."""
         totals: Mapping[str, float] = self.commit.totals if self.commit else {}
         if task is not None:
             totals = counted(totals, task, outcome)
