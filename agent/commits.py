@@ -207,12 +207,13 @@ class CommitStore:
                 damaged.append(f"{number:06d}: {reason}")
                 self._set_aside(number)
                 continue
-            if number != target:
+            if number != target:  # CURRENT has to say so at once, since readers follow it
                 log.warning("continuing from commit %06d; what was learned after it will be learned again", number)
                 with self._writing():
                     self._point(number)
             self._last = known
             return known.commit
+        # To begin anew without being asked would throw away all that was learned.
         if damaged or target is not None:
             raise StateError(
                 f"no commit in {self._commits} is intact ({'; '.join(damaged) or f'{target:06d} is missing'}); restore "
@@ -325,6 +326,7 @@ class CommitStore:
             sync(self._commits)
             self._point(number)
             self._last = _Verified(self._describe(number, body), files)
+            # After CURRENT has moved: until then the oldest commit may be the only intact one.
             for old in sorted(self._numbers())[: -self._keep]:
                 self._delete(old)
         return self._last.commit
@@ -383,6 +385,7 @@ class CommitStore:
 
     def _point(self, number: int) -> None:
         point(self._pointer, Path(COMMITS) / commit_name(number))
+        # Made once: where it leads afterwards is for `gapstream rollback` to say, and no commit may undo that.
         if not (self.path / RELEASE).is_symlink():
             point(self.path / RELEASE, NEWEST_RELEASE)
 

@@ -162,7 +162,7 @@ class Pipeline:
         Raises AgentError, StateError and StreamError, with the state folder as the last commit left it.
         """
         try:
-            self.worker.start(self._learned)
+            self.worker.start(self._learned)  # it loads its model while the first records are read
             self.metrics.state("consuming")
             while not (self.stop.is_set() and self._must_leave()):
                 if self._task is None and not self._begin_task():
@@ -175,6 +175,7 @@ class Pipeline:
                 self.source.throttle(self._draining or self.buffer.full)
                 self._tell()
         finally:
+            # Also on an error: no trainer may write to the state folder when its lock is let go.
             self.worker.stop(self.rules.stop_timeout_s)
         self._pass_rejected()
         log.info("ended at commit %06d", self.commit.number if self.commit else 0)
@@ -199,6 +200,7 @@ class Pipeline:
         now = self.clock()
         self.metrics.polled(now)
         self.metrics.heartbeat("pipeline", now)
+        # What a draining agent does not take is not lost: its offsets are not committed.
         for item in items if not self._draining else ():
             self.buffer.add(item)
             self.metrics.consumed(item, now)
@@ -285,7 +287,7 @@ class Pipeline:
                 "of it committed. The next start tries again; agent.on_task_failure = 'quarantine' would set it aside"
             ) from died
         log.error("%s failed %d times and is set aside as dead letters", _name(task), ATTEMPTS)
-        self.worker.start(self._learned)
+        self.worker.start(self._learned)  # it is set up again while the dead letters go out
         return self._settle_given_up(task, str(died))
 
     def _set_aside(self, settlement: _Settlement) -> bool:
@@ -296,7 +298,7 @@ class Pipeline:
             self.dead_letters.put(rejected)
             self.metrics.rejected(rejected, self.clock())
             self.metrics.dead_lettered(True)
-        if sent:
+        if sent:  # even if these were all: the flush, which may wait, is for a pass of its own
             return False
         try:
             self.dead_letters.flush(_FLUSH_S)
@@ -315,7 +317,7 @@ class Pipeline:
         log.info("commit %06d after %s: %d classes", self.commit.number, _name(self._task), len(self.commit.classes))
         if self.commit.release is not None:
             self.published(self.commit)
-        self.buffer.committed(self._task)
+        self.buffer.committed(self._task)  # only now may the samples leave the disk
         self.source.acknowledge(self.commit.offsets)
         self._task = self._settlement = None
         self._failures.clear()

@@ -49,7 +49,7 @@ def run_agent(
     """
     registry = CollectorRegistry()
     metrics = (make_metrics or Metrics)(registry)
-    metrics.readers(lambda: pinned(config.state.path))
+    metrics.readers(lambda: pinned(config.state.path))  # `gapstream rollback` is another process
     with contextlib.ExitStack() as parts:
         commits = CommitStore(config.state.path, config.state.keep_commits)
         parts.callback(commits.close)
@@ -61,6 +61,7 @@ def run_agent(
         if commit is not None:
             log.info("continuing from commit %06d: %d classes learned", commit.number, len(commit.classes))
             metrics.restored(commit)
+        # The spool is a cache: what an earlier run left there is deleted, and read again from the commit's offsets.
         spool = Spool(config.state.path / SPOOL, config.spool.max_bytes)
         rule = CutRule(**config.task.model_dump(exclude={"on_stop"}))
         known, done = (commit.seen, commit.tasks) if commit else ((), 0)
@@ -100,6 +101,7 @@ def run_agent(
             parts.callback(server.stop)
             server.start()
             log.info("metrics and status page on http://%s:%d/", config.http.host, server.port)
+        # Last: systemd is told that the agent is ready by a thread that looks at the parts above.
         parts.enter_context(
             supervised(
                 live=lambda: _why_not_alive(metrics.status()),
@@ -128,6 +130,7 @@ def _publisher(config: Config, commit: Commit | None, parts: contextlib.ExitStac
 def _why_not_alive(status: dict[str, Any]) -> list[str]:
     """Reasons for /livez and the watchdog to call the agent dead; none while every loop turns. The stream's own state
     is no reason: a restart mends no broker."""
+    # A pipeline that has given no heartbeat yet, since its parts are being opened, counts from the start.
     seen = {"pipeline": status["started"]} | status["heartbeats"]
     return [
         f"the {loop} loop was last seen {status['now'] - last:.0f} s ago, expected every few seconds"

@@ -72,6 +72,7 @@ class Trainer:
 
         Raises LearnerError when the commit was learned under other settings, ModelError, HoldOutError, StreamError.
         """
+        # Sums depend on how many threads share them: the same number gives the same bits again.
         if config.model.threads:
             torch.set_num_threads(config.model.threads)
         self._config = config
@@ -132,7 +133,7 @@ class Trainer:
         self._save(staging)
         self._holdout.write(staging, parent)
         report.write(staging / REPORT)
-        files = seal(staging)
+        files = seal(staging)  # here, not in the agent: hashing and syncing may take seconds
         self._holdout.moved(staging.with_suffix(""))  # where the agent renames it to
         return Outcome(
             task=task.number,
@@ -209,6 +210,7 @@ class Trainer:
 
     def _text(self) -> Text | None:
         """The text tower with its tokenizer, to be released beside the image tower; None where that is switched off."""
+        # The exporter asks for the tokenizer: one that cannot be released is a reason to leave the text part out.
         return Text(self._method.text_module(), lambda: self._clip.tokenizer) if self._config.release.text else None
 
     def _check_images(self, held: Sequence[Sample]) -> np.ndarray:
@@ -254,6 +256,7 @@ class Trainer:
 
     def _save(self, staging: Path) -> None:
         state = self._method.state()
+        # safetensors takes contiguous tensors only.
         save_file({k: v.detach().cpu().contiguous() for k, v in state.tensors.items()}, staging / LEARNER_TENSORS)
         # Forced to the disk by `seal`, with everything else in `staging`.
         values = {**self._learned_under(), "facts": dict(state.values)}
@@ -265,7 +268,7 @@ class Trainer:
         return {"method": method.name, "lora": method.lora.model_dump(), "model": self._clip.identity}
 
     def _load(self, commit: Path) -> None:
-        if not has_learned(commit):  # only rejected records so far
+        if not has_learned(commit):  # its stream had only rejected records so far
             return
         saved = json.loads((commit / LEARNER_VALUES).read_text(encoding="utf-8"))
         wanted = self._learned_under()

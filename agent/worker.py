@@ -129,6 +129,7 @@ class _Gone:
 
 
 _News = Progress | Outcome | _Ready | _Failed | _Gone
+"""What the agent's side hears of the child."""
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Run the demo below the working directory; returns the exit code."""
     console = Console()
+    # Where there is no terminal, rich takes 80 columns, too few for the table.
     return demo(FOLDER, console if console.is_terminal else Console(width=120))
 
 
@@ -97,7 +99,7 @@ def demo_config(state: Path) -> Config:
             "state.path": str(state),
             "evaluation.test_archive": "bundled",
             "http.port": str(_free_port(9187)),
-            "agent.log_level": "WARNING",
+            "agent.log_level": "WARNING",  # more lines would tear the live view apart
         },
     )
 
@@ -209,6 +211,7 @@ def _free_port(wanted: int) -> int:
     """The port `wanted`, or any when it is taken, as by an agent that runs here already."""
     for port in (wanted, 0):
         with socket.socket() as probe:
+            # As the server does: else a port whose last connections are still closing counts as taken.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind(("127.0.0.1", port))
@@ -228,6 +231,7 @@ def _print_lines(status: Status, console: Console, stop: threading.Event) -> Non
         if progress and (progress["task"], progress["phase"]) != phase:
             phase = progress["task"], progress["phase"]
             console.print(f"task {phase[0]}: {PHASES.get(phase[1], phase[1])}")
+        # From the history, not from the commits: two that come between two looks are both told.
         for entry in report.history[tasks:] if report else ():
             tasks += 1
             console.print(

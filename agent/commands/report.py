@@ -29,11 +29,13 @@ class ReportError(Exception):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `gapstream report`."""
     add_config(parser)
     parser.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE", help="(%(default)s)")
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Write the page and say where. Raises what `write_report` raises."""
     write_report(config_from(arguments).state.path, arguments.out)
     print(f"wrote {arguments.out}")
 
@@ -43,6 +45,7 @@ def write_report(state: Path, out: Path) -> None:
 
     Raises ReportError when there is no commit or it cannot be read, OSError when `out` cannot be written.
     """
+    # The commit's own folder, not CURRENT, which may move to another one between two of the files.
     folder = current_commit(state)
     if folder is None:
         raise ReportError(f"nothing is committed in {state} yet, so nothing to report; run `gapstream run` first")
@@ -62,7 +65,7 @@ def render(report: Report, manifest: dict[str, Any], release: dict[str, Any] | N
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
-        undefined=jinja2.ChainableUndefined,
+        undefined=jinja2.ChainableUndefined,  # what an older report lacks is shown as a dash
     )
     environment.filters |= {"percent": _percent, "number": _number, "bytes": _bytes}
     return environment.get_template("report.html.j2").render(

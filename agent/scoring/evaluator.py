@@ -110,6 +110,7 @@ class Evaluator:
         accuracy = None
         if len(task):
             names, answer = self._answering(method, module, task.classes)
+            # Not the configured seed: whatever it is, the same images are asked, so that runs can be compared.
             generator = task_generator(0, task.number, "predict before learning")
             picked = torch.randperm(len(task), generator=generator)[:PREDICTED]
             index_of = torch.tensor([names.index(name) for name in task.classes])
@@ -140,6 +141,7 @@ class Evaluator:
         are the caller's to add (`Report.completed`).
         """
         started = time.perf_counter()
+        # A class belongs to the task that brought it first, also when a later one brings it again.
         past = parent or Report(task=0)
         owner = {name: i for i, entry in enumerate(past.history) for name in entry.new_classes}
         new = tuple(name for name in method.classes if name not in owner)
@@ -201,6 +203,8 @@ class Evaluator:
             if self._test is not None and name not in self._opened:
                 self._opened.add(name)
                 wanted = image_refs(self._test, name, self._settings.test_per_class)
+                # Images that stood in for a probe are test images from now on, and need not be decoded again. Beside a
+                # probe archive there are none: its images are of another folder, and stay what they are.
                 known = {self._images.refs[n].key: n for n in ([] if self._probe else self._unlearned.pop(name, []))}
                 self._by_class[name] = [known[ref.key] for ref in wanted if ref.key in known]
                 refs += [ref for ref in wanted if ref.key not in known]
@@ -217,6 +221,7 @@ class Evaluator:
 
         @torch.no_grad()
         def answer(tokens: Tensor) -> Tensor:
+            # In float32 whatever model.precision says: the module is scored as it is released.
             own = module.from_tokens(tokens.float())[2] if module is not None else None
             if text is None:
                 assert own is not None
@@ -246,6 +251,7 @@ class Evaluator:
         text = self._untouched(names)
         index_of = {name: i for i, name in enumerate(names)}
         numbers = [number for name in classes for number in self._by_class[name]]
+        # Counted by class: the tasks' columns of the matrix, and the old classes, are sums of these counts.
         right, right_untouched, answers = Counter[str](), Counter[str](), dict[int, Answer]()
         done = 0
         for part, tokens in self._images.batches(numbers):
@@ -274,9 +280,10 @@ class Evaluator:
         are not at least two.
         """
         folder = self._probe or self._test
+        # A stream keeps the spelling that it saw first, which the archive's need not be.
         learned = set() if self._probe else {name.casefold() for name in method.classes}
         names = [name for name in folder.classes if name.casefold() not in learned] if folder else []
-        if folder is None or len(names) < 2:
+        if folder is None or len(names) < 2:  # among one name every answer is right
             return None
         numbers = []
         for name in names:
@@ -326,7 +333,7 @@ class Evaluator:
         owner: Mapping[str, int],
         history: Sequence[TaskReport],
     ) -> tuple[Example, ...]:
-        """Choose at most EXAMPLES images, of each class as many as possible, first those whose answer changed."""
+        """Choose at most EXAMPLES images, as many of each class as possible, first those whose answer changed."""
         by_class: dict[str, list[int]] = {}
         for number in sorted((n for n in before if n in after), key=lambda n: before[n][0][0] == after[n][0][0]):
             by_class.setdefault(self._images.refs[number].label, []).append(number)
@@ -389,5 +396,5 @@ def _data_url(data: bytes, max_pixels: int) -> str:
     image = decode(data, max_pixels)
     image.thumbnail((EXAMPLE_PIXELS, EXAMPLE_PIXELS))
     out = io.BytesIO()
-    image.save(out, "JPEG", quality=92, subsampling=0)
+    image.save(out, "JPEG", quality=92, subsampling=0)  # halved colour would blur an image of 32 pixels
     return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 Matrix = Sequence[Sequence[float | None]]
+"""The accuracy matrix by rows; rows may be shorter than T, or empty."""
 
 
 def average_incremental_accuracy(accuracies: Sequence[float | None]) -> float | None:

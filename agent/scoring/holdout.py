@@ -54,11 +54,14 @@ class Labelled(Protocol):
 
 @dataclass(frozen=True)
 class ImageRef:
-    """An image to score on; `read()` gives its encoded bytes, `key` identifies it among all such images."""
+    """An image to score on."""
 
     label: str
+    """Its class name."""
     key: str
+    """What identifies it among all such images: its digest, or its place in an archive."""
     read: Callable[[], bytes]
+    """Gives the encoded image."""
 
 
 class TrainedFilter:
@@ -164,7 +167,7 @@ class HoldOut:
         self._trained_next = self._trained.copy()
         choices: list[Choice] = []
         for digest, sample in zip(digests, samples, strict=True):
-            if digest in self._held or digest in self._new:
+            if digest in self._held or digest in self._new:  # a copy that was trained on would be remembered, not known
                 choices.append("drop")
                 continue
             names = names_of[digest]
@@ -220,7 +223,7 @@ class HoldOut:
         self.moved(staging)
 
     def moved(self, commit: Path) -> None:
-        """Held images are below `commit` from now on (the staging folder was renamed)."""
+        """Read held images below `commit` from now on: the staging folder was renamed, or is about to be."""
         self.close()
         self._folder = commit / HOLDOUT
 
@@ -243,6 +246,7 @@ class HoldOut:
         label, pack = self._held[digest]
         path = self._folder / pack
         with self._reading, _reading(path):
+            # One pack stays open: images are read in the order in which they were held, so pack after pack.
             if self._open is None or self._open.filename != str(path):
                 self.close()
                 self._open = zipfile.ZipFile(path)

@@ -93,6 +93,7 @@ class ScoredImages:
         """
         for at in range(0, len(numbers), self._batch_size):
             part = list(numbers[at : at + self._batch_size])
+            # What did not fit into memory is decoded again: the embeddings tell only of the untouched towers.
             absent = [number for number in part if number not in self._tokens]
             again: dict[int, Tensor] = {}
             if absent:
