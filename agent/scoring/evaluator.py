@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress, zip_longest
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,10 +86,15 @@ class Evaluator:
         self._max_pixels = max_pixels
         self._images = ScoredImages(clip, settings.batch_size, max_pixels, cache_bytes)
         self._names: dict[str, Tensor] = {}
+        """Class name -> the untouched model's feature of it, float32 [D]."""
         self._opened: set[str] = set()
-        self._by_class: dict[str, list[int]] = {}
+        """Class names whose test images have been taken in."""
         self._held: set[str] = set()
+        """Keys of the held-out images that have been taken in."""
+        self._by_class: dict[str, list[int]] = {}
+        """Class name -> numbers of all its images in `_images`."""
         self._unlearned: dict[str, list[int]] = {}
+        """Class of the probe, or not learned yet -> numbers of its images; they are in no other list."""
 
     def before(
         self, method: Method, module: InferenceModule | None, task: TaskData, on_progress: OnProgress
@@ -156,20 +160,17 @@ class Evaluator:
         row = tuple(_accuracy(scores[name] for name in scores if owner[name] == i) for i in tasks)
         best = [max((v for v in pair if v is not None), default=None) for pair in zip_longest(past.best, row)]
         accuracies = [*(entry.accuracy for entry in past.history), _accuracy(scores.values())]
-        shared: dict[str, Any] = {
-            "task": task.number,
-            "samples": len(task),
-            "test_images": sum(images for _, images in scores.values()),
-            "accuracy": accuracies[-1],
-            "zero_shot": _accuracy(untouched.values()),
-            "predict_before_learn": before.accuracy,
-            "forgetting": mean_change(row, past.best),
-            "retention": retention([(probe.now, probe.untouched)]) if probe else None,
-            "gap": _gap(update),
-            "seconds": seconds,
-        }
         entry = TaskReport(
-            **shared,
+            task=task.number,
+            samples=len(task),
+            test_images=sum(images for _, images in scores.values()),
+            accuracy=accuracies[-1],
+            zero_shot=_accuracy(untouched.values()),
+            predict_before_learn=before.accuracy,
+            forgetting=mean_change(row, past.best),
+            retention=retention([(probe.now, probe.untouched)]) if probe else None,
+            gap=_gap(update),
+            seconds=seconds,
             classes=task.classes,
             new_classes=new,
             loss=update.loss if update else None,
@@ -180,7 +181,7 @@ class Evaluator:
         history = (*past.history, entry)
         on_progress(Progress("evaluate", task.number, accuracy=accuracies[-1]))
         return Report(
-            **shared,
+            **entry.shared(),
             classes=method.classes,
             held_out=len(self._holdout),
             old_classes=_old_classes(past, scores, owner),

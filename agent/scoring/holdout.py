@@ -43,8 +43,8 @@ class HoldOutError(Exception):
     """A commit's hold-out cannot be read; the message says which file."""
 
 
-class Labelled(Protocol):
-    """An encoded image with its class name (streams.buffer.Sample is one)."""
+class EncodedImage(Protocol):
+    """An encoded image with its class name (streams.spool.Sample is one)."""
 
     @property
     def label(self) -> str: ...
@@ -105,11 +105,14 @@ class HoldOut:
         self.fraction = fraction
         self.per_class = per_class
         self._trained = TrainedFilter()
-        self._held: dict[bytes, tuple[str, str]] = {}  # digest -> class name, pack
-        self._new: dict[bytes, Labelled] = {}
+        self._held: dict[bytes, tuple[str, str]] = {}
+        """Digest -> class name, and the pack that the image is in."""
+        self._new: dict[bytes, EncodedImage] = {}
+        """Digest -> an image that the last `split` held out, and that no pack has yet."""
         # What the last `split` adds to the filter counts only once it is written: a task that fails is split again.
         self._trained_next = self._trained
         self._folder: Path | None = None
+        """Where the packs are: the hold-out of the last commit, or of its staging folder."""
         self._open: zipfile.ZipFile | None = None
         self._reading = threading.Lock()
 
@@ -147,7 +150,7 @@ class HoldOut:
     def __len__(self) -> int:
         return len(self._held) + len(self._new)
 
-    def split(self, samples: Sequence[Labelled]) -> list[Choice]:
+    def split(self, samples: Sequence[EncodedImage]) -> list[Choice]:
         """What happens to each sample of a task, in order. Reads every sample once; give it only decodable ones.
 
         "hold": from now on a test image. "drop": a copy of a held image, under whatever class name; never trained on.

@@ -190,6 +190,10 @@ class TaskScores:
     seconds: Mapping[str, float] = field(default_factory=dict)
     """Phase -> seconds: those of the update (`train`, `compensate`), `evaluate`, `decode` and `export`."""
 
+    def shared(self) -> dict[str, Any]:
+        """Give the fields above by name, for another value that has them too."""
+        return {one.name: getattr(self, one.name) for one in fields(TaskScores)}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskReport(TaskScores):
