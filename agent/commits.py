@@ -2,6 +2,18 @@
 
 A folder holds a commit only if its manifest is intact and names every other file with size and sha256. Where everything
 lies in a state folder says agent.layout.
+
+An agent may be killed at any moment (tests/test_crash.py does so before every change of the disk). What the next start
+finds, and what it does:
+
+    killed                             found                         next start
+    while reading or learning          NNNNNN.staging, half full     sweeps it; the task is read and learned again
+    while the manifest is written      NNNNNN.staging                the same
+    after the rename to NNNNNN         a commit newer than CURRENT   sweeps it; the same
+    after CURRENT is replaced          the new commit                goes on from it; offsets and readers with it
+    while an old commit is deleted     NNNNNN.pruned                 sweeps it
+
+So learning happens once in effect: state, release, report and offsets become true together, when CURRENT is replaced.
 """
 
 from __future__ import annotations
@@ -14,6 +26,7 @@ import json
 import logging
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -36,16 +49,21 @@ from agent.layout import (
     commit_name,
     commit_number,
 )
+from agent.scoring.report import Report
 from agent.values import Commit, Outcome
 from exporter.files import link_or_copy, point, sync, sync_folders
-from streams.record import Offsets, Partition
+from streams.buffer import Task
+from streams.record import Offsets, Partition, Reason
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
+"""Format of a manifest, and of all that it names. Another number makes this version refuse the folder, untouched."""
+
 _PACKAGES = (
     "gapstream", "torch", "open_clip_torch", "timm", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy",
 )  # fmt: skip
+"""Packages whose versions a manifest notes, as far as they are installed: what learns, and what makes the release."""
 
 Files = Mapping[str, tuple[int, str]]
 """Path relative to the commit's folder -> (size in bytes, sha256)."""
@@ -56,12 +74,31 @@ class Provenance:
     """What a commit records beside the outcome."""
 
     fingerprint: str
-    """Of the source."""
+    """Fingerprint of the source whose offsets are committed."""
     classes: tuple[str, ...]
-    """Of the task."""
+    """Class names of the task, learned or not."""
     totals: Mapping[str, float]
+    """The counters as they are after the task, see `counted`."""
     config: Mapping[str, Any]
-    """Resolved, secrets masked."""
+    """The resolved configuration, secrets masked."""
+
+
+def counted(totals: Mapping[str, float], task: Task, outcome: Outcome | None) -> dict[str, float]:
+    """Add `task` to the counters that go on over restarts; `outcome` is None when it was set aside as a whole.
+
+    The counters are `records`, `samples`, `bytes`, `training_samples`, `training_steps` and `rejected_<reason>`.
+    """
+    after = Counter(totals)
+    after.update(records=task.records, samples=len(task.samples), bytes=task.bytes)
+    after.update({f"rejected_{reason}": count for reason, count in task.rejected.items()})
+    if outcome is None:
+        after.update({f"rejected_{Reason.TASK_FAILED}": len(task.samples)})
+    else:
+        after.update(f"rejected_{late.reason}" for late in outcome.rejected)
+        if outcome.update is not None:
+            update = outcome.update
+            after.update(training_samples=update.samples * update.epochs_run, training_steps=update.steps)
+    return dict(after)
 
 
 class StateError(Exception):
@@ -76,7 +113,7 @@ class StateLocked(StateError): ...
 
 
 class _Damaged(Exception):
-    """Why a commit's folder cannot be trusted."""
+    """A commit's folder cannot be trusted; the message says why."""
 
 
 def seal(folder: Path) -> dict[str, tuple[int, str]]:
@@ -100,14 +137,17 @@ def seal(folder: Path) -> dict[str, tuple[int, str]]:
 
 @dataclass(frozen=True)
 class _Verified:
+    """A commit whose files all have the hashes of its manifest."""
+
     commit: Commit
     files: Files
 
 
 class CommitStore:
-    """Owns a state folder: its lock, its commits, and which of them is current. One thread."""
+    """Owns a state folder: its lock, its commits, and which of them is current. Used from one thread."""
 
     def __init__(self, path: Path, keep: int) -> None:
+        """keep: number of commits that stay when a new one is made, at least 1; older ones are deleted."""
         self.path = path.absolute()
         self._commits = self.path / COMMITS
         self._pointer = self.path / POINTER
@@ -122,7 +162,10 @@ class CommitStore:
         """
         with self._writing():
             self._commits.mkdir(parents=True, exist_ok=True)
+            # Opened without truncation: the process id in it belongs to whoever has the lock.
             file = (self.path / LOCK).open("a+")
+        # The kernel lets go of the lock when its owner ends, however it ends; a file that merely exists would have to
+        # be deleted by hand after a kill -9.
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -156,7 +199,7 @@ class CommitStore:
         damaged: list[str] = []
         for number in numbers:
             if target is not None and number > target:
-                continue
+                continue  # it never became current: readers have not seen it, its offsets were never acknowledged
             try:
                 known = self._read(number)
             except _Damaged as reason:
@@ -164,12 +207,13 @@ class CommitStore:
                 damaged.append(f"{number:06d}: {reason}")
                 self._set_aside(number)
                 continue
-            if number != target:
+            if number != target:  # CURRENT has to say so at once, since readers follow it
                 log.warning("continuing from commit %06d; what was learned after it will be learned again", number)
                 with self._writing():
                     self._point(number)
             self._last = known
             return known.commit
+        # To begin anew without being asked would throw away all that was learned.
         if damaged or target is not None:
             raise StateError(
                 f"no commit in {self._commits} is intact ({'; '.join(damaged) or f'{target:06d} is missing'}); restore "
@@ -193,7 +237,10 @@ class CommitStore:
             ) from reason
 
     def sweep(self) -> None:
-        """Delete what a killed agent left: unfinished folders, and commits that never became current."""
+        """Delete what a killed agent left: unfinished folders, and commits that never became current.
+
+        Raises StateError when the disk refuses.
+        """
         target = self._target()
         with self._writing():
             for link in (self._pointer, self.path / RELEASE):
@@ -205,7 +252,10 @@ class CommitStore:
                     self._delete(number)
 
     def stage(self) -> Path:
-        """An empty folder for the next commit; an earlier one that was not committed is emptied."""
+        """Make an empty folder for the next commit; an earlier one that was not committed is emptied.
+
+        Raises StateError when the disk refuses.
+        """
         staging = self._folder(self._next).with_suffix(STAGING)
         with self._writing():
             if staging.exists():
@@ -230,7 +280,7 @@ class CommitStore:
     def carry(self, offsets: Offsets, task: int, provenance: Provenance) -> Commit:
         """Commit `offsets` with nothing newly learned: all else is the commit before, linked.
 
-        `task` is the number of the last task that is over, learned or not.
+        `task` is the number of the last task that is over, learned or not. Raises StateError when the disk refuses.
         """
         staging = self.stage()
         files = self._link(staging, self._last.files) if self._last else {}
@@ -262,6 +312,9 @@ class CommitStore:
             "config": dict(provenance.config),
             "versions": _versions(),
         }
+        # The order is what a crash is safe by: the data were synced by `seal`, the manifest that vouches for them comes
+        # after them, its folder's entries after it, then the name of the folder, and CURRENT last. Every step is forced
+        # to the disk before the next, since a file system may write them down in another order.
         with self._writing():
             _check_present(staging, files)
             with (staging / MANIFEST).open("w", encoding="utf-8") as file:
@@ -273,6 +326,7 @@ class CommitStore:
             sync(self._commits)
             self._point(number)
             self._last = _Verified(self._describe(number, body), files)
+            # After CURRENT has moved: until then the oldest commit may be the only intact one.
             for old in sorted(self._numbers())[: -self._keep]:
                 self._delete(old)
         return self._last.commit
@@ -292,6 +346,7 @@ class CommitStore:
                 "use the version that wrote it, or another state.path"
             )
         files = {name: (size, digest) for name, (size, digest) in body["files"].items()}
+        # All of them, at every start: a disk that lies about one file is noticed before anything is learned on it.
         for name, (size, digest) in files.items():
             try:
                 with (folder / name).open("rb") as file:
@@ -313,13 +368,13 @@ class CommitStore:
             classes=tuple(body["classes"]),
             tasks=body["tasks"],
             totals=body["totals"],
-            report=json.loads(report.read_text(encoding="utf-8")) if REPORT in body["files"] else {},
+            report=Report.read(report) if REPORT in body["files"] else None,
             release=folder / RELEASE_IN_COMMIT if any(_is_of_release(name) for name in body["files"]) else None,
             seen=tuple(body["seen"]),
         )
 
     def _link(self, staging: Path, files: Files) -> Files:
-        """The last commit's `files` in `staging` too: hard links, or copies where the file system has none."""
+        """Put the last commit's `files` into `staging` too: hard links, or copies where the file system has none."""
         assert self._last is not None
         with self._writing():
             for name in files:
@@ -330,11 +385,12 @@ class CommitStore:
 
     def _point(self, number: int) -> None:
         point(self._pointer, Path(COMMITS) / commit_name(number))
+        # Made once: where it leads afterwards is for `gapstream rollback` to say, and no commit may undo that.
         if not (self.path / RELEASE).is_symlink():
             point(self.path / RELEASE, NEWEST_RELEASE)
 
     def _target(self) -> int | None:
-        """Number CURRENT names, whether or not that commit is there."""
+        """Give the number that CURRENT names, whether or not that commit is there."""
         try:
             name = self._pointer.readlink().name
         except FileNotFoundError:
@@ -355,7 +411,7 @@ class CommitStore:
             self._folder(number).rename(aside)
 
     def _delete(self, number: int) -> None:
-        """In two steps, so that a folder with a commit's name is never half deleted."""
+        """Delete a commit in two steps, so that a folder with a commit's name is never half deleted."""
         doomed = self._folder(number).with_suffix(PRUNED)
         self._folder(number).rename(doomed)
         shutil.rmtree(doomed)
@@ -372,6 +428,7 @@ class CommitStore:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
+        """Turn what the disk refuses into StateError."""
         try:
             yield
         except OSError as error:
@@ -394,12 +451,14 @@ def _check_present(folder: Path, files: Files) -> None:
 
 
 def _digest(body: Mapping[str, Any]) -> str:
+    """The checksum that a manifest carries of its own content, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
 @functools.cache
 def _versions() -> dict[str, str]:
-    """Read from the installed packages' metadata: importing torch for its number would cost seconds."""
+    """Ask the installed packages' metadata: importing torch for its version would cost seconds, and this process must
+    not have torch."""
     found = {}
     for name in _PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):

@@ -23,6 +23,8 @@ from pathlib import Path
 from exporter.release import CURRENT, RELEASE_FOLDER
 from exporter.release import RELEASE as RELEASE
 
+# The tree above says what each one is for. A state folder of any version has these names: a changed one would make
+# every folder that exists unreadable.
 LOCK = "lock"
 COMMITS = "commits"
 PINNED = "pinned"

@@ -13,6 +13,7 @@ from typing import Any
 from agent.config import Config
 
 LOG_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
+"""The same for agent and trainer, whose lines come out mixed on one standard error; the name tells them apart."""
 
 
 def log_to_stderr(config: Config) -> None:
@@ -29,6 +30,7 @@ def stop_on_signals(stop: threading.Event) -> Iterator[None]:
     """SIGTERM and SIGINT set `stop`; a second one ends the process at once, which loses nothing either."""
 
     def handle(number: int, _: Any) -> None:
+        # No more than this: a handler runs between any two instructions, and a lock taken here may be held already.
         if stop.is_set():
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)

@@ -29,6 +29,8 @@ from exporter.release import Release, ReleaseError
 log = logging.getLogger(__name__)
 
 _CLOSE_S = 5
+"""Longest wait at the end for a release that is being published: chosen by hand, a copy of the model to another disk
+takes a second or two. What is cut off is swept there, and published at the next start."""
 
 
 @dataclass(frozen=True)
@@ -36,14 +38,14 @@ class KeptRelease:
     """A release that readers can be sent to."""
 
     number: int
-    """Of its commit."""
+    """Number of the commit that it belongs to."""
     release: Release
 
 
 def kept_releases(state: Path) -> list[KeptRelease]:
-    """The releases of all kept commits and the pinned one, oldest first. Unreadable ones are left out with a warning.
+    """List the releases of all kept commits and the pinned one, oldest first.
 
-    Commits that only carry on the release before them are left out too.
+    One that cannot be read is left out with a warning; a commit that only carries on the release before it is left out.
     """
     committed = [(path.parent.name, path) for path in state.glob(f"{COMMITS}/*/{RELEASE_IN_COMMIT}")]
     held = [(path.name, path) for path in state.glob(f"{PINNED}/*")]
@@ -61,7 +63,7 @@ def kept_releases(state: Path) -> list[KeptRelease]:
 
 
 def pinned(state: Path) -> int | None:
-    """Number of the commit whose release readers are held at; None while they follow the newest."""
+    """Give the number of the commit whose release readers are held at; None while they follow the newest."""
     try:
         target = (state / RELEASE).readlink()
     except OSError:
@@ -76,6 +78,7 @@ def pin(state: Path, number: int) -> Release:
     """
     folder = state / PINNED / commit_name(number)
     source = state / COMMITS / folder.name / RELEASE_IN_COMMIT
+    # Linked, not pointed to: the commit itself is deleted when newer ones take its place.
     if not folder.exists():
         release = releases.read(source)
         staging = folder.with_suffix(STAGING)
@@ -84,7 +87,7 @@ def pin(state: Path, number: int) -> Release:
         for name in (*release.files, releases.MANIFEST):
             try:
                 link_or_copy(source / name, staging / name)
-            except FileNotFoundError as error:
+            except FileNotFoundError as error:  # a running agent deletes old commits at any time
                 raise ReleaseError(f"commit {number} was deleted just now; choose a newer one") from error
         staging.rename(folder)
     release = releases.read(folder)
@@ -94,6 +97,7 @@ def pin(state: Path, number: int) -> Release:
         if pinned(state) != number:
             shutil.rmtree(folder)
         raise
+    # The link moves before the release it left is deleted, so that readers always find one.
     point(state / RELEASE, folder.relative_to(state))
     for other in (state / PINNED).iterdir():
         if other != folder:
@@ -120,6 +124,7 @@ def publish(settings: Settings, state: Path, number: int, folder: Path) -> None:
     release, held = releases.read(folder), pinned(state)
     model.mkdir(parents=True, exist_ok=True)
     there = triton.versions(repository, name)
+    # Triton is told to serve the pinned version, so that one has to be there whatever came since.
     if held is not None and held not in (*there, number):
         publish(settings, state, held, state / RELEASE)
         there = triton.versions(repository, name)
@@ -137,10 +142,14 @@ def publish(settings: Settings, state: Path, number: int, folder: Path) -> None:
 
 
 class Publisher:
-    """Publishes the releases of commits on a thread of its own, since a repository on another disk takes copying. What
-    fails is logged, and made up for by the next one or the next start."""
+    """Publishes the releases of commits on a thread of its own, since a repository on another disk takes copying.
+
+    What fails is logged, and made up for by the next release or the next start: readers of the state folder have the
+    release in any case, so it is no reason to stop learning.
+    """
 
     def __init__(self, settings: Settings, state: Path) -> None:
+        """Start the thread; `settings` is the section [release] with a Triton repository."""
         self._settings = settings
         self._state = state
         self._waiting: queue.SimpleQueue[Commit | None] = queue.SimpleQueue()
@@ -148,7 +157,7 @@ class Publisher:
         self._thread.start()
 
     def __call__(self, commit: Commit) -> None:
-        """Takes a commit with a release; returns at once."""
+        """Publish the release of `commit`, soon; returns at once."""
         self._waiting.put(commit)
 
     def close(self) -> None:

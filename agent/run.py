@@ -27,7 +27,9 @@ from streams.spool import Spool
 log = logging.getLogger(__name__)
 
 STALLED_S = 30
-"""A loop that was silent for so long is not alive."""
+"""A loop that gave no heartbeat for this time is not alive. A pass of the pipeline takes half a second, and a commit on
+a slow disk seconds; the supervisor restarts what is not alive, so a smaller value would end agents that are only slow.
+"""
 
 
 def run_agent(
@@ -38,13 +40,16 @@ def run_agent(
 ) -> Commit | None:
     """Run an agent until its stream ends or `stop` is set; returns its last commit.
 
+    The parts are opened in the order in which they need each other: the lock comes first, so that a second agent on the
+    same folder fails before it has moved anything, and the source before the commit that must fit it.
+
     `make_metrics` builds what is told of everything that happens (exporter.metrics.Metrics by default, a subclass to
     watch), `learner` names the class that learns (agent.trainer:Trainer by default). Raises StreamError, StateError,
     AgentError, and OSError when the HTTP address cannot be had.
     """
     registry = CollectorRegistry()
     metrics = (make_metrics or Metrics)(registry)
-    metrics.readers(lambda: pinned(config.state.path))
+    metrics.readers(lambda: pinned(config.state.path))  # `gapstream rollback` is another process
     with contextlib.ExitStack() as parts:
         commits = CommitStore(config.state.path, config.state.keep_commits)
         parts.callback(commits.close)
@@ -56,6 +61,7 @@ def run_agent(
         if commit is not None:
             log.info("continuing from commit %06d: %d classes learned", commit.number, len(commit.classes))
             metrics.restored(commit)
+        # The spool is a cache: what an earlier run left there is deleted, and read again from the commit's offsets.
         spool = Spool(config.state.path / SPOOL, config.spool.max_bytes)
         rule = CutRule(**config.task.model_dump(exclude={"on_stop"}))
         known, done = (commit.seen, commit.tasks) if commit else ((), 0)
@@ -95,6 +101,7 @@ def run_agent(
             parts.callback(server.stop)
             server.start()
             log.info("metrics and status page on http://%s:%d/", config.http.host, server.port)
+        # Last: systemd is told that the agent is ready by a thread that looks at the parts above.
         parts.enter_context(
             supervised(
                 live=lambda: _why_not_alive(metrics.status()),
@@ -107,8 +114,10 @@ def run_agent(
 
 
 def _publisher(config: Config, commit: Commit | None, parts: contextlib.ExitStack) -> Callable[[Commit], None]:
-    """What takes each release where `release.layout` wants it, beside the state folder; begins with that of `commit`,
-    which may have been left out when the agent was killed."""
+    """What takes each release where `release.layout` wants it, beside the state folder.
+
+    It begins with the release of `commit`: an agent killed between commit and publishing has left it out.
+    """
     if config.release.layout == "folder":
         return lambda commit: None
     publisher = Publisher(config.release, config.state.path)
@@ -119,6 +128,9 @@ def _publisher(config: Config, commit: Commit | None, parts: contextlib.ExitStac
 
 
 def _why_not_alive(status: dict[str, Any]) -> list[str]:
+    """Reasons for /livez and the watchdog to call the agent dead; none while every loop turns. The stream's own state
+    is no reason: a restart mends no broker."""
+    # A pipeline that has given no heartbeat yet, since its parts are being opened, counts from the start.
     seen = {"pipeline": status["started"]} | status["heartbeats"]
     return [
         f"the {loop} loop was last seen {status['now'] - last:.0f} s ago, expected every few seconds"
@@ -128,11 +140,13 @@ def _why_not_alive(status: dict[str, Any]) -> list[str]:
 
 
 def _doing(status: dict[str, Any]) -> str:
+    """The line that `systemctl status` shows."""
     commit = status["commit"]
     return f"{status['state']}; " + (f"{commit['classes']} classes learned" if commit else "nothing learned yet")
 
 
 def _why_not_ready(trainer_ready: bool, commit: Commit | None) -> list[str]:
+    """Reasons for /readyz: a ready agent can learn, and has a release for readers."""
     reasons = [] if trainer_ready else ["the trainer is being set up"]
     if commit is None or commit.release is None:
         reasons.append("nothing is released yet; the first release comes with the first learned task")

@@ -6,8 +6,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -32,9 +31,10 @@ from agent.layout import (
 from agent.methods.base import LearnerState, TaskData
 from agent.model.clip import load_clip
 from agent.model.images import LoadedImages, TokensAt, load_tokens
-from agent.scoring.evaluator import Evaluator, add_phase
+from agent.scoring.evaluator import Evaluator
 from agent.scoring.holdout import HoldOut
-from agent.values import LateRejection, Outcome, Progress, Update
+from agent.scoring.report import LearnerIdentity, ModelIdentity, OldClasses, ReleaseSummary, Report
+from agent.values import LateRejection, OnProgress, Outcome, Progress, Update
 from exporter.onnx import Labelled, OnnxExporter
 from exporter.preprocess import decode
 from exporter.release import ReleaseError
@@ -47,12 +47,15 @@ from streams.spool import Sample
 log = logging.getLogger(__name__)
 
 CHECK_IMAGES = 8
-"""Images a release is checked on; the exporter repeats them up to its largest batch and ships a few of them."""
-ACCURACY_IMAGES = 500
-"""Held-out images at most that the smaller forms of a release are scored on; they are in memory all at once."""
-_PACKAGES = ("gapstream", "torch", "open_clip_torch", "timm", "numpy", "pillow")
+"""Images a release is checked on: chosen by hand. The exporter repeats them up to its largest batch and ships a few of
+them; more different ones would make the check slower and hardly find more."""
 
-OnProgress = Callable[[Progress], None]
+ACCURACY_IMAGES = 500
+"""Held-out images at most that the smaller models of a release are scored on. Preprocessed they are in memory all at
+once, 0.3 GB at 224 x 224 pixels; with fewer, an accuracy has a standard error of more than 2.2 points."""
+
+_PACKAGES = ("gapstream", "torch", "open_clip_torch", "timm", "numpy", "pillow")
+"""Packages whose versions are noted in a report, since they can change a score: models, arithmetic, image decoding."""
 
 
 class LearnerError(Exception):
@@ -60,9 +63,17 @@ class LearnerError(Exception):
 
 
 class Trainer:
-    """Continues from the commit at `commit` (None: nothing learned yet). Runs in one thread of its own process."""
+    """Learns task after task; between two it keeps the method, the evaluator with its images, and the exporter's trace.
+
+    Runs in one thread of its own process (see agent.worker).
+    """
 
     def __init__(self, config: Config, commit: Path | None) -> None:
+        """Continue from the commit in the folder `commit`, or begin anew (None).
+
+        Raises LearnerError when the commit was learned under other settings, ModelError, HoldOutError, StreamError.
+        """
+        # Sums depend on how many threads share them: the same number gives the same bits again.
         if config.model.threads:
             torch.set_num_threads(config.model.threads)
         self._config = config
@@ -71,7 +82,8 @@ class Trainer:
         if commit is not None:
             self._load(commit)
         self._module = self._method.inference_module() if self._method.classes else None
-        """Made once per update: what is evaluated before the next one, and after it, is what is released."""
+        """The model as it is now, None while nothing is learned. It is made once for each update, so that what is
+        scored after it, and before the next one, is what was released."""
         settings = config.evaluation
         self._holdout = HoldOut.load(commit, settings.holdout_fraction, settings.holdout_per_class)
         self._evaluator = Evaluator(
@@ -89,11 +101,17 @@ class Trainer:
         )
 
     def learn(self, task: Task, staging: Path, on_progress: OnProgress) -> Outcome:
-        """Decode, predict, update, score, release, save: the next commit but its manifest, in `staging`."""
+        """Decode, predict, update, score, release, save: the next commit but its manifest, in `staging`.
+
+        Samples that cannot be decoded are in the outcome, and so is the reason when no release was made. Whatever is
+        raised leaves the commit before as it was; the trainer is not used any more after that.
+        """
         parent = _parent(staging)
         started = time.perf_counter()
         loaded = self._decode(task, on_progress)
-        decoded = time.perf_counter()
+        seconds = {"decode": time.perf_counter() - started}
+
+        # Split after decoding: an image that cannot be decoded must not be held out.
         good = [task.samples[i] for i in loaded.kept]
         choices = self._holdout.split(good)
         data = _task_data(task, good, [i for i, choice in enumerate(choices) if choice == "train"], loaded)
@@ -101,33 +119,32 @@ class Trainer:
         update = self._update(data, on_progress)
         if update is not None:
             self._module = self._method.inference_module()
-        scores = self._evaluator.after(
+        report = self._evaluator.after(
             self._method, self._module, data, update, before, _last_report(parent), on_progress
         )
-        add_phase(scores, "decode", decoded - started)
-        scores |= self.facts()
 
-        exporting = time.perf_counter()
         on_progress(Progress("export", task.number))
+        started = time.perf_counter()
         held = [sample for sample, choice in zip(good, choices, strict=True) if choice == "hold"]
-        refused = self._release(task, held, scores, staging, parent and parent / RELEASE_IN_COMMIT)
-        add_phase(scores, "export", time.perf_counter() - exporting)
+        release = self._release(report, held, staging, parent)
+        seconds["export"] = time.perf_counter() - started
+        report = report.completed(self.identity, release, seconds)
 
         on_progress(Progress("commit", task.number))
         self._save(staging)
         self._holdout.write(staging, parent)
-        (staging / REPORT).write_text(json.dumps(scores, indent=1, allow_nan=False), encoding="utf-8")
-        files = seal(staging)
+        report.write(staging / REPORT)
+        files = seal(staging)  # here, not in the agent: hashing and syncing may take seconds
         self._holdout.moved(staging.with_suffix(""))  # where the agent renames it to
         return Outcome(
             task=task.number,
             next_offsets=task.next_offsets,
             staging=staging,
             files=files,
-            report=scores,
+            report=report,
             classes=self._method.classes,
             update=update,
-            release_refused=refused,
+            release_refused=release.refused,
             rejected=tuple(_late(task.samples[i], error.reason, error.detail) for i, error in loaded.failed),
         )
 
@@ -149,58 +166,59 @@ class Trainer:
             return None
         return self._method.update(data, on_progress)
 
-    def _release(
-        self, task: Task, held: Sequence[Sample], scores: dict[str, Any], staging: Path, before: Path | None
-    ) -> str | None:
-        """Publish into `staging`; gives why not, or None. Notes in `scores["release"]` what was measured. `before`:
-        where the release before may be."""
-        old, limit = scores["old_classes"], self._config.release.max_old_class_drop
-        module, refused = self._module, None
-        if limit and old["before"] is not None and old["after"] is not None and old["before"] - old["after"] > limit:
-            refused = (
-                f"accuracy on the classes of the release that serves fell from {old['before']:.1%} to "
-                f"{old['after']:.1%}, more than release.max_old_class_drop = {limit:.1%}"
-            )
-        if module is None:
-            refused = "nothing was learned"
-        scores["release"] = {"refused": refused}
-        if refused is None and module is not None:
-            facts = {
-                "task": task.number,
-                "method": self._config.method.name,
-                "fusion": scores["fusion"],
-                "model": self._clip.identity,
-                "accuracy": scores["last"],
-            }
-            text = None
-            if self._config.release.text:
-                text = TextTower(self._method.text_module(), lambda: self._clip.tokenizer)
+    def _release(self, report: Report, held: Sequence[Sample], staging: Path, parent: Path | None) -> ReleaseSummary:
+        """Make a release in `staging`, unless there is a reason not to; says what was measured, or the reason."""
+        refused = "nothing was learned" if self._module is None else self._forgets_too_much(report.old_classes)
+        if self._module is not None and refused is None:
             try:
                 release = self._exporter.release(
-                    module,
+                    self._module,
                     self._clip.preprocess,
-                    facts,
+                    self._release_facts(report),
                     staging / RELEASE_IN_COMMIT,
                     self._check_images(held),
-                    self._accuracy_images(module.classes),
-                    text,
-                    before,
+                    self._accuracy_images(self._module.classes),
+                    self._text(),
+                    parent and parent / RELEASE_IN_COMMIT,
                 )
-                scores["release"] |= {
-                    "id": release.id,
-                    "parity": asdict(release.parity),
-                    "seconds": dict(release.seconds),
-                    "variants": {name: asdict(variant) for name, variant in release.variants.items()},
-                }
+                return ReleaseSummary(
+                    id=release.id, parity=release.parity, seconds=release.seconds, variants=release.variants
+                )
             except ReleaseError as error:
-                scores["release"]["refused"] = refused = str(error)
-        scores["history"][-1]["released"] = refused is None
-        if refused is not None:
-            log.warning("no new release after task %d: %s; the one before serves on", task.number, refused)
-        return refused
+                refused = str(error)
+        log.warning("no new release after task %d: %s; the one before serves on", report.task, refused)
+        return ReleaseSummary(refused=refused)
+
+    def _forgets_too_much(self, old: OldClasses) -> str | None:
+        """The gate for old classes: why the release that serves is better kept; None where it is not."""
+        limit = self._config.release.max_old_class_drop
+        if not limit or old.before is None or old.after is None or old.before - old.after <= limit:
+            return None
+        return (
+            f"accuracy on the classes of the release that serves fell from {old.before:.1%} to {old.after:.1%}, more "
+            f"than release.max_old_class_drop = {limit:.1%}"
+        )
+
+    def _release_facts(self, report: Report) -> dict[str, Any]:
+        """What release.json says about the model, for whoever finds nothing but the release."""
+        return {
+            "task": report.task,
+            "method": self._config.method.name,
+            "fusion": self._method.fusion,
+            "model": self._clip.identity,
+            "accuracy": report.last,
+        }
+
+    def _text(self) -> TextTower | None:
+        """The text tower with its tokenizer, to be released beside the image tower; None where that is switched off."""
+        # The exporter asks for the tokenizer: one that cannot be released is a reason to leave the text part out.
+        return TextTower(self._method.text_module(), lambda: self._clip.tokenizer) if self._config.release.text else None
 
     def _check_images(self, held: Sequence[Sample]) -> np.ndarray:
-        """Newly held-out images, float32 [n, 3, H, W], or noise: no image that was trained on may go into a release."""
+        """Images the release is checked on and tested with, float32 [n, 3, H, W]: newly held-out ones, or noise.
+
+        A release ships some of them, and no image that was trained on may leave in one.
+        """
         preprocess, limit = self._clip.preprocess, self._config.source.max_image_pixels
         if held:
             return np.stack([preprocess(decode(sample.read(), limit)) for sample in held[:CHECK_IMAGES]])
@@ -208,7 +226,7 @@ class Trainer:
         return np.stack([preprocess(Image.fromarray(pixels)) for pixels in noise])
 
     def _accuracy_images(self, classes: Sequence[str]) -> list[Labelled]:
-        """Held-out images that the smaller forms are judged by, spread over all classes; none where none is made."""
+        """Held-out images that smaller models are judged by, spread over all classes; none where none is made."""
         if not self._config.release.precisions:
             return []
         number = {name: i for i, name in enumerate(classes)}
@@ -224,34 +242,37 @@ class Trainer:
             for part in parts
         ]
 
-    def facts(self) -> dict[str, Any]:
-        """What every reported number is stored with (backbone, prompt, seed, versions)."""
+    @property
+    def identity(self) -> LearnerIdentity:
+        """Who learns here; every reported number is stored with it."""
         method = self._config.method
-        return {
-            "model": self._clip.identity,
-            "method": method.name,
-            "fusion": self._method.fusion,
-            "seed": method.seed,
-            "device": str(self._clip.device),
-            "versions": {name: metadata.version(name) for name in _PACKAGES},
-        }
+        return LearnerIdentity(
+            model=ModelIdentity(**self._clip.identity),
+            method=method.name,
+            fusion=self._method.fusion,
+            seed=method.seed,
+            device=str(self._clip.device),
+            versions={name: metadata.version(name) for name in _PACKAGES},
+        )
 
     def _save(self, staging: Path) -> None:
         state = self._method.state()
+        # safetensors takes contiguous tensors only.
         save_file({k: v.detach().cpu().contiguous() for k, v in state.tensors.items()}, staging / LEARNER_TENSORS)
-        facts = {**self._learned_by(), "facts": dict(state.values)}
-        (staging / LEARNER_VALUES).write_text(json.dumps(facts, indent=1, ensure_ascii=False), encoding="utf-8")
+        # Forced to the disk by `seal`, with everything else in `staging`.
+        values = {**self._learned_under(), "facts": dict(state.values)}
+        (staging / LEARNER_VALUES).write_text(json.dumps(values, indent=1, ensure_ascii=False), encoding="utf-8")
 
-    def _learned_by(self) -> dict[str, Any]:
-        """What a checkpoint's numbers mean something under."""
+    def _learned_under(self) -> dict[str, Any]:
+        """The settings under which the tensors of a checkpoint mean something."""
         method = self._config.method
         return {"method": method.name, "lora": method.lora.model_dump(), "model": self._clip.identity}
 
     def _load(self, commit: Path) -> None:
-        if not has_learned(commit):  # only rejected records so far
+        if not has_learned(commit):  # its stream had only rejected records so far
             return
         saved = json.loads((commit / LEARNER_VALUES).read_text(encoding="utf-8"))
-        wanted = self._learned_by()
+        wanted = self._learned_under()
         if _compatibility(saved) != _compatibility(wanted):
             raise LearnerError(
                 f"{commit} was learned by {_in_words(saved)}, but the configuration says {_in_words(wanted)}. Nothing "
@@ -274,18 +295,22 @@ class Trainer:
 
 
 def _parent(staging: Path) -> Path | None:
-    """The current commit's folder: what was learned last, perhaps carried on by a commit that learned nothing."""
+    """The current commit's folder: what was learned last, perhaps carried on by a commit that learned nothing.
+
+    Looked up for every task, not remembered: the commit that this trainer began with may have been deleted since.
+    """
     return current_commit(staging.parent.parent)
 
 
-def _last_report(parent: Path | None) -> dict[str, Any] | None:
-    if parent is None or not (parent / REPORT).exists():
-        return None
-    return json.loads((parent / REPORT).read_text(encoding="utf-8"))
+def _last_report(parent: Path | None) -> Report | None:
+    return Report.read(parent / REPORT) if parent is not None and (parent / REPORT).exists() else None
 
 
 def _task_data(task: Task, good: Sequence[Sample], rows: Sequence[int], loaded: LoadedImages) -> TaskData:
-    """The samples to train on, and the class names among them in order of first appearance."""
+    """The samples to train on, and the class names among them in order of first appearance.
+
+    good: the samples that could be decoded; rows: indices into it, and into the loaded tokens, of those to train on.
+    """
     present = {good[i].label for i in rows}
     classes = tuple(name for name in task.classes if name in present)
     number = {name: i for i, name in enumerate(classes)}
@@ -298,10 +323,13 @@ def _late(sample: Sample, reason: str, detail: str) -> LateRejection:
 
 
 def _compatibility(learned: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What must be equal for a checkpoint to be continued. Weights are told by their digest: the same ones may have
+    another tag or path."""
     return learned["method"], learned["lora"], learned["model"]["sha256"], learned["model"]["prompt"]
 
 
 def _in_words(learned: Mapping[str, Any]) -> str:
+    """The same for people."""
     model, lora = learned["model"], learned["lora"]
     return (
         f"{learned['method']} (adapters of rank {lora['rank']}, alpha {lora['alpha']:g}) on {model['name']} "

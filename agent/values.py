@@ -1,12 +1,16 @@
-"""Frozen values that cross boundaries: between agent and trainer, and from both to disk. Plain data, no tensors."""
+"""Frozen values that cross boundaries: between agent and trainer, and from both to disk. Plain data, no tensors.
+
+The largest of them, the report, is in agent.scoring.report.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from agent.scoring.report import Report
 from streams.record import Offsets, Partition, Reason
 
 
@@ -19,19 +23,27 @@ class Progress:
     task: int
     """Number of the task, from 1."""
     epoch: int = 0
+    """Number of the current epoch, from 1; 0 in a phase without epochs, as is `epochs`."""
     epochs: int = 0
+    """Epochs that this update has when nothing ends it early."""
     step: int = 0
+    """Steps of the current epoch, or of the phase, that are done."""
     steps: int = 0
-    """Steps of the current epoch done and to do."""
+    """Steps it has in all; 0 where that is not known."""
     samples: int = 0
     """Training samples seen in this update so far."""
     loss: float | None = None
+    """Training loss of the newest step; None in a phase without one."""
     drift: float | None = None
     """Relative change of the negative similarity against the untouched model (>= 0)."""
     budget: float | None = None
     """Drift at which the update is rolled back; drift / budget is the share of the budget used."""
     accuracy: float | None = None
-    """Accuracy over all classes learned so far, 0 to 1, when just measured."""
+    """Accuracy over all classes learned so far, 0 to 1; None but in the one message that follows the scoring."""
+
+
+OnProgress = Callable[[Progress], None]
+"""Is told how far an update is; returns at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,21 +65,30 @@ class Update:
     epochs: int
     """Epochs whose effect is in the model (rolled-back ones are not)."""
     epochs_run: int
+    """Epochs that were trained, rolled-back ones included."""
     steps: int
+    """Optimiser steps of these epochs; 0 for a method without an optimiser."""
     samples: int
+    """Training samples of the task, each counted once."""
     loss: float | None
-    """Mean training loss of the last epoch kept."""
+    """Mean training loss of the last epoch kept; None when there is no such epoch."""
     rolled_back: bool
+    """True when the update crossed `budget`, or its loss was not finite, and the last state within it was restored."""
     gap_before: GapStatistics
+    """The gap on the task's training images before the update."""
     gap_after: GapStatistics
     gap_untouched: GapStatistics
+    """The same of the untouched model."""
     drift_before: float | None
+    """Relative change of the negative similarity against the untouched model, from 0 on; None where the task has but
+    one name, as is `drift_after`."""
     drift_after: float | None
     budget: float | None
+    """Largest drift allowed; None for a method without a budget."""
     seconds: Mapping[str, float]
     """Wall seconds per phase (train, compensate, ...)."""
     details: Mapping[str, Any] = field(default_factory=dict)
-    """JSON-able facts particular to the method (fusion form, epochs fixed by the paper's schedule, ...)."""
+    """JSON-able values particular to the method (fusion form, epochs fixed by the paper's schedule, ...)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,19 +106,23 @@ class Outcome:
     """The trainer's answer to a task: everything is in `staging`, fsynced, except the manifest."""
 
     task: int
+    """Number of the task."""
     next_offsets: Offsets
+    """What follows the task, for every partition: the offsets of the commit."""
     staging: Path
+    """The folder that `CommitStore.stage` gave for it."""
     files: Mapping[str, tuple[int, str]]
     """Relative path -> (size in bytes, sha256) of every file in `staging`."""
-    report: Mapping[str, Any]
-    """Content of report.json."""
+    report: Report
+    """What report.json in `staging` says."""
     classes: tuple[str, ...]
     """All learned class names in order of first appearance."""
     update: Update | None
-    """None when nothing could be learned (every sample undecodable or held out)."""
+    """What the method did; None when nothing could be learned (every sample undecodable or held out)."""
     release_refused: str | None
     """Why no new release was made (parity, accuracy gate); None when `release/` is new."""
     rejected: tuple[LateRejection, ...] = ()
+    """Samples of the task that could not be decoded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,16 +130,20 @@ class Commit:
     """A point the agent can continue from; all paths are inside `path` and immutable."""
 
     number: int
+    """From 1, one more than its parent's."""
     path: Path
     offsets: Offsets
+    """Next offset to read, for every partition."""
     fingerprint: str
-    """Of the source whose offsets these are."""
+    """Fingerprint of the source whose offsets these are (streams.source.Source)."""
     classes: tuple[str, ...]
+    """All learned class names in order of first appearance."""
     tasks: int
     """Number of the last task that is over, learned or set aside; the next one has the next number."""
     totals: Mapping[str, float]
     """Monotonic counters worth keeping across restarts (records, samples, rejected by reason, ...)."""
-    report: Mapping[str, Any]
+    report: Report | None
+    """What its report.json says: the scores after the last update; None before the first."""
     release: Path | None
     """Folder of the release that serves at this commit (perhaps an earlier one, linked); None before the first."""
     seen: tuple[str, ...] = ()

@@ -1,7 +1,11 @@
-"""Runs the learner: in a spawned child that may die without harm, or in this process for debugging and tests.
+"""Runs the learner in a spawned child, which may die without harm: it is watched, and started again.
 
 A worker has at most one task in hand. `submit` and `poll` return at once; whatever goes wrong with the learner comes
 out of `poll` as one WorkerDied, after which the worker has no task and can be given one again.
+
+Two pipes lead to the child and back. Tasks go in as `_Order`; `_Ready`, Progress, Outcome and `_Failed` come out. The
+child is spawned, not forked: a fork would copy the locks of this process's threads in whatever state they are in, and
+CUDA cannot be used in a forked child.
 """
 
 from __future__ import annotations
@@ -23,34 +27,39 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NoReturn, Protocol
 
 from agent.config import Config
 from agent.process import LOG_FORMAT
-from agent.values import Outcome, Progress
+from agent.values import OnProgress, Outcome, Progress
 from streams.buffer import Task
 from streams.source import SpoolError
 
 log = logging.getLogger(__name__)
 
 TRAINER = "agent.trainer:Trainer"
+"""The learner, by name: importing it needs torch, which only the child may load."""
+
 _PROGRESS_EVERY_S = 0.1
+"""Least time between two messages of the same epoch: chosen by hand, faster than anybody looks. More messages would
+only fill the pipe while this process is busy with a commit."""
 
 FailureKind = Literal["start", "error", "died", "silent"]
+"""How a learner ended. `start`: it could not be set up at all; `error`: it raised; `died`: it was killed or crashed;
+`silent`: it said nothing for agent.trainer_silent_s and was killed."""
 
 
 class Learner(Protocol):
-    """What runs in the worker. Built as `Class(config, commit)`; `commit` is None when nothing was learned yet."""
+    """What runs in the child. It is built as `Class(config, commit)`; `commit` is None when nothing was learned yet."""
 
-    def learn(self, task: Task, staging: Path, on_progress: Callable[[Progress], None]) -> Outcome: ...
+    def learn(self, task: Task, staging: Path, on_progress: OnProgress) -> Outcome:
+        """Learn `task` and leave the next commit, but for its manifest, in the empty folder `staging`."""
 
 
 class WorkerDied(Exception):
     """The learner is gone, and with it the task it had. `str()` is one line for people, `details` a traceback or ''.
 
-    `kind`: `start` (it could not be set up at all), `error` (it raised), `died` (killed, crashed), `silent` (it hung
-    and was killed). `blames_task` is False when the task cannot be the reason: the learner had not been set up yet, or
-    the disk refused.
+    `blames_task` is False when the task cannot be the reason: the learner had not been set up yet, or the disk refused.
     """
 
     def __init__(self, kind: FailureKind, message: str, details: str = "", blames_task: bool = True) -> None:
@@ -61,7 +70,7 @@ class WorkerDied(Exception):
 
 
 class Worker(Protocol):
-    """The contract of both workers."""
+    """What the pipeline needs of a worker: one task at a time, and never a wait."""
 
     @property
     def idle(self) -> bool:
@@ -78,26 +87,39 @@ class Worker(Protocol):
         """Learn `task` into `staging`. A learner that is not there is set up from `commit` first."""
 
     def poll(self) -> Progress | Outcome | None:
-        """The newest news, if any. Raises WorkerDied."""
+        """The newest news, or None when there is none. Raises WorkerDied."""
 
     def stop(self, timeout_s: float) -> None:
-        """Give the learner so long to end by itself, then kill it. A task in hand is lost."""
+        """Let the learner end by itself within `timeout_s`, then kill it. A task in hand is lost."""
+
+
+@dataclass(frozen=True)
+class _Order:
+    """To the child: a task to learn, and the folder to leave the next commit in."""
+
+    task: Task
+    staging: Path
 
 
 @dataclass(frozen=True)
 class _Ready:
-    pass
+    """From the child: the learner is set up."""
 
 
 @dataclass(frozen=True)
 class _Failed:
+    """From the child: an exception ended it."""
+
     message: str
+    """The exception in one line."""
     details: str
+    """Its traceback."""
     blames_task: bool
 
     @classmethod
     def now(cls, error: Exception) -> _Failed:
-        """Of the exception being handled."""
+        """Describe the exception being handled."""
+        # What the disk refuses, a full or a failing one, is not the fault of the task that happened to be learned.
         return cls(_one_line(error), traceback.format_exc(), not isinstance(error, OSError | SpoolError))
 
 
@@ -106,11 +128,16 @@ class _Gone:
     """The child's end of the pipe is closed: nothing more will come."""
 
 
-@dataclass
+_News = Progress | Outcome | _Ready | _Failed | _Gone
+"""What the agent's side hears of the child."""
+
+
+@dataclass(frozen=True)
 class _Child:
     process: multiprocessing.process.BaseProcess
-    tasks: Connection
-    news: queue.SimpleQueue[Any]
+    orders: Connection
+    news: queue.SimpleQueue[_News]
+    """What came through the pipe, fetched by a thread so that the child never waits for this process."""
 
 
 class ProcessWorker:
@@ -122,34 +149,37 @@ class ProcessWorker:
         learner: str = TRAINER,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """learner: `module:Class` of the Learner, imported in the child alone. clock: seconds, for the silence rule."""
         self._config = config
         self._learner = learner
         self._clock = clock
         self._child: _Child | None = None
-        self._heard = 0.0
+        self._heard_at = 0.0
         self.idle = True
         self.ready = False
 
     @property
     def pid(self) -> int | None:
-        """Of the child; None when there is none."""
+        """Process id of the child; None when there is none."""
         return self._child.process.pid if self._child else None
 
     def start(self, commit: Path | None) -> None:
         context = multiprocessing.get_context("spawn")
-        task_reader, task_writer = context.Pipe(duplex=False)
+        order_reader, order_writer = context.Pipe(duplex=False)
         news_reader, news_writer = context.Pipe(duplex=False)
         process = context.Process(
             target=_child_main,
-            args=(self._config, self._learner, commit, task_reader, news_writer),
+            args=(self._config, self._learner, commit, order_reader, news_writer),
             name="gapstream-trainer",
             daemon=True,
         )
         process.start()
-        task_reader.close()
+        # Only the child may hold the writing end of its news: the end of file that tells of its death comes when the
+        # last holder has closed it.
+        order_reader.close()
         news_writer.close()
-        self._child = _Child(process, task_writer, queue.SimpleQueue())
-        self._heard = self._clock()
+        self._child = _Child(process, order_writer, queue.SimpleQueue())
+        self._heard_at = self._clock()
         self.ready = False
         threading.Thread(
             target=_receive, args=(news_reader, self._child.news), name="trainer-news", daemon=True
@@ -163,10 +193,10 @@ class ProcessWorker:
             self.start(commit)
         assert self._child is not None
         self.idle = False
-        self._heard = self._clock()
+        self._heard_at = self._clock()
         # A thread, because a pipe holds 64 KiB and the child may still be loading the model: the loop must not wait.
         threading.Thread(
-            target=_send, args=(self._child.tasks, (task, staging)), name="trainer-task", daemon=True
+            target=_send, args=(self._child.orders, _Order(task, staging)), name="trainer-task", daemon=True
         ).start()
 
     def poll(self) -> Progress | Outcome | None:
@@ -176,7 +206,7 @@ class ProcessWorker:
         with contextlib.suppress(queue.Empty):
             while True:
                 message = self._child.news.get_nowait()
-                self._heard = self._clock()
+                self._heard_at = self._clock()
                 match message:
                     case Progress():
                         newest = message
@@ -189,15 +219,16 @@ class ProcessWorker:
                         kind: FailureKind = "error" if self.ready else "start"
                         self._fail(kind, message.message, message.details, message.blames_task)
                     case _Gone():
-                        self._child.process.join(timeout=1)
-                        how = _how_it_ended(self._child.process.exitcode)
-                        if self.idle and self.ready:
+                        self._child.process.join(timeout=1)  # the pipe closes a moment before the exit code is known
+                        how = _in_words(self._child.process.exitcode)
+                        if self.idle and self.ready:  # nothing is lost, so it is no failure
                             log.warning("idle trainer %s; it is started again for the next task", how)
                             self._bury()
                             return newest
                         self._fail("died", f"trainer {how}")
-        silent = self._clock() - self._heard
+        silent = self._clock() - self._heard_at
         if silent > self._config.agent.trainer_silent_s and not (self.idle and self.ready):
+            # It may hang where no signal handler of Python's runs, in a CUDA call or a deadlock: only a kill ends that.
             self._fail("silent", f"trainer said nothing for {silent:.0f} s (agent.trainer_silent_s) and was killed")
         return newest
 
@@ -207,75 +238,33 @@ class ProcessWorker:
             self._child.process.join(timeout_s)
         self._bury()
 
-    def _fail(self, kind: FailureKind, message: str, details: str = "", blames_task: bool = True) -> None:
-        blames_task &= self.ready
+    def _fail(self, kind: FailureKind, message: str, details: str = "", blames_task: bool = True) -> NoReturn:
+        blames_task &= self.ready  # a learner that is not set up has not looked at its task
         self._bury()
         raise WorkerDied(kind, message, details, blames_task)
 
     def _bury(self) -> None:
-        """Make sure that nobody writes to a staging folder any more."""
+        """Make sure that nobody writes to a staging folder any more: the next task is given the same one."""
         if self._child is not None:
             self._child.process.kill()
             self._child.process.join()
-            self._child.tasks.close()
+            self._child.orders.close()
         self._child = None
         self.idle = True
         self.ready = False
 
 
-class InlineWorker:
-    """The same contract in this process: `poll` learns the whole task before it returns."""
-
-    def __init__(self, config: Config, learner: str = TRAINER) -> None:
-        self._config = config
-        self._class = learner
-        self._learner: Learner | None = None
-        self._task: tuple[Task, Path] | None = None
-
-    @property
-    def idle(self) -> bool:
-        return self._task is None
-
-    @property
-    def ready(self) -> bool:
-        return self._learner is not None
-
-    def start(self, commit: Path | None) -> None:
-        try:
-            self._learner = _load(self._class)(self._config, commit)
-        except Exception as error:
-            raise WorkerDied("start", _one_line(error), traceback.format_exc(), blames_task=False) from error
-
-    def submit(self, task: Task, staging: Path, commit: Path | None) -> None:
-        assert self.idle, "one task at a time"
-        if self._learner is None:
-            self.start(commit)
-        self._task = task, staging
-
-    def poll(self) -> Progress | Outcome | None:
-        if self._task is None or self._learner is None:
-            return None
-        (task, staging), self._task = self._task, None
-        try:
-            return self._learner.learn(task, staging, lambda progress: None)
-        except Exception as error:
-            self._learner = None
-            failed = _Failed.now(error)
-            raise WorkerDied("error", failed.message, failed.details, failed.blames_task) from error
-
-    def stop(self, timeout_s: float) -> None:
-        self._task = self._learner = None
-
-
-def _child_main(config: Config, learner: str, commit: Path | None, tasks: Connection, news: Connection) -> None:
+def _child_main(config: Config, learner: str, commit: Path | None, orders: Connection, news: Connection) -> None:
+    """The child's whole life: set the learner up, then learn what comes until the pipe is closed."""
     _die_with_parent()
     # Ctrl-C reaches the whole process group, but when the trainer ends is for the agent to say.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    faulthandler.enable()
+    faulthandler.enable()  # a crash inside torch or CUDA leaves the Python stack on standard error
     logging.basicConfig(level=config.agent.log_level, format=LOG_FORMAT)
     # onnxruntime's quantisation logs a line for every node it leaves alone, as nobody in particular.
     logging.getLogger().addFilter(lambda record: record.levelno > logging.INFO)
+    # OpenMP reads it once, when torch is imported below with the learner.
     if config.model.threads:
         os.environ["OMP_NUM_THREADS"] = str(config.model.threads)
     try:
@@ -284,16 +273,17 @@ def _child_main(config: Config, learner: str, commit: Path | None, tasks: Connec
         on_progress = _ProgressSender(news)
         while True:
             try:
-                task, staging = tasks.recv()
+                order: _Order = orders.recv()
             except EOFError:
                 return
-            news.send(learning.learn(task, staging, on_progress))
+            news.send(learning.learn(order.task, order.staging, on_progress))
     except Exception as error:
         news.send(_Failed.now(error))
 
 
 class _ProgressSender:
-    """Sends progress often enough to watch and seldom enough never to fill the pipe."""
+    """Sends progress, seldom enough never to fill the pipe; the first message of an epoch always goes out, and so does
+    an accuracy, which is told once."""
 
     def __init__(self, news: Connection) -> None:
         self._news = news
@@ -309,21 +299,26 @@ class _ProgressSender:
         self._news.send(progress)
 
 
-def _receive(news: Connection, into: queue.SimpleQueue[Any]) -> None:
+def _receive(news: Connection, into: queue.SimpleQueue[_News]) -> None:
+    """A thread's whole life: fetch what the child sends until it is gone."""
     with contextlib.suppress(EOFError, OSError), news:
         while True:
             into.put(news.recv())
     into.put(_Gone())
 
 
-def _send(tasks: Connection, message: Any) -> None:
-    """A child that is gone shows in the news; here it is no error."""
+def _send(orders: Connection, order: _Order) -> None:
+    """Send an order. A child that is gone shows in the news; here it is no error."""
     with contextlib.suppress(OSError):
-        tasks.send(message)
+        orders.send(order)
 
 
 def _die_with_parent() -> None:
-    """The kernel kills us with the parent's thread (Linux); a watcher does where there is no such call."""
+    """Never outlive the agent, however it ends: an orphan would write to the state folder of the next one.
+
+    Linux kills the child with the parent's thread that started it; elsewhere a thread watches the parent, which it does
+    here too, since the parent may have died before the call.
+    """
     parent = multiprocessing.parent_process()
     assert parent is not None
     if sys.platform == "linux":
@@ -343,11 +338,12 @@ def _load(name: str) -> Any:
 
 
 def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).split())  # some libraries' messages have a dozen lines
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def _how_it_ended(code: int | None) -> str:
+def _in_words(code: int | None) -> str:
+    """How a process ended, from its exit code: None while it has none, negative for the signal that killed it."""
     if code is None:
         return "closed its connection"
     if code >= 0:

@@ -21,7 +21,8 @@ PHASES = ("decode", "train", "compensate", "evaluate", "export")
 """The phases of an update whose seconds are in its report: all but `commit`, in which the report is written."""
 
 REASONS = (
-    "empty", "too_large", "bad_envelope", "bad_schema", "missing_label", "label_type", "undecodable", "truncated", "bomb", "bad_dimensions", "unsupported_format", "fetch_failed", "fetch_forbidden", "task_failed",
+    "empty", "too_large", "bad_envelope", "bad_schema", "missing_label", "label_type", "undecodable", "truncated",
+    "bomb", "bad_dimensions", "unsupported_format", "fetch_failed", "fetch_forbidden", "task_failed",
 )  # fmt: skip
 """The values of streams.record.Reason, which cannot be imported here."""
 

@@ -151,7 +151,7 @@ class Metrics(Instruments):
         if update is not None:
             self._rollbacks.inc(int(update.rolled_back))
             self._set_gap(update.drift_after, update.budget)
-        for phase, seconds in outcome.report.get("seconds", {}).items():
+        for phase, seconds in outcome.report.seconds.items():
             self._phase_seconds.labels(phase).observe(seconds)
         self._releases.labels("refused" if outcome.release_refused else "published").inc()
         self._commit_bytes.set(sum(size for size, _ in outcome.files.values()))
@@ -261,43 +261,42 @@ class Metrics(Instruments):
             total = commit.tasks if name == "tasks" else commit.totals.get(name, 0)
             counter.inc(max(0.0, total - self._counted[name]))
             self._counted[name] = max(total, self._counted[name])
-        self._set_report(commit.report)
+        if commit.report is not None:
+            self._set_report(commit.report)
         if commit.release is not None:
             self._released = commit.number
             self._set_release(commit.release)
         with self._lock:
-            self._status["report"] = dict(commit.report)
+            self._status["report"] = commit.report.to_json() if commit.report is not None else None
             self._status["commit"] = {"number": commit.number, "tasks": commit.tasks, "classes": len(commit.classes)}
 
-    def _set_report(self, report: Mapping[str, Any]) -> None:
-        matrix = report.get("matrix") or [[]]
+    def _set_report(self, report: Any) -> None:
         scopes = {
-            "all": report.get("last"),
-            "new": matrix[-1][-1] if matrix[-1] else None,
-            "old": report.get("old_classes", {}).get("after"),
-            "zero_shot": report.get("zero_shot"),
-            "predict_before_learn": report.get("predict_before_learn"),
+            "all": report.last,
+            "new": report.matrix[-1][-1] if report.matrix and report.matrix[-1] else None,
+            "old": report.old_classes.after,
+            "zero_shot": report.zero_shot,
+            "predict_before_learn": report.predict_before_learn,
         }
         for scope, value in scopes.items():
             _set(self._accuracy.labels(scope), value)
-        _set(self._average, report.get("avg"))
-        _set(self._forgetting, report.get("forgetting"))
-        _set(self._transfer, report.get("backward_transfer"))
-        _set(self._retention, report.get("retention"))
-        gap = report.get("gap") or {}
-        for pair in ("positive", "negative"):
-            _set(self._similarity.labels(pair), gap.get(pair, {}).get("after"))
-        _set(self._drift, gap.get("drift", {}).get("after"))
-        _set(self._centroid, gap.get("centroid", {}).get("after"))
-        model = report.get("model") or {}
-        if model:
+        _set(self._average, report.avg)
+        _set(self._forgetting, report.forgetting)
+        _set(self._transfer, report.backward_transfer)
+        _set(self._retention, report.retention)
+        _set(self._similarity.labels("positive"), report.gap.positive.after)
+        _set(self._similarity.labels("negative"), report.gap.negative.after)
+        _set(self._drift, report.gap.drift.after)
+        _set(self._centroid, report.gap.centroid.after)
+        if report.learner is not None:
+            model = report.learner.model
             self._model.info(
                 {
-                    "backbone": str(model.get("name")),
-                    "pretrained": str(model.get("pretrained")),
-                    "sha256": str(model.get("sha256"))[:12],
-                    "method": str(report.get("method")),
-                    "fusion": str(report.get("fusion")),
+                    "backbone": model.name,
+                    "pretrained": model.pretrained,
+                    "sha256": model.sha256[:12],
+                    "method": report.learner.method,
+                    "fusion": report.learner.fusion,
                 }
             )
 

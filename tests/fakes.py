@@ -9,8 +9,11 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 from prometheus_client import CollectorRegistry
@@ -18,14 +21,15 @@ from prometheus_client import CollectorRegistry
 from agent.commits import CommitStore, seal
 from agent.config import Config
 from agent.pipeline import Pipeline, Rules, resume
-from agent.values import Commit, LateRejection, Outcome, Progress
-from agent.worker import InlineWorker
+from agent.scoring.report import Report, TaskReport
+from agent.values import Commit, LateRejection, OnProgress, Outcome, Progress
+from agent.worker import Learner, WorkerDied
 from exporter import release
 from exporter.metrics import Metrics
 from exporter.preprocess import Preprocess
 from streams.buffer import CutRule, Task, TaskBuffer
 from streams.record import Item, Offsets, Partition, Reason, Record, Rejected
-from streams.source import DeadLetterError
+from streams.source import DeadLetterError, SpoolError
 from streams.spool import Spool
 
 FAKE_LEARNER = "tests.fakes:FakeLearner"
@@ -44,15 +48,15 @@ class FakeLearner:
     def __init__(self, config: Config, commit: Path | None) -> None:
         self.config = config
         self.state: dict[str, Any] = {"chain": "", "learned": [], "classes": []}
-        self.report: dict[str, Any] = {"history": []}
+        self.report = Report(task=0)
         if commit is not None:
             self.state = json.loads((commit / "learner.safetensors").read_text())
-            self.report = json.loads((commit / "report.json").read_text())
+            self.report = Report.read(commit / "report.json")
 
-    def learn(self, task: Task, staging: Path, report: Callable[[Progress], None]) -> Outcome:
+    def learn(self, task: Task, staging: Path, on_progress: OnProgress) -> Outcome:
         rejected = []
         for step, sample in enumerate(task.samples):
-            report(Progress("train", task.number, epoch=1, epochs=1, step=step, steps=len(task.samples)))
+            on_progress(Progress("train", task.number, epoch=1, epochs=1, step=step, steps=len(task.samples)))
             image = sample.read()
             word, _, argument = image.decode(errors="replace").partition(" ")
             if word == "late":
@@ -64,9 +68,11 @@ class FakeLearner:
             self.state["chain"] = hashlib.sha256(facts + image).hexdigest()
             self.state["learned"].append([*sample.partition, sample.offset])
         self.state["classes"] += [name for name in task.classes if name not in self.state["classes"]]
-        self.report["history"].append({"task": task.number, "classes": task.classes, "samples": len(task.samples)})
-        for name, content in (("learner.safetensors", self.state), ("learner.json", {}), ("report.json", self.report)):
+        entry = TaskReport(task=task.number, classes=task.classes, samples=len(task.samples))
+        self.report = replace(self.report, task=task.number, history=(*self.report.history, entry))
+        for name, content in (("learner.safetensors", self.state), ("learner.json", {})):
             (staging / name).write_text(json.dumps(content))
+        self.report.write(staging / "report.json")
         write_release(staging / "release", self.state["classes"], self.state["chain"])
         return Outcome(
             task=task.number,
@@ -101,6 +107,49 @@ def misbehave(word: str, argument: str) -> None:
 class UnbuildableLearner:
     def __init__(self, config: Config, commit: Path | None) -> None:
         raise ValueError("no weights for this model;\n  put them there")
+
+
+class InlineWorker:
+    """A worker in this process: `poll` learns the whole task before it returns."""
+
+    def __init__(self, config: Config | None = None, learner: str = FAKE_LEARNER) -> None:
+        self._config = config or Config()
+        self._class = learner
+        self._learner: Learner | None = None
+        self._task: tuple[Task, Path] | None = None
+
+    @property
+    def idle(self) -> bool:
+        return self._task is None
+
+    @property
+    def ready(self) -> bool:
+        return self._learner is not None
+
+    def start(self, commit: Path | None) -> None:
+        self._learner = resolve_name(self._class)(self._config, commit)
+
+    def submit(self, task: Task, staging: Path, commit: Path | None) -> None:
+        assert self.idle, "one task at a time"
+        if self._learner is None:
+            self.start(commit)
+        self._task = task, staging
+
+    def poll(self) -> Progress | Outcome | None:
+        if self._task is None or self._learner is None:
+            return None
+        (task, staging), self._task = self._task, None
+        try:
+            return self._learner.learn(task, staging, lambda progress: None)
+        except Exception as error:
+            self._learner = None
+            blames_task = not isinstance(error, OSError | SpoolError)
+            raise WorkerDied(
+                "error", f"{type(error).__name__}: {error}", traceback.format_exc(), blames_task
+            ) from error
+
+    def stop(self, timeout_s: float) -> None:
+        self._task = self._learner = None
 
 
 class ListSource:
@@ -201,7 +250,7 @@ def pipeline(
         source=source,
         buffer=TaskBuffer(rule or CutRule(samples=3), spool, known, done + 1, offsets),
         spool=spool,
-        worker=worker or InlineWorker(config or Config(), FAKE_LEARNER),
+        worker=worker or InlineWorker(config),
         commits=commits,
         dead_letters=dead_letters or MemoryDeadLetters(),
         metrics=Metrics(CollectorRegistry()),

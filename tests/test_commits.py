@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from agent.commits import CommitStore, Provenance, StateError, StateLocked, _digest, seal
+from agent.scoring.report import Report
 from agent.values import Commit, Outcome
 from tests.fakes import LIST, write_release
 
@@ -36,7 +37,7 @@ def reopened(store: CommitStore) -> Commit | None:
 def staged(store: CommitStore, task: int, release: bool = True) -> Outcome:
     staging = store.stage()
     (staging / "learner.safetensors").write_text(f"learned {task}")
-    (staging / "report.json").write_text(json.dumps({"task": task}))
+    Report(task=task).write(staging / "report.json")
     (staging / "holdout").mkdir()
     (staging / "holdout" / f"{task:06d}.zip").write_text("images")
     if release:
@@ -46,7 +47,7 @@ def staged(store: CommitStore, task: int, release: bool = True) -> Outcome:
         next_offsets={LIST: 10 * task},
         staging=staging,
         files=seal(staging),
-        report={"task": task},
+        report=Report(task=task),
         classes=("cat",),
         update=None,
         release_refused=None if release else "parity",
@@ -83,7 +84,7 @@ def test_a_commit_comes_back_after_a_restart_exactly_as_it_was_returned(tmp_path
     assert (found.number, found.tasks, found.offsets) == (2, 2, {LIST: 20})
     assert found.classes == ("cat",)
     assert found.seen == ("cat", "class 1", "class 2")
-    assert found.report == {"task": 2}
+    assert found.report == Report(task=2)
     assert found.release == found.path / "release"
     assert found.totals == {"records": 20}
 
@@ -162,7 +163,7 @@ def test_carrying_moves_only_the_offsets(tmp_path):
 def test_offsets_alone_can_be_carried_before_anything_is_learned(tmp_path):
     store = store_on(tmp_path)
     carried = store.carry({LIST: 5}, 0, facts(0))
-    assert (carried.release, carried.report, carried.offsets) == (None, {}, {LIST: 5})
+    assert (carried.release, carried.report, carried.offsets) == (None, None, {LIST: 5})
     assert reopened(store) == carried
 
 

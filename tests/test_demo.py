@@ -1,6 +1,6 @@
 import io
-import json
 import socket
+from dataclasses import replace
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -8,32 +8,32 @@ from rich.console import Console
 
 from agent.commands import demo
 from agent.commits import seal
+from agent.scoring.report import Report, TaskReport
 from agent.values import Commit, Outcome, Progress
 from exporter.metrics import Metrics
 from streams.record import Partition, Record
 from tests.fakes import write_release
 
-ENTRY = {
-    "accuracy": 0.9, "zero_shot": 0.4, "predict_before_learn": 0.5, "forgetting": None, "retention": None,
-    "seconds": {"train": 2.0}, "gap": {}, "rolled_back": False, "epochs": 1,
-}  # fmt: skip
+
+def entry(number, *classes, retention=None) -> TaskReport:
+    scores = {"accuracy": 0.9, "zero_shot": 0.4, "predict_before_learn": 0.5, "retention": retention}
+    return TaskReport(task=number, classes=classes, seconds={"train": 2.0}, epochs=1, **scores)
 
 
 class ReportingLearner:
     """Learns nothing, and says it did, with every score a page shows."""
 
     def __init__(self, config, commit):
-        scores = {"last": 0.9, "zero_shot": 0.4, "retention": None, "forgetting": 0.05}
-        self.report = {"classes": [], "history": [], **scores}
+        self.report = Report(task=0, last=0.9, zero_shot=0.4, forgetting=0.05)
 
-    def learn(self, task, staging, report):
-        self.report["classes"] += task.classes
-        self.report["history"].append(ENTRY | {"task": task.number, "classes": task.classes})
-        report(Progress("train", task.number, epoch=1, epochs=1, step=1, steps=1, loss=0.5))
+    def learn(self, task, staging, on_progress):
+        classes = (*self.report.classes, *task.classes)
+        history = (*self.report.history, entry(task.number, *task.classes))
+        self.report = replace(self.report, task=task.number, classes=classes, history=history)
+        on_progress(Progress("train", task.number, epoch=1, epochs=1, step=1, steps=1, loss=0.5))
         for name in ("learner.safetensors", "learner.json", "report.json"):
-            (staging / name).write_text(json.dumps(self.report))
-        write_release(staging / "release", self.report["classes"], "a model")
-        classes = tuple(self.report["classes"])
+            self.report.write(staging / name)
+        write_release(staging / "release", classes, "a model")
         return Outcome(task.number, task.next_offsets, staging, seal(staging), self.report, classes, None, None)
 
 
@@ -83,7 +83,7 @@ def test_the_live_view_shows_epoch_loss_budget_and_accuracy_so_far(tmp_path, con
     console.print(demo.live_view(metrics.status()))
     assert "1 records read" in said(console)
 
-    report = {"classes": ["[wren]"], "last": 0.9, "history": [ENTRY | {"task": 1, "classes": ["[wren]"]}]}
+    report = Report(task=1, classes=("[wren]",), last=0.9, history=(entry(1, "[wren]"),))
     metrics.restored(Commit(1, tmp_path, {}, "f", ("[wren]",), 1, {}, report, None))
     metrics.progressed(Progress("train", 2, 1, 2, 3, 4, 300, 1.25, 0.05, 0.25))
     console.print(demo.live_view(metrics.status()))
@@ -96,10 +96,10 @@ def test_the_live_view_shows_epoch_loss_budget_and_accuracy_so_far(tmp_path, con
 
 
 def test_retention_has_a_column_where_it_was_measured():
-    history = [ENTRY | {"task": 1, "classes": ["wren"]}]
-    assert "retention" not in [column.header for column in demo.tasks_table({"history": history}).columns]
-    history.append(history[0] | {"retention": 0.98})
-    assert "retention" in [column.header for column in demo.tasks_table({"history": history}).columns]
+    report = Report(task=1, history=(entry(1, "wren"),))
+    assert "retention" not in [column.header for column in demo.tasks_table(report).columns]
+    report = replace(report, history=(*report.history, entry(2, "owl", retention=0.98)))
+    assert "retention" in [column.header for column in demo.tasks_table(report).columns]
 
 
 def test_in_a_terminal_the_view_is_drawn_and_then_gone():

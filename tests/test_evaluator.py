@@ -16,9 +16,10 @@ from torch.nn import functional as F
 
 from agent.config import Evaluation
 from agent.methods.base import InferenceModule, TaskData
-from agent.scoring.evaluator import Evaluator, add_phase
+from agent.scoring.evaluator import Evaluator
 from agent.scoring.formulas import backward_transfer, forgetting
 from agent.scoring.holdout import HoldOut
+from agent.scoring.report import Drift, Gap, GapChange, OldClasses, Probe, Report
 from agent.values import GapStatistics, Progress, Update
 from exporter.preprocess import Preprocess, decode
 from streams.record import Reason, Unusable
@@ -188,13 +189,26 @@ def evaluator(clip: FakeClip, test: FakeFolder | None = None, cache_bytes: int =
     )  # type: ignore[arg-type]
 
 
-def learn(scorer: Evaluator, method: FakeMethod, data: TaskData, rows: dict[str, Tensor], parent: dict | None) -> dict:
+def learn(
+    scorer: Evaluator, method: FakeMethod, data: TaskData, rows: dict[str, Tensor], parent: Report | None
+) -> Report:
     before = scorer.before(method, released(method), data, nothing)
     method.rows = method.rows | rows
     return scorer.after(method, released(method), data, update(), before, parent, nothing)
 
 
-def two_tasks(cache_bytes: int = 2**20) -> tuple[FakeClip, list[dict]]:
+def read_again(report: Report) -> Report:
+    return Report.from_json(json.loads(json.dumps(report.to_json(), allow_nan=False)))
+
+
+def timeless(report: Report) -> dict[str, Any]:
+    content = report.to_json()
+    for scores in (content, *content["history"]):
+        scores.pop("seconds")
+    return content
+
+
+def two_tasks(cache_bytes: int = 2**20) -> tuple[FakeClip, list[Report]]:
     """Task 1 learns red and lime perfectly; task 2 brings green and blue and makes lime (half the time wrong) worse."""
     clip = FakeClip()
     method = FakeMethod(clip)
@@ -205,7 +219,7 @@ def two_tasks(cache_bytes: int = 2**20) -> tuple[FakeClip, list[dict]]:
         scorer, method, task(clip, 1, ["red"] * 3 + ["lime"] * 2), {"red": right["red"], "lime": right["lime"]}, None
     )
     rows = {"green": right["green"], "blue": right["blue"], "lime": right["yellow"], "red": right["lime"]}
-    second = learn(scorer, method, task(clip, 2, ["green", "lime", "blue"]), rows, json.loads(json.dumps(first)))
+    second = learn(scorer, method, task(clip, 2, ["green", "lime", "blue"]), rows, read_again(first))
     return clip, [first, second]
 
 
@@ -214,54 +228,48 @@ def test_the_report_scores_every_seen_class_beside_the_untouched_model() -> None
     _, [first, second] = two_tasks()
 
     # then after the first task
-    assert first["classes"] == ["red", "lime"]
-    assert first["accuracy"] == first["last"] == first["avg"] == 1.0
-    assert first["zero_shot"] == 0.5
-    assert first["matrix"] == [[1.0]]
-    assert first["forgetting"] is first["backward_transfer"] is None
-    assert first["samples"] == 5
-    assert first["test_images"] == 8
+    assert first.classes == ("red", "lime")
+    assert first.accuracy == first.last == first.avg == 1.0
+    assert first.zero_shot == 0.5
+    assert first.matrix == ((1.0,),)
+    assert first.forgetting is first.backward_transfer is None
+    assert first.samples == 5
+    assert first.test_images == 8
 
     # and after the second, which ruins red and lime, of which lime came back
-    assert second["matrix"] == [[1.0, None], [0.0, 1.0]]
-    assert second["accuracy"] == second["last"] == 0.5
-    assert second["avg"] == 0.75
-    assert second["forgetting"] == 1.0
-    assert second["backward_transfer"] == -1.0
-    assert second["zero_shot"] == 0.75
-    assert second["old_classes"] == {"before": 1.0, "after": 0.0}
-    assert [entry["new_classes"] for entry in second["history"]] == [["red", "lime"], ["green", "blue"]]
-    assert [entry["classes"] for entry in second["history"]] == [["red", "lime"], ["green", "lime", "blue"]]
-    assert [entry["accuracy"] for entry in second["history"]] == [1.0, 0.5]
+    assert second.matrix == ((1.0, None), (0.0, 1.0))
+    assert second.accuracy == second.last == 0.5
+    assert second.avg == 0.75
+    assert second.forgetting == 1.0
+    assert second.backward_transfer == -1.0
+    assert second.zero_shot == 0.75
+    assert second.old_classes == OldClasses(before=1.0, after=0.0)
+    assert [entry.new_classes for entry in second.history] == [("red", "lime"), ("green", "blue")]
+    assert [entry.classes for entry in second.history] == [("red", "lime"), ("green", "lime", "blue")]
+    assert [entry.accuracy for entry in second.history] == [1.0, 0.5]
 
 
 def test_the_report_has_what_the_update_says_and_no_number_that_json_lacks() -> None:
     _, [first, _] = two_tasks()
 
-    json.dumps(first, allow_nan=False)
-    assert first["gap"] == {
-        "positive": {"before": 0.5, "after": 0.6, "untouched": 0.5},
-        "negative": {"before": None, "after": 0.1, "untouched": None},
-        "centroid": {"before": 0.7, "after": 0.8, "untouched": 0.7},
-        "drift": {"before": None, "after": 0.05, "budget": 0.1},
-    }
-    [entry] = first["history"]
-    assert (entry["loss"], entry["epochs"], entry["rolled_back"]) == (None, 1, True)
-    assert entry["details"] == {"fusion": "faithful", "drifts": [None]}
-    assert first["seconds"]["train"] == 1.5
-    assert first["seconds"]["evaluate"] > 0
-
-
-def test_a_later_phase_is_noted_in_the_report_and_its_history() -> None:
-    _, [first, _] = two_tasks()
-    add_phase(first, "export", 2.0)
-    assert first["seconds"]["export"] == first["history"][-1]["seconds"]["export"] == 2.0
+    first = read_again(first)
+    assert first.gap == Gap(
+        positive=GapChange(before=0.5, after=0.6, untouched=0.5),
+        negative=GapChange(before=None, after=0.1, untouched=None),
+        centroid=GapChange(before=0.7, after=0.8, untouched=0.7),
+        drift=Drift(before=None, after=0.05, budget=0.1),
+    )
+    [entry] = first.history
+    assert (entry.loss, entry.epochs, entry.rolled_back) == (None, 1, True)
+    assert entry.details == {"fusion": "faithful", "drifts": [None]}
+    assert first.seconds["train"] == 1.5
+    assert first.seconds["evaluate"] > 0
 
 
 def test_before_the_first_task_its_names_are_answered_zero_shot() -> None:
     _, [first, _] = two_tasks()
     # three red samples are right; the two limes are taken for red
-    assert first["predict_before_learn"] == pytest.approx(3 / 5)
+    assert first.predict_before_learn == pytest.approx(3 / 5)
 
 
 def test_new_names_are_told_from_seen_classes_by_text_and_seen_classes_by_the_method() -> None:
@@ -282,10 +290,7 @@ def test_images_are_encoded_once_within_the_memory_bound_and_the_bound_changes_n
     again, without = two_tasks(cache_bytes=0)
 
     for one, other in zip(reports, without, strict=True):
-        for report in (one, other):
-            report.pop("seconds")
-            [entry.pop("seconds") for entry in report["history"]]
-        assert one == other
+        assert timeless(one) == timeless(other)
     assert kept.encoded == 16 + 8, "16 test images and the 8 training samples"
     assert again.encoded > kept.encoded
 
@@ -302,12 +307,12 @@ def test_a_long_stream_keeps_its_newest_rows_and_the_metrics_of_the_whole_matrix
         labels = [names[number - 1]] if number <= len(names) else [names[0]]
         rows = {name: right[name] for name in names[:number]} | {names[i]: wrong for i in forgotten}
         parent = learn(scorer, method, task(clip, number, labels), rows, parent)
-        full = [[*old, None] for old in full] + [parent["matrix"][-1]]
+        full = [[*old, None] for old in full] + [parent.matrix[-1]]
         # then the numbers are the formulas' over all rows
         for key, formula in (("forgetting", forgetting), ("backward_transfer", backward_transfer)):
-            assert parent[key] == (None if number == 1 else pytest.approx(formula(full)))
-        changed = changed or bool(parent["forgetting"])
-    assert [bool(row) for row in parent["matrix"]] == [False] * 3 + [True] * 3
+            assert getattr(parent, key) == (None if number == 1 else pytest.approx(formula(full)))
+        changed = changed or bool(parent.forgetting)
+    assert [bool(row) for row in parent.matrix] == [False] * 3 + [True] * 3
     assert changed, "the example must forget something"
 
 
@@ -325,14 +330,10 @@ def test_retention_compares_zero_shot_on_the_probe_with_the_untouched_model() ->
 
     report = scorer.after(method, released(method), data, update(), before, None, nothing)
 
-    assert report["probe"] == {
-        "of": "probe",
-        "images": 12,
-        "classes": 3,
-        "untouched": pytest.approx(2 / 3),
-        "now": pytest.approx(1 / 3),
-    }
-    assert report["retention"] == pytest.approx(0.5)
+    assert report.probe == Probe(
+        of="probe", images=12, classes=3, untouched=pytest.approx(2 / 3), now=pytest.approx(1 / 3)
+    )
+    assert report.retention == pytest.approx(0.5)
 
 
 def test_without_a_probe_the_test_classes_not_learned_yet_stand_in_for_it_and_are_decoded_once() -> None:
@@ -344,12 +345,12 @@ def test_without_a_probe_the_test_classes_not_learned_yet_stand_in_for_it_and_ar
     parent, probes = None, []
     for number, name in enumerate(names, 1):
         parent = learn(scorer, method, task(clip, number, [name]), {name: right[name]}, parent)
-        probes.append(parent["probe"])
+        probes.append(parent.probe)
     # then the classes to come are scored as long as there are two
-    assert [probe and (probe["of"], probe["classes"]) for probe in probes] == [("not learned yet", 2), None, None]
-    assert parent is not None and parent["retention"] is None and parent["history"][0]["retention"] is not None
+    assert [probe and (probe.of, probe.classes) for probe in probes] == [("not learned yet", 2), None, None]
+    assert parent is not None and parent.retention is None and parent.history[0].retention is not None
     # and each test image was encoded once, beside the three training samples
-    assert parent["test_images"] == 18
+    assert parent.test_images == 18
     assert clip.encoded <= 18 + 2 * 3
 
 
@@ -366,9 +367,9 @@ def test_hold_out_and_test_images_are_scored_together_and_what_cannot_be_decoded
 
     report = learn(scorer, FakeMethod(clip), task(clip, 1, ["red"]), {"red": right["red"]}, None)
 
-    assert report["test_images"] == 3
-    assert report["held_out"] == 1
-    assert report["accuracy"] == 1.0
+    assert report.test_images == 3
+    assert report.held_out == 1
+    assert report.accuracy == 1.0
     assert "Red/1.png of 'red' is left out" in caplog.text
     assert "Red/3.png of 'red' is left out" in caplog.text
 
@@ -397,8 +398,8 @@ def test_hold_out_of_earlier_tasks_is_read_again_from_the_commit(tmp_path: Path)
     second = learn(scorer, method, task(clip, 2, ["green"]), {"green": right["green"]}, first)
 
     # then the first one's hold-out is scored and shown
-    assert second["matrix"] == [[1.0, None], [1.0, None]]
-    assert [example["label"] for example in second["examples"]] == ["red", "red"]
+    assert second.matrix == ((1.0, None), (1.0, None))
+    assert [example.label for example in second.examples] == ["red", "red"]
 
 
 def test_without_test_images_and_without_anything_learned_the_scores_are_null() -> None:
@@ -411,32 +412,32 @@ def test_without_test_images_and_without_anything_learned_the_scores_are_null() 
     report = scorer.after(method, released(method), data, None, before, None, nothing)
 
     for key in ("accuracy", "avg", "last", "forgetting", "zero_shot", "predict_before_learn", "retention", "probe"):
-        assert report[key] is None
-    assert report["matrix"] == [[None]]
-    assert report["gap"]["drift"] == {"before": None, "after": None, "budget": None}
-    assert report["history"][0]["epochs"] == 0
+        assert getattr(report, key) is None
+    assert report.matrix == ((None,),)
+    assert report.gap.drift == Drift(before=None, after=None, budget=None)
+    assert report.history[0].epochs == 0
 
 
 def test_examples_are_few_spread_over_classes_and_show_what_changed() -> None:
     _, [first, second] = two_tasks()
 
     # one class after the other, as far as there are images; lime, whose answer changed, has its turn like red
-    assert [example["label"] for example in first["examples"][:4]] == ["lime", "red", "lime", "red"]
-    [example] = first["examples"][:1]
-    assert example["task"] == 1
-    assert [name for name, _ in example["before"]] == ["red", "lime"]
-    assert example["after"][0][0] == "lime"
-    assert example["untouched"][0][0] == "red"
-    kind, _, data = example["image"].partition(",")
+    assert [example.label for example in first.examples[:4]] == ["lime", "red", "lime", "red"]
+    [example] = first.examples[:1]
+    assert example.task == 1
+    assert [name for name, _ in example.before] == ["red", "lime"]
+    assert example.after[0][0] == "lime"
+    assert example.untouched[0][0] == "red"
+    kind, _, data = example.image.partition(",")
     assert kind == "data:image/jpeg;base64"
     assert decode(base64.b64decode(data), 10_000).size == (5, 5)
 
-    assert len(second["examples"]) == 12
-    assert Counter(example["label"] for example in second["examples"]) == {"red": 3, "lime": 3, "green": 3, "blue": 3}
-    assert {example["label"]: example["task"] for example in second["examples"]} == {
+    assert len(second.examples) == 12
+    assert Counter(example.label for example in second.examples) == {"red": 3, "lime": 3, "green": 3, "blue": 3}
+    assert {example.label: example.task for example in second.examples} == {
         "red": 1, "lime": 1, "green": 2, "blue": 2,
     }  # fmt: skip
-    assert all(len(example["after"]) == 3 for example in second["examples"])
+    assert all(len(example.after) == 3 for example in second.examples)
 
 
 def test_a_restarted_evaluator_continues_the_report_as_the_undisturbed_one() -> None:
@@ -451,4 +452,4 @@ def test_a_restarted_evaluator_continues_the_report_as_the_undisturbed_one() -> 
     resumed = learn(evaluator(clip, folder), method, task(clip, 2, ["green", "lime", "blue"]), rows, first)
 
     for key in ("matrix", "accuracy", "zero_shot", "predict_before_learn", "forgetting", "examples", "old_classes"):
-        assert resumed[key] == second[key], key
+        assert getattr(resumed, key) == getattr(second, key), key

@@ -8,6 +8,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.openmetrics.exposition import generate_latest
 
+from agent.scoring.report import Report
 from agent.values import Commit, GapStatistics, LateRejection, Outcome, Progress, Update
 from exporter.instruments import REASONS, STATES
 from exporter.metrics import Metrics
@@ -31,7 +32,7 @@ def metrics(registry):
 
 
 def report(**changes):
-    return {
+    content = {
         "task": 2,
         "matrix": [[0.9, None], [0.8, 0.7]],
         "avg": 0.82,
@@ -52,7 +53,8 @@ def report(**changes):
         "model": {"name": "tinyclip", "pretrained": "", "sha256": "0123456789abcdef"},
         "method": "mgclip",
         "fusion": "calibrated",
-    } | changes
+    }
+    return Report.from_json(content | changes)
 
 
 def commit(path: Path, number=2, **changes):

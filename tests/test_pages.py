@@ -7,6 +7,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from agent.commands.report import write_report
+from agent.scoring.report import Report
 from agent.values import Commit, Progress
 from exporter.http import StatusServer
 from exporter.metrics import Metrics
@@ -48,7 +49,8 @@ def commit(path, number):
         for task in range(1, number + 1)
     ]  # fmt: skip
     matrix = [[0.9 if other <= task else None for other in range(number)] for task in range(number)]
-    report = {"last": 0.9, "zero_shot": 0.5, "matrix": matrix, "history": history, "gap": history[-1]["gap"]}
+    scores = {"task": number, "last": 0.9, "zero_shot": 0.5, "gap": history[-1]["gap"]}
+    report = Report.from_json({**scores, "matrix": matrix, "history": history})
     return Commit(number, path, {PARTITION: 7}, "f", ("<b>wren</b>",), number, {}, report, None)
 
 

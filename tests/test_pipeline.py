@@ -6,16 +6,15 @@ import threading
 import pytest
 
 from agent.commits import CommitStore, StateError
-from agent.config import Config
 from agent.pipeline import AgentError, TaskFailed, resume
 from agent.values import Progress
-from agent.worker import InlineWorker, WorkerDied
+from agent.worker import WorkerDied
 from streams.buffer import CutRule
 from streams.record import Control, ControlKind, Reason, Rejected
 from streams.source import DeadLetterDelayed, DeadLetterError, PositionError
 from tests.fakes import (
-    FAKE_LEARNER,
     LIST,
+    InlineWorker,
     ListSource,
     MemoryDeadLetters,
     learned,
@@ -34,7 +33,7 @@ class OneTaskWorker(InlineWorker):
     """Sets `stop` when it has learned its first task."""
 
     def __init__(self, stop: threading.Event) -> None:
-        super().__init__(Config(), FAKE_LEARNER)
+        super().__init__()
         self.stopped_within = None
         self._stop = stop
 
@@ -52,7 +51,7 @@ class DyingWorker(InlineWorker):
     """Fails with each of `deaths` before it works."""
 
     def __init__(self, *deaths: WorkerDied) -> None:
-        super().__init__(Config(), FAKE_LEARNER)
+        super().__init__()
         self._deaths = list(deaths)
 
     def poll(self):
@@ -251,7 +250,7 @@ def test_failures_of_different_tasks_do_not_add_up(tmp_path):
             return super().poll()
 
     failed: set[int] = set()
-    commit = pipeline(tmp_path, ListSource(records(*TEN)), FailsEveryTaskOnce(Config(), FAKE_LEARNER)).run()
+    commit = pipeline(tmp_path, ListSource(records(*TEN)), FailsEveryTaskOnce()).run()
     assert learned(commit) == list(range(10))
     assert failed == {1, 2, 3, 4}
 
@@ -278,7 +277,7 @@ def test_no_task_is_quarantined_for_a_disk_that_refuses(tmp_path):
             (staging / "learner.safetensors").symlink_to("/dev/full")
 
     letters = MemoryDeadLetters()
-    worker = FullDisk(Config(), FAKE_LEARNER)
+    worker = FullDisk()
     with pytest.raises(TaskFailed, match="No space left on device"):
         pipeline(tmp_path, ListSource(records(*TEN)), worker, letters, quarantine=True).run()
     assert letters.acknowledged == letters.waiting == []
@@ -309,7 +308,7 @@ def test_classes_of_a_quarantined_task_stay_known_to_the_cutting_rule(tmp_path):
 
     # then the cuts are those of the undisturbed run
     assert commit.report == undisturbed.report
-    assert [task["classes"] for task in commit.report["history"]] == [["b", "a"], ["c"]]
+    assert [task.classes for task in commit.report.history] == [("b", "a"), ("c",)]
 
 
 def test_a_state_folder_that_goes_away_stops_the_agent(tmp_path):
@@ -329,7 +328,7 @@ def test_progress_and_commits_become_metrics(tmp_path):
                 return Progress("train", 1, epoch=1, epochs=2, loss=0.5)
             return super().poll()
 
-    agent = pipeline(tmp_path, ListSource(records(*TEN)), Telling(Config(), FAKE_LEARNER))
+    agent = pipeline(tmp_path, ListSource(records(*TEN)), Telling())
     agent.run()
     status = agent.metrics.status()
     assert status["commit"]["number"] == 4

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from agent.commits import CommitStore, Provenance
 from agent.config import Config
+from agent.scoring.report import Report
 from agent.trainer import LearnerError, Trainer
 from agent.values import Commit, Outcome, Progress
 from exporter.runtime import Classifier
@@ -54,8 +55,8 @@ class Bench:
         return Task(self.tasks, classes, tuple(samples), {SAMPLE: self.offset}, "end", size, len(samples), {})
 
     def learn(self, learner: Trainer, task: Task, seen: list[Progress] | None = None) -> tuple[Outcome, Commit]:
-        report = (lambda progress: None) if seen is None else seen.append
-        outcome = learner.learn(task, self.store.stage(), report)
+        on_progress = (lambda progress: None) if seen is None else seen.append
+        outcome = learner.learn(task, self.store.stage(), on_progress)
         return outcome, self.store.commit(outcome, FACTS)
 
 
@@ -136,7 +137,7 @@ def test_without_a_text_part_nothing_else_changes(learned, tmp_path):
 def test_training_samples_are_not_in_the_commit_and_held_out_ones_are_never_trained_on(learned):
     _, steps, _ = learned
     outcome = steps[0][0]
-    trained, held = outcome.report["samples"], outcome.report["held_out"]
+    trained, held = outcome.report.samples, outcome.report.held_out
     assert held > 0 and trained + held == 32
     # then nothing of the training images is on disk once the spool lets go of them
     image = images_of("cat", count=1)[0][1]
@@ -154,8 +155,8 @@ def test_a_new_trainer_on_the_commit_ends_with_the_same_bits(learned, tmp_path):
     # then learner and scores are those of the undisturbed run
     assert (second.path / "learner.safetensors").read_bytes() == (steps[1][1].path / "learner.safetensors").read_bytes()
     undisturbed = steps[1][0].report
-    again = json.loads((second.path / "report.json").read_text())
-    assert [again[key] for key in ("matrix", "avg", "gap")] == [undisturbed[key] for key in ("matrix", "avg", "gap")]
+    again = Report.read(second.path / "report.json")
+    assert (again.matrix, again.avg, again.gap) == (undisturbed.matrix, undisturbed.avg, undisturbed.gap)
 
 
 def test_broken_images_are_set_aside_with_their_reason_and_the_rest_is_learned(tmp_path):
@@ -166,7 +167,7 @@ def test_broken_images_are_set_aside_with_their_reason_and_the_rest_is_learned(t
     images = [("odd", image.data) for image in (*broken, *fine)] + images_of("cat", count=4)
     outcome, _ = bench.learn(Trainer(bench.config, None), bench.task(images))
     assert [(late.offset, late.reason) for late in outcome.rejected] == [(i, b.reason) for i, b in enumerate(broken)]
-    assert outcome.report["samples"] == len(fine) + 4
+    assert outcome.report.samples == len(fine) + 4
     assert outcome.classes == ("odd", "cat")
 
 
@@ -183,7 +184,7 @@ def test_a_task_of_nothing_but_broken_images_commits_its_offsets_and_releases_no
 def test_one_sample_of_a_name_never_seen_is_a_task(tmp_path):
     bench = Bench(tmp_path, evaluation={"holdout_fraction": 0.9})
     outcome, commit = bench.learn(Trainer(bench.config, None), bench.task([("zorblax 9", images_of("cat")[0][1])]))
-    assert outcome.classes == ("zorblax 9",) and outcome.report["samples"] == 1 and commit.release is not None
+    assert outcome.classes == ("zorblax 9",) and outcome.report.samples == 1 and commit.release is not None
 
 
 def test_a_release_that_forgets_too_much_is_refused_and_the_one_before_serves_on(tmp_path, monkeypatch):
@@ -193,17 +194,17 @@ def test_a_release_that_forgets_too_much_is_refused_and_the_one_before_serves_on
     # given an update that ruins the rows of the old classes
     update = learner._method.update
 
-    def ruin(task, report):
-        done = update(task, report)
+    def ruin(task, on_progress):
+        done = update(task, on_progress)
         learner._method._visual.rows[:2] *= -10
         return done
 
     monkeypatch.setattr(learner._method, "update", ruin)
     outcome, commit = bench.learn(learner, bench.task(images_of("dog", "truck")))
     assert "fell from" in outcome.release_refused and "release.max_old_class_drop = 5.0%" in outcome.release_refused
-    assert outcome.report["release"]["refused"] == outcome.release_refused
+    assert outcome.report.release.refused == outcome.release_refused
     # then the learner goes on, and readers keep the release before, with which the next one is compared
-    assert bench.learn(learner, bench.task(images_of("frog", count=8)))[0].report["old_classes"]["before"] > 0.5
+    assert bench.learn(learner, bench.task(images_of("frog", count=8)))[0].report.old_classes.before > 0.5
     assert commit.classes == ("cat", "ship", "dog", "truck")
     assert (commit.release / "model.onnx").read_bytes() == (first.release / "model.onnx").read_bytes()
 
@@ -211,9 +212,9 @@ def test_a_release_that_forgets_too_much_is_refused_and_the_one_before_serves_on
 def test_smaller_forms_are_scored_on_held_out_images_and_reported(tmp_path):
     bench = Bench(tmp_path, release={"precisions": ("int8",), "max_batch": 4})
     outcome, commit = bench.learn(Trainer(bench.config, None), bench.task(images_of("cat", "ship")))
-    measured = outcome.report["release"]["variants"]["int8"]
-    assert measured["parity"]["images"] == 4 and 0.5 < measured["accuracy_fp32"] <= 1
-    assert (commit.release / "model.int8.onnx").exists() == (measured["refused"] is None)
+    measured = outcome.report.release.variants["int8"]
+    assert measured.parity.images == 4 and 0.5 < measured.accuracy_fp32 <= 1
+    assert (commit.release / "model.int8.onnx").exists() == (measured.refused is None)
 
 
 def test_tokens_beyond_the_memory_bound_go_to_disk_and_leave_nothing_behind(learned, tmp_path):

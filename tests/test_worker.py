@@ -14,10 +14,10 @@ import pytest
 
 from agent.config import Config
 from agent.values import Outcome
-from agent.worker import InlineWorker, ProcessWorker, WorkerDied
+from agent.worker import ProcessWorker, WorkerDied
 from streams.buffer import Task
 from streams.spool import Sample
-from tests.fakes import FAKE_LEARNER, LIST, FakeLearner
+from tests.fakes import FAKE_LEARNER, LIST, FakeLearner, InlineWorker
 
 
 class SlowStart(FakeLearner):
@@ -27,8 +27,8 @@ class SlowStart(FakeLearner):
 
 
 class TellsThreads(FakeLearner):
-    def learn(self, task, staging, report):
-        return replace(super().learn(task, staging, report), report={"threads": os.environ.get("OMP_NUM_THREADS")})
+    def learn(self, task, staging, on_progress):
+        return replace(super().learn(task, staging, on_progress), classes=(os.environ.get("OMP_NUM_THREADS"),))
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def test_the_process_and_what_it_knows_stay_for_the_next_task(tmp_path, make_wor
     worker.submit(task_of(tmp_path / "spool", "b", number=2), staging_in(tmp_path / "2"), None)
     outcome = outcome_of(worker)
     assert worker.pid == pid
-    assert [entry["task"] for entry in outcome.report["history"]] == [1, 2]
+    assert [entry.task for entry in outcome.report.history] == [1, 2]
 
 
 def test_a_large_task_is_submitted_at_once_while_the_trainer_is_still_loading(tmp_path, make_worker):
@@ -128,7 +128,7 @@ def test_a_large_task_is_submitted_at_once_while_the_trainer_is_still_loading(tm
 
 
 def test_progress_that_nobody_fetches_does_not_hold_up_the_trainer(tmp_path, make_worker):
-    # given 2,000 reports, more than fit into a pipe
+    # given 2,000 messages, more than fit into a pipe
     worker = make_worker()
     worker.submit(task_of(tmp_path / "spool", "a", copies=2000), staging_in(tmp_path / "staging"), None)
 
@@ -180,7 +180,7 @@ def test_a_trainer_killed_between_tasks_is_replaced_from_the_commit(tmp_path, ma
 
     # then it goes on from there
     outcome = outcome_of(worker)
-    assert [entry["task"] for entry in outcome.report["history"]] == [1, 2]
+    assert [entry.task for entry in outcome.report.history] == [1, 2]
 
 
 def test_a_learner_that_cannot_be_built_says_why_before_any_task(make_worker):
@@ -267,12 +267,12 @@ def test_the_configured_number_of_threads_is_in_force_before_the_learner_is_impo
     config = Config.model_validate({"model": {"threads": 3}})
     worker = make_worker(config, "tests.test_worker:TellsThreads")
     worker.submit(task_of(tmp_path / "spool", "a"), staging_in(tmp_path / "staging"), None)
-    assert outcome_of(worker).report == {"threads": "3"}
+    assert outcome_of(worker).classes == ("3",)
 
 
-def test_the_inline_worker_keeps_the_same_contract(tmp_path):
+def test_the_worker_of_other_tests_keeps_the_same_contract(tmp_path):
     # given
-    worker = InlineWorker(Config(), FAKE_LEARNER)
+    worker = InlineWorker()
     worker.submit(task_of(tmp_path / "spool", "raise"), staging_in(tmp_path / "1"), None)
 
     # when, then

@@ -25,13 +25,15 @@ from agent.commands.report import last_retention, write_report
 from agent.config import Config, load
 from agent.process import log_to_stderr, stop_on_signals
 from agent.run import run_agent
+from agent.scoring.report import Report
 from exporter.metrics import Metrics
 from streams.archive_folder import ArchiveFolder
 
 FOLDER = Path("build/demo")
+"""Where the demo learns, below the working directory: build/ is not under version control, and safe to delete."""
 
 Status = Callable[[], Mapping[str, Any]]
-"""What `exporter.metrics.Metrics.status` gives."""
+"""The type of `exporter.metrics.Metrics.status`."""
 
 PHASES = {
     "decode": "decoding images",
@@ -41,6 +43,7 @@ PHASES = {
     "export": "exporting to ONNX and checking",
     "commit": "committing",
 }
+"""Phase of an update (agent.values.Progress) -> what the demo calls it; a phase that is not here goes by its name."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Run the demo below the working directory; returns the exit code."""
     console = Console()
+    # Where there is no terminal, rich takes 80 columns, too few for the table.
     return demo(FOLDER, console if console.is_terminal else Console(width=120))
 
 
@@ -74,7 +79,7 @@ def demo(folder: Path, console: Console, learner: str | None = None) -> int:
             return metrics
 
         commit = run_agent(config, stop, watched_metrics, learner)
-    if commit is None or stop.is_set():
+    if commit is None or commit.report is None or stop.is_set():
         console.print("Stopped; `gapstream demo` goes on from the last task learned.")
         return 0
     write_report(state, folder / "report.html")
@@ -85,7 +90,8 @@ def demo(folder: Path, console: Console, learner: str | None = None) -> int:
 
 
 def demo_config(state: Path) -> Config:
-    """Every default, the bundled stream and its test images, and a free port. GAPSTREAM_* variables count here too."""
+    """Load every default, the bundled stream and its test images, and a free port. GAPSTREAM_* variables count here
+    too."""
     return load(
         None,
         os.environ,
@@ -93,21 +99,22 @@ def demo_config(state: Path) -> Config:
             "state.path": str(state),
             "evaluation.test_archive": "bundled",
             "http.port": str(_free_port(9187)),
-            "agent.log_level": "WARNING",
+            "agent.log_level": "WARNING",  # more lines would tear the live view apart
         },
     )
 
 
-def summary(report: Mapping[str, Any], folder: Path) -> str:
-    """What came out, where it is, and what to try next."""
-    gain = 100 * (report["last"] - report["zero_shot"])
+def summary(report: Report, folder: Path) -> str:
+    """Say what came out, where it is, and what to try next."""
+    assert report.last is not None and report.zero_shot is not None, "the bundled stream has test images"
+    gain = 100 * (report.last - report.zero_shot)
     retention = last_retention(report)
     kept = f", zero-shot retention {_percent(retention[0])} {retention[1]}" if retention else ""
     return "\n".join(
         [
             "",
-            f"[bold]{_percent(report['last'])}[/] over all {len(report['classes'])} classes, {gain:+.1f} points "
-            f"against the untouched model; forgetting {_percent(report['forgetting'])}{kept}.",
+            f"[bold]{_percent(report.last)}[/] over all {len(report.classes)} classes, {gain:+.1f} points "
+            f"against the untouched model; forgetting {_percent(report.forgetting)}{kept}.",
             "",
             f"Report   {folder / 'report.html'}",
             f"Model    {folder / 'state/CURRENT/release/model.onnx'}",
@@ -117,7 +124,7 @@ def summary(report: Mapping[str, Any], folder: Path) -> str:
 
 
 def sample_images(folder: Path) -> None:
-    """One held-back image of each class of the bundled stream as a file in `folder`, to try the released model on."""
+    """Write one held-back image of each class of the bundled stream into `folder`, to try the released model on."""
     folder.mkdir(exist_ok=True)
     test = ArchiveFolder("bundled", "test")
     for name in test.classes:
@@ -142,7 +149,7 @@ def watched(status: Status, console: Console) -> Iterator[None]:
 
 
 def live_view(status: Mapping[str, Any]) -> RenderableType:
-    """The agent's status as a panel: stream, running update with its gap budget, and the tasks learned so far."""
+    """Draw the agent's status as a panel: stream, running update with its gap budget, and the tasks learned so far."""
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim", min_width=9)
     grid.add_column()
@@ -159,40 +166,40 @@ def live_view(status: Mapping[str, Any]) -> RenderableType:
         if progress["drift"] is not None and progress["budget"]:
             used = progress["drift"] / progress["budget"]
             grid.add_row("gap", _bar(used, f"{used:.0%} of the drift budget used", "red" if used > 1 else "cyan"))
-    report = status["report"]
+    report = _report(status)
     parts: list[RenderableType] = [grid]
-    if report and report.get("history"):
-        grid.add_row("accuracy", f"[bold]{_percent(report['last'])}[/] over {len(report['classes'])} classes so far")
+    if report:
+        grid.add_row("accuracy", f"[bold]{_percent(report.last)}[/] over {len(report.classes)} classes so far")
         parts += [Text(), tasks_table(report)]
     return Panel(Group(*parts), title="gapstream demo", title_align="left", border_style="blue", padding=(1, 2))
 
 
-def tasks_table(report: Mapping[str, Any]) -> Table:
-    """One row per task: the learned model against the untouched one on the same held-back images."""
-    probed = any(entry["retention"] is not None for entry in report["history"])
+def tasks_table(report: Report) -> Table:
+    """Make a row for each task: the learned model against the untouched one on the same held-back images."""
+    probed = any(entry.retention is not None for entry in report.history)
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("task", justify="right")
     table.add_column("classes learned")
     for name in ("accuracy", "untouched", "gain", "forgetting", *(["retention"] if probed else []), "seconds"):
         table.add_column(name, justify="right")
-    for entry in report["history"]:
-        accuracy, untouched = entry["accuracy"], entry["zero_shot"]
+    for entry in report.history:
+        accuracy, untouched = entry.accuracy, entry.zero_shot
         gain = "-" if accuracy is None or untouched is None else f"{100 * (accuracy - untouched):+.1f}"
         table.add_row(
-            str(entry["task"]),
-            Text(", ".join(entry["classes"])),
+            str(entry.task),
+            Text(", ".join(entry.classes)),
             f"[bold]{_percent(accuracy)}[/]",
             _percent(untouched),
             gain,
-            _percent(entry["forgetting"]),
-            *([_percent(entry["retention"])] if probed else []),
-            f"{sum(entry['seconds'].values()):.1f}",
+            _percent(entry.forgetting),
+            *([_percent(entry.retention)] if probed else []),
+            f"{sum(entry.seconds.values()):.1f}",
         )
     return table
 
 
 def fresh(folder: Path) -> Path:
-    """The state folder in `folder`: that of an interrupted demo, which goes on, or a new one after a finished demo."""
+    """Give the state folder in `folder`: an interrupted demo's, which goes on, or a new one after a finished demo."""
     state = folder / "state"
     if (folder / "report.html").exists():
         shutil.rmtree(state, ignore_errors=True)
@@ -201,8 +208,10 @@ def fresh(folder: Path) -> Path:
 
 
 def _free_port(wanted: int) -> int:
+    """The port `wanted`, or any when it is taken, as by an agent that runs here already."""
     for port in (wanted, 0):
         with socket.socket() as probe:
+            # As the server does: else a port whose last connections are still closing counts as taken.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind(("127.0.0.1", port))
@@ -218,18 +227,24 @@ def _print_lines(status: Status, console: Console, stop: threading.Event) -> Non
     while True:
         ended = stop.wait(0.2)
         now = status()
-        progress, report = now["progress"], now["report"]
+        progress, report = now["progress"], _report(now)
         if progress and (progress["task"], progress["phase"]) != phase:
             phase = progress["task"], progress["phase"]
             console.print(f"task {phase[0]}: {PHASES.get(phase[1], phase[1])}")
-        for entry in (report or {}).get("history", [])[tasks:]:
+        # From the history, not from the commits: two that come between two looks are both told.
+        for entry in report.history[tasks:] if report else ():
             tasks += 1
             console.print(
-                f"task {entry['task']} learned: accuracy {_percent(entry['accuracy'])} over the classes so far, "
-                f"untouched model {_percent(entry['zero_shot'])}"
+                f"task {entry.task} learned: accuracy {_percent(entry.accuracy)} over the classes so far, "
+                f"untouched model {_percent(entry.zero_shot)}"
             )
         if ended:
             return
+
+
+def _report(status: Mapping[str, Any]) -> Report | None:
+    """The current commit's report, which the status has as it is in report.json."""
+    return Report.from_json(status["report"]) if status["report"] else None
 
 
 def _epoch(progress: Mapping[str, Any]) -> RenderableType:

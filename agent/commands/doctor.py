@@ -29,6 +29,7 @@ from agent.values import Commit
 from streams.source import DeadLetterError
 
 Level = Literal["ok", "warning", "problem"]
+"""How bad a finding is: a warning is for people, a problem makes the command fail."""
 
 
 @dataclass(frozen=True)
@@ -95,13 +96,14 @@ def _looked_at(about: str, cure: str, look: Callable[[], Iterator[Finding]]) -> 
 
 
 def _lock_holder(state: Path) -> str:
-    """Process id of the agent that works on the state folder; empty when there is none."""
+    """Give the process id of the agent that works on the state folder; empty when there is none."""
     try:
         file = (state / LOCK).open()
     except OSError:
         return ""
     with file:
         try:
+            # Shared, so that two doctors at the same time do not take each other for an agent.
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except OSError:
             return file.read().strip() or "unknown"
@@ -129,12 +131,13 @@ def _told(commit: Commit | None) -> str:
 
 
 def _disk(config: Config, commit: Commit | None) -> Finding:
-    """Held against what the agent may come to need beside what is there already."""
+    """Compare the free space with what the agent may come to need beside what is there already."""
     folder = _existing(config.state.path)
     free = shutil.disk_usage(folder).free
     size = sum(file.stat().st_size for file in commit.path.rglob("*")) if commit else 0
     spool = config.spool.max_bytes - _size(config.state.path / SPOOL)
     text = f"{_mib(free)} free below {folder}"
+    # Chosen by hand: the next commit may be larger than the last, and the first one cannot be measured yet.
     if free < 2 * size + 64 * 2**20:
         wanted = f"a commit has {_mib(size)} and the next one is written beside it"
         return Finding("disk", "problem", f"{text}; {wanted}", "free some space, or lower state.keep_commits")
@@ -147,7 +150,7 @@ def _disk(config: Config, commit: Commit | None) -> Finding:
 
 def _http(config: Config, running: str) -> Iterator[Finding]:
     host, port = config.http.host, config.http.port
-    if not config.http.enabled or running:
+    if not config.http.enabled or running:  # a running agent has the address itself
         return
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -211,10 +214,10 @@ def _learner(config: Config, commit: Commit | None) -> Iterator[Finding]:
     from agent.trainer import Trainer
 
     learned = commit.path if commit and has_learned(commit.path) else None
-    facts = Trainer(config, learned).facts()
-    model = f"{facts['model']['name']} ({facts['model']['pretrained']})"
-    yield Finding("learner", "ok", f"{facts['method']} on {model}, device {facts['device']}, torch {torch.__version__}")
-    if facts["device"] == "cpu" and torch.cuda.is_available():
+    learner = Trainer(config, learned).identity
+    model = f"{learner.model.name} ({learner.model.pretrained})"
+    yield Finding("learner", "ok", f"{learner.method} on {model}, device {learner.device}, torch {torch.__version__}")
+    if learner.device == "cpu" and torch.cuda.is_available():
         yield Finding("learner", "warning", f"{torch.cuda.get_device_name()} is not used", "set model.device to auto")
 
 

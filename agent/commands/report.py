@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jinja2
 from markupsafe import Markup
 
 from agent.commands.arguments import add_config, config_from
 from agent.layout import MANIFEST, RELEASE_IN_COMMIT, REPORT, current_commit
+from agent.scoring.report import Report
 from exporter.release import MANIFEST as RELEASE_MANIFEST
+
+T = TypeVar("T")
 
 
 class ReportError(Exception):
@@ -26,11 +29,13 @@ class ReportError(Exception):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `gapstream report`."""
     add_config(parser)
     parser.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE", help="(%(default)s)")
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Write the page and say where. Raises what `write_report` raises."""
     write_report(config_from(arguments).state.path, arguments.out)
     print(f"wrote {arguments.out}")
 
@@ -40,52 +45,59 @@ def write_report(state: Path, out: Path) -> None:
 
     Raises ReportError when there is no commit or it cannot be read, OSError when `out` cannot be written.
     """
+    # The commit's own folder, not CURRENT, which may move to another one between two of the files.
     folder = current_commit(state)
     if folder is None:
         raise ReportError(f"nothing is committed in {state} yet, so nothing to report; run `gapstream run` first")
-    report = _read(folder / REPORT)
-    page = render(report, _read(folder / MANIFEST), _release(folder))
+    report = _read(folder / REPORT, Report.read)
+    page = render(report, _read(folder / MANIFEST, _json), _release(folder))
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(page, encoding="utf-8")
 
 
-def render(report: dict[str, Any], manifest: dict[str, Any], release: dict[str, Any] | None) -> str:
-    """The page for the contents of report.json, manifest.json and release.json (None when nothing was released)."""
+def render(report: Report, manifest: dict[str, Any], release: dict[str, Any] | None) -> str:
+    """Render the page; manifest and release are the contents of manifest.json and release.json (None when nothing was
+    released)."""
+    scores = report.to_json()
     looks = resources.files("exporter").joinpath("assets")
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("agent", "assets"),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
-        undefined=jinja2.ChainableUndefined,
+        undefined=jinja2.ChainableUndefined,  # what an older report lacks is shown as a dash
     )
     environment.filters |= {"percent": _percent, "number": _number, "bytes": _bytes}
     return environment.get_template("report.html.j2").render(
-        report=report,
+        report=scores,
         retention=last_retention(report),
-        gain=_difference(report.get("last"), report.get("zero_shot")),
+        gain=None if report.last is None or report.zero_shot is None else report.last - report.zero_shot,
         manifest=manifest,
         release=release,
         css=Markup(looks.joinpath("look.css").read_text(encoding="utf-8")),
         charts=Markup(looks.joinpath("charts.js").read_text(encoding="utf-8")),
-        data=_script_safe({key: value for key, value in report.items() if key != "examples"}),
+        data=_script_safe({key: value for key, value in scores.items() if key != "examples"}),
         config=json.dumps(manifest.get("config", {}), indent=2, ensure_ascii=False),
     )
 
 
-def last_retention(report: Mapping[str, Any]) -> tuple[float, str] | None:
-    """The newest zero-shot retention measured, and on what; None when it never was."""
-    for entry in reversed(report.get("history") or ()):
-        if entry.get("retention") is not None:
-            if report.get("probe"):
-                return entry["retention"], "on classes never learned"
-            return entry["retention"], f"after task {entry['task']}, on the classes still to come"
+def last_retention(report: Report) -> tuple[float, str] | None:
+    """Give the newest zero-shot retention that was measured, and on what; None when it never was."""
+    for entry in reversed(report.history):
+        if entry.retention is not None:
+            if report.probe is not None:
+                return entry.retention, "on classes never learned"
+            return entry.retention, f"after task {entry.task}, on the classes still to come"
     return None
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _read(path: Path, read: Callable[[Path], T]) -> T:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read(path)
     except (OSError, ValueError) as error:
         raise ReportError(
             f"{path} of the current commit cannot be read ({error}); `gapstream run` checks the folder when it starts"
@@ -94,20 +106,16 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _release(commit: Path) -> dict[str, Any] | None:
     path = commit / RELEASE_IN_COMMIT / RELEASE_MANIFEST
-    return _read(path) if path.exists() else None
-
-
-def _difference(value: float | None, base: float | None) -> float | None:
-    return None if value is None or base is None else value - base
+    return _read(path, _json) if path.exists() else None
 
 
 def _script_safe(value: Any) -> Markup:
-    """JSON for a <script> element: class names come from the stream, and one may contain `</script>`."""
+    """Write JSON for a <script> element: class names come from the stream, and one may contain `</script>`."""
     return Markup(json.dumps(value, allow_nan=False).replace("<", "\\u003c"))
 
 
 Number = float | jinja2.Undefined | None
-"""What a report may say about a quantity; null or missing is shown as a dash."""
+"""What a report may say of a quantity; null or missing is shown as a dash."""
 
 
 def _percent(value: Number) -> str:

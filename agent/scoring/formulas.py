@@ -1,5 +1,8 @@
 """The formulas behind every score: pure functions of the accuracy matrix.
 
+An agent's report keeps only the newest rows of the matrix, so it computes forgetting and backward transfer by
+`mean_change` from the best and the first accuracy of each task; tests hold that equal to the whole formulas here.
+
 The accuracy matrix: `matrix[t][i]` is the accuracy (0 to 1) on the test images of task i's classes after the update of
 task t (both from 0 here, from 1 in the formulas); None or NaN where task i had no test images or was not there yet. A
 class belongs to the task that brought it first. T is the number of tasks.
@@ -15,6 +18,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 Matrix = Sequence[Sequence[float | None]]
+"""The accuracy matrix by rows; rows may be shorter than T, or empty."""
 
 
 def average_incremental_accuracy(accuracies: Sequence[float | None]) -> float | None:
@@ -23,12 +27,12 @@ def average_incremental_accuracy(accuracies: Sequence[float | None]) -> float | 
 
 
 def last_accuracy(accuracies: Sequence[float | None]) -> float | None:
-    """Last = A_T."""
+    """Last = A_T, the accuracy over all classes after the last task."""
     return _mean(_row(accuracies[-1:]))
 
 
 def forgetting(matrix: Matrix) -> float | None:
-    """Chaudhry et al.: F = 1/(T-1) sum_{i<T} ( max_{i<=t<T} a[t][i] - a[T][i] ). None when T is 1.
+    """Forgetting of Chaudhry et al.: F = 1/(T-1) sum_{i<T} ( max_{i<=t<T} a[t][i] - a[T][i] ). None when T is 1.
 
     Negative where the last task helped the earlier ones.
     """
@@ -42,23 +46,34 @@ def forgetting(matrix: Matrix) -> float | None:
 
 
 def backward_transfer(matrix: Matrix) -> float | None:
-    """BWT = 1/(T-1) sum_{i<T} ( a[T][i] - a[i][i] ). None when T is 1."""
+    """Backward transfer: BWT = 1/(T-1) sum_{i<T} ( a[T][i] - a[i][i] ). None when T is 1."""
     a = _square(matrix)
     return _mean(a[-1:, :-1].ravel() - np.diagonal(a)[:-1]) if len(a) else None
 
 
 def retention(pairs: Iterable[tuple[float | None, float | None]]) -> float | None:
-    """Zero-shot retention: mean over sets d of never learned classes of accuracy now on d / untouched model's on d.
+    """Zero-shot retention: the mean, over sets of never learned classes, of accuracy now / the untouched model's.
 
-    pairs: (now, untouched) per set. A set on which the untouched model is never right is left out. None without a set.
+    pairs: (now, untouched) of each set. A set on which the untouched model is never right is left out. None without
+    one.
     """
     return _mean(np.array([now / then for now, then in pairs if now is not None and then]))
 
 
 def mean_change(before: Sequence[float | None], now: Sequence[float | None]) -> float | None:
-    """Mean of now - before over the columns both have."""
+    """Give the mean of now - before over the tasks that both have a value for; None when there is none."""
     length = min(len(before), len(now))
     return _mean(_row(now[:length]) - _row(before[:length]))
+
+
+def extended(matrix: Matrix, row: Sequence[float | None], keep: int) -> tuple[tuple[float | None, ...], ...]:
+    """The matrix after one more task: `row` below it, and None in the new column of the rows above.
+
+    Only the newest `keep` rows have entries, the others are empty.
+    """
+    longer = [(*old, *[None] * (len(row) - len(old))) if old else () for old in matrix]
+    dropped = max(0, len(longer) + 1 - keep)
+    return (*[()] * dropped, *longer[dropped:], tuple(row))
 
 
 def _row(values: Sequence[float | None]) -> np.ndarray:

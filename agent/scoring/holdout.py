@@ -27,16 +27,24 @@ from exporter.files import link_or_copy
 log = logging.getLogger(__name__)
 
 TRAINED = "trained.zip"
+"""The file that says what was trained on; compressed, since the filter of a young stream is mostly zeros."""
+
+FRACTION = "facts.json"
+"""The entry of trained.zip with the share of the hash space that qualifies for the hold-out."""
+
+FILTER = "filter"
+"""The entry of trained.zip with the cells of the TrainedFilter."""
 
 Choice = Literal["train", "hold", "drop"]
+"""What becomes of a sample: it is learned, held out, or left alone because it is held out already."""
 
 
 class HoldOutError(Exception):
     """A commit's hold-out cannot be read; the message says which file."""
 
 
-class Labelled(Protocol):
-    """An encoded image with its class name (streams.buffer.Sample is one)."""
+class EncodedImage(Protocol):
+    """An encoded image with its class name (streams.spool.Sample is one)."""
 
     @property
     def label(self) -> str: ...
@@ -46,21 +54,23 @@ class Labelled(Protocol):
 
 @dataclass(frozen=True)
 class ImageRef:
-    """An image to score on; `read()` gives its encoded bytes, `key` identifies it among all such images."""
+    """An image to score on."""
 
     label: str
+    """Its class name."""
     key: str
+    """What identifies it among all such images: its digest, or its place in an archive."""
     read: Callable[[], bytes]
+    """Gives the encoded image."""
 
 
 class TrainedFilter:
-    """Bloom filter of image hashes: at most a wrong "yes", which here only means one image less is held out.
-
-    Remembering trained images exactly would grow with the stream; 2**23 bits (1 MiB) with 4 positions answer wrongly in
-    2 % of cases after a million entries, which is ten million samples at the default hold-out fraction.
-    """
+    """Bloom filter of image hashes: at most a wrong "yes", which here only means that one image less is held out."""
 
     BITS = 2**23
+    """Size of the filter, 1 MiB: with 4 positions for each entry it answers wrongly in 2 % of cases after a million
+    entries, which is ten million samples at the default hold-out fraction. Remembering trained images exactly would
+    grow with the stream. It is part of the file format: filters of another size mean nothing here."""
 
     def __init__(self, data: bytes = b"") -> None:
         self._cells = bytearray(data or self.BITS // 8)
@@ -79,7 +89,7 @@ class TrainedFilter:
         return TrainedFilter(bytes(self._cells))
 
     def _positions(self, digest: bytes) -> list[int]:
-        # bytes 0-7 decide whether an image qualifies, so they are not evenly spread among those that come here
+        # Bytes 0 to 7 decide whether an image qualifies, so they are not evenly spread among those that come here.
         return [int.from_bytes(digest[i : i + 4], "big") % self.BITS for i in (8, 12, 16, 20)]
 
 
@@ -95,10 +105,14 @@ class HoldOut:
         self.fraction = fraction
         self.per_class = per_class
         self._trained = TrainedFilter()
-        self._held: dict[bytes, tuple[str, str]] = {}  # digest -> class name, pack
-        self._new: dict[bytes, Labelled] = {}
+        self._held: dict[bytes, tuple[str, str]] = {}
+        """Digest -> class name, and the pack that the image is in."""
+        self._new: dict[bytes, EncodedImage] = {}
+        """Digest -> an image that the last `split` held out, and that no pack has yet."""
+        # What the last `split` adds to the filter counts only once it is written: a task that fails is split again.
         self._trained_next = self._trained
         self._folder: Path | None = None
+        """Where the packs are: the hold-out of the last commit, or of its staging folder."""
         self._open: zipfile.ZipFile | None = None
         self._reading = threading.Lock()
 
@@ -117,14 +131,13 @@ class HoldOut:
             return holdout
         holdout._folder = folder
         with _reading(folder / TRAINED), zipfile.ZipFile(folder / TRAINED) as archive:
-            before = json.loads(archive.read("facts.json"))["fraction"]
-            holdout._trained = holdout._trained_next = TrainedFilter(archive.read("filter"))
+            before = json.loads(archive.read(FRACTION))["fraction"]
+            holdout._trained = holdout._trained_next = TrainedFilter(archive.read(FILTER))
         if fraction > before:
             log.warning(
                 "evaluation.holdout_fraction is %g but this state began with %g: what is already trained on cannot be "
                 "held out any more; %g stays in force",
-                fraction,
-                before, before,
+                fraction, before, before,
             )  # fmt: skip
             holdout.fraction = before
         for pack in holdout._packs():
@@ -137,7 +150,7 @@ class HoldOut:
     def __len__(self) -> int:
         return len(self._held) + len(self._new)
 
-    def split(self, samples: Sequence[Labelled]) -> list[Choice]:
+    def split(self, samples: Sequence[EncodedImage]) -> list[Choice]:
         """What happens to each sample of a task, in order. Reads every sample once; give it only decodable ones.
 
         "hold": from now on a test image. "drop": a copy of a held image, under whatever class name; never trained on.
@@ -146,6 +159,7 @@ class HoldOut:
         history give the same answer.
         """
         digests = [hashlib.sha256(sample.read()).digest() for sample in samples]
+        # An image may come with several labels; held out, it is lost to the training of all of them.
         names_of: dict[bytes, set[str]] = {}
         for digest, sample in zip(digests, samples, strict=True):
             if digest not in self._held:
@@ -156,7 +170,7 @@ class HoldOut:
         self._trained_next = self._trained.copy()
         choices: list[Choice] = []
         for digest, sample in zip(digests, samples, strict=True):
-            if digest in self._held or digest in self._new:
+            if digest in self._held or digest in self._new:  # a copy that was trained on would be remembered, not known
                 choices.append("drop")
                 continue
             names = names_of[digest]
@@ -197,14 +211,14 @@ class HoldOut:
                 )
             link_or_copy(parent / HOLDOUT / pack, folder / pack)
         with zipfile.ZipFile(folder / TRAINED, "w", zipfile.ZIP_DEFLATED) as archive:
-            archive.writestr(zipfile.ZipInfo("facts.json"), json.dumps({"fraction": self.fraction}))
-            archive.writestr(zipfile.ZipInfo("filter"), bytes(self._trained_next), zipfile.ZIP_DEFLATED, 1)
+            archive.writestr(zipfile.ZipInfo(FRACTION), json.dumps({"fraction": self.fraction}))
+            archive.writestr(zipfile.ZipInfo(FILTER), bytes(self._trained_next), zipfile.ZIP_DEFLATED, 1)
         if self._new:
             last = max((int(Path(pack).stem) for _, pack in self._held.values()), default=0)
             name = f"{last + 1:06d}.zip"
             with zipfile.ZipFile(folder / name, "w") as archive:
                 for digest, sample in self._new.items():
-                    # ZipInfo's fixed date makes the same images the same file
+                    # ZipInfo's fixed date makes the same images the same file, byte for byte.
                     archive.writestr(zipfile.ZipInfo(f"{quote(sample.label, safe='')}/{digest.hex()}"), sample.read())
             self._held |= {digest: (sample.label, name) for digest, sample in self._new.items()}
             self._new = {}
@@ -212,7 +226,7 @@ class HoldOut:
         self.moved(staging)
 
     def moved(self, commit: Path) -> None:
-        """Held images are below `commit` from now on (the staging folder was renamed)."""
+        """Read held images below `commit` from now on: the staging folder was renamed, or is about to be."""
         self.close()
         self._folder = commit / HOLDOUT
 
@@ -235,6 +249,7 @@ class HoldOut:
         label, pack = self._held[digest]
         path = self._folder / pack
         with self._reading, _reading(path):
+            # One pack stays open: images are read in the order in which they were held, so pack after pack.
             if self._open is None or self._open.filename != str(path):
                 self.close()
                 self._open = zipfile.ZipFile(path)
@@ -243,7 +258,7 @@ class HoldOut:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Turns what zipfile and the disk raise into HoldOutError with the file's name."""
+    """Turn what zipfile and the disk raise into HoldOutError with the file's name."""
     try:
         yield
     except (OSError, zipfile.BadZipFile, KeyError, ValueError) as error:

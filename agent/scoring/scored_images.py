@@ -1,4 +1,9 @@
-"""Test images: where they are, the untouched model's embeddings of them, and their tokens as far as memory allows."""
+"""Test images: where they are, the untouched model's embeddings of them, and their tokens as far as memory allows.
+
+Scoring meets the same images after every task. Their embeddings by the untouched model never change and are small, so
+they are kept for all; tokens (the output of the tower's frozen part) are many times larger, and kept while there is
+room.
+"""
 
 from __future__ import annotations
 
@@ -31,10 +36,13 @@ class ImageFolder(Protocol):
     @property
     def classes(self) -> tuple[str, ...]: ...
 
-    def images(self, class_name: str, limit: int = 0) -> Sequence[ImageFile]: ...
+    def images(self, class_name: str, limit: int = 0) -> Sequence[ImageFile]:
+        """The images of a class, always in the same order; at most `limit`, or all of them (0)."""
 
 
 class ImageFile(Protocol):
+    """An encoded image in such a folder; `read` raises Unusable when it cannot be had."""
+
     @property
     def name(self) -> str: ...
 
@@ -55,7 +63,10 @@ class ScoredImages:
         self._tokens: dict[int, Tensor] = {}
 
     def add(self, refs: Sequence[ImageRef], tick: Callable[[], None]) -> list[int]:
-        """Decode and embed new images, a `tick` per batch; gives the numbers of those that can be decoded, in order."""
+        """Decode and embed new images, with a `tick` after each batch.
+
+        Gives the numbers of those that can be decoded, in order; the others are left out with a warning.
+        """
         first = len(self.refs)
         embeddings = [self.embeddings]
         for at in range(0, len(refs), self._batch_size):
@@ -76,9 +87,13 @@ class ScoredImages:
         return list(range(first, len(self.refs)))
 
     def batches(self, numbers: Sequence[int]) -> Iterator[tuple[list[int], Tensor]]:
-        """(numbers, tokens [B, tokens, width] on the device) of the images asked for, in order."""
+        """Give (numbers, tokens [B, tokens, width] on the device) of the images asked for, in order.
+
+        Raises EvaluationError when an image that was decoded once cannot be decoded any more.
+        """
         for at in range(0, len(numbers), self._batch_size):
             part = list(numbers[at : at + self._batch_size])
+            # What did not fit into memory is decoded again: the embeddings tell only of the untouched towers.
             absent = [number for number in part if number not in self._tokens]
             again: dict[int, Tensor] = {}
             if absent:
@@ -102,14 +117,15 @@ class ScoredImages:
 
 
 def image_refs(folder: ImageFolder, label: str, limit: int) -> list[ImageRef]:
-    """Images of the folder's classes that differ from `label` at most in case: streams keep the first spelling seen."""
+    """List at most `limit` images of each of the folder's classes that differ from `label` at most in case: a stream
+    keeps the spelling that it saw first."""
     same = [name for name in folder.classes if name.casefold() == label.casefold()]
     files = [(name, file) for name in same for file in folder.images(name, limit)]
     return [ImageRef(label, f"{name}/{file.name}", partial(_read, file)) for name, file in files]
 
 
 def _read(file: ImageFile) -> bytes:
-    """What cannot be had is treated like what cannot be decoded."""
+    """Read a file; what cannot be had is treated like what cannot be decoded."""
     try:
         return file.read()
     except Unusable as error:

@@ -51,7 +51,7 @@ class Watched(Metrics):
 
     def committed(self, commit: Any, outcome: Any) -> None:
         wall, cpu = time.monotonic() - self._began[0], time.process_time() - self._began[1]
-        self.updates.append((self.on.is_set(), sum(outcome.report["seconds"].values()), cpu / wall))
+        self.updates.append((self.on.is_set(), sum(outcome.report.seconds.values()), cpu / wall))
         super().committed(commit, outcome)
         if self.on.is_set():
             self.on.clear()

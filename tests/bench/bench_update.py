@@ -82,7 +82,7 @@ def grow(tasks: Sequence[Images], method: str) -> list[float]:
             totals.append(time.perf_counter() - started)
             store.commit(outcome, Provenance("bench", names, {}, {}))
             spool.release(samples)
-            s = outcome.report["seconds"]
+            s = outcome.report.seconds
             compensate = s.get("compensate", 0.0)
             updates.append(s["decode"] + s["train"] + compensate)
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

@@ -18,7 +18,8 @@ import psutil
 
 from agent.commits import CommitStore, seal
 from agent.config import Config
-from agent.values import Commit, LateRejection, Outcome, Progress
+from agent.scoring.report import Report
+from agent.values import Commit, LateRejection, OnProgress, Outcome, Progress
 from exporter.preprocess import ImageError, decode
 from streams.buffer import Task
 from streams.record import Reason
@@ -33,7 +34,7 @@ class DecodingLearner:
         if commit is not None:
             self.state = json.loads((commit / "learner.safetensors").read_text())
 
-    def learn(self, task: Task, staging: Path, on_progress: Callable[[Progress], None]) -> Outcome:
+    def learn(self, task: Task, staging: Path, on_progress: OnProgress) -> Outcome:
         on_progress(Progress("train", task.number))
         rejected = []
         for sample in task.samples:
@@ -47,11 +48,13 @@ class DecodingLearner:
             self.state["chain"] = hashlib.sha256(seen + image).hexdigest()
             self.state["learned"].append([*sample.partition, sample.offset])
         self.state["classes"] += [name for name in task.classes if name not in self.state["classes"]]
-        for name, content in (("learner.safetensors", self.state), ("learner.json", {}), ("report.json", {})):
+        for name, content in (("learner.safetensors", self.state), ("learner.json", {})):
             (staging / name).write_text(json.dumps(content))
+        report = Report(task=task.number)
+        report.write(staging / "report.json")
         write_release(staging / "release", self.state["classes"], self.state["chain"])
         files, classes = seal(staging), tuple(self.state["classes"])
-        return Outcome(task.number, task.next_offsets, staging, files, {}, classes, None, None, tuple(rejected))
+        return Outcome(task.number, task.next_offsets, staging, files, report, classes, None, None, tuple(rejected))
 
 
 class Agent:

@@ -17,7 +17,6 @@ from kafka import KafkaProducer
 from kafka.admin import KafkaAdminClient
 
 from agent.config import Config
-from agent.worker import InlineWorker
 from streams.buffer import CutRule
 from streams.dead_letter_format import original
 from streams.formats import Codec
@@ -27,7 +26,7 @@ from streams.kafka.replay import dead_letters
 from streams.kafka.source import KafkaSource
 from streams.record import Partition, Reason
 from tests.bad_images import OddImage, all_images, encoded, picture
-from tests.fakes import pipeline
+from tests.fakes import InlineWorker, pipeline
 from tests.kafka.agents import Agent, current, model, wait_until
 from tests.kafka.broker import start_broker
 

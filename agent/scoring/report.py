@@ -1,0 +1,322 @@
+"""What report.json says: the scores after an update, with their history, as frozen values.
+
+    Report
+    ├── history: TaskReport...        one entry for each task so far
+    ├── gap: Gap                      GapChange for positive, negative and centroid; Drift
+    ├── old_classes: OldClasses
+    ├── probe: Probe
+    ├── examples: Example...
+    ├── learner: LearnerIdentity      with ModelIdentity
+    └── release: ReleaseSummary       with Parity and Variant of exporter.release
+
+The classes are the file format: a field is a key of the same name, in the same order, and a tuple is a list. What is
+undefined is None, and null in the file. A new field with a default is all that a new key needs: files without it are
+still read, and so are files with keys that are not known here.
+
+All accuracies are fractions from 0 to 1, and all times are wall seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import cache
+from pathlib import Path
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from exporter.release import Parity, Variant
+
+T = TypeVar("T")
+
+LEFT_OUT = {"left out when None": True}
+"""Marks a field whose key is not in the file while it is None; every other field is written, as null if need be."""
+
+Row = tuple[float | None, ...]
+"""Accuracies of the model at one time on the test images of each task; None where a task had none."""
+
+Answer = tuple[tuple[str, float], ...]
+"""The three class names that the model holds most likely, with their probabilities, most likely first."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GapChange:
+    """One number of the modality gap (see agent.values.GapStatistics), on the task's training images."""
+
+    before: float | None = None
+    """None when the task had nothing to learn, as are the next two."""
+    after: float | None = None
+    untouched: float | None = None
+    """The untouched model's."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drift:
+    """The relative change of the negative similarity against the untouched model, from 0 on.
+
+    None when the task had nothing to learn, or but one name.
+    """
+
+    before: float | None = None
+    after: float | None = None
+    budget: float | None = None
+    """The drift at which the update is rolled back; None for a method that has no budget."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gap:
+    """The modality gap before and after the update, beside the untouched model's."""
+
+    positive: GapChange = GapChange()
+    """Mean cosine with the right class name."""
+    negative: GapChange = GapChange()
+    """Mean cosine with the other names; None where the task has no other name."""
+    centroid: GapChange = GapChange()
+    """Distance between the mean image feature and the mean text feature."""
+    drift: Drift = Drift()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OldClasses:
+    """Accuracy on the classes of the newest release, as far as it was made before this task; None without one."""
+
+    before: float | None = None
+    """What that release had when it was made."""
+    after: float | None = None
+    """What the updated model has on the same classes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """Zero-shot accuracy on classes that were never learned, among the names of these classes."""
+
+    of: str
+    """`probe`: the probe archive. `not learned yet`: the classes of the test archive that no task has brought yet."""
+    images: int
+    classes: int
+    """Number of these classes, at least 2."""
+    untouched: float
+    """Accuracy of the untouched model."""
+    now: float
+    """Accuracy of the updated model's towers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """A test image with what three models say of it."""
+
+    image: str
+    """Data URL of a small JPEG."""
+    label: str
+    """Its class name."""
+    task: int
+    """Number of the task that brought this class first."""
+    before: Answer
+    """The model's answer before the update, among the classes seen so far and the task's new names."""
+    after: Answer
+    """The updated model's answer, among all learned classes."""
+    untouched: Answer
+    """The untouched model's answer, among all learned classes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelIdentity:
+    """Which CLIP the learner began with."""
+
+    name: str
+    """Architecture, as open_clip names it, or `tinyclip`."""
+    pretrained: str = ""
+    """Tag or file of the weights, or `bundled`."""
+    sha256: str = ""
+    """Digest of the weights."""
+    prompt: str = ""
+    """What class names are put into, in the place of `{}`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LearnerIdentity:
+    """Whose numbers these are: model, method, seed, device and versions. Every reported number is stored with it."""
+
+    model: ModelIdentity
+    method: str
+    """The value of method.name."""
+    fusion: str
+    """Which form of prediction the released model has (see agent.methods.base.Method.fusion)."""
+    seed: int = 0
+    device: str = ""
+    """`cpu`, `cuda:0`, ..."""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    """Package name -> installed version."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReleaseSummary:
+    """What became of the release after this update. Without one all but `refused` are None and not in the file."""
+
+    refused: str | None = None
+    """Why there is no new release; None when there is one."""
+    id: str | None = field(default=None, metadata=LEFT_OUT)
+    """Twelve hex digits, see exporter.release.Release.id."""
+    parity: Parity | None = field(default=None, metadata=LEFT_OUT)
+    seconds: Mapping[str, float] | None = field(default=None, metadata=LEFT_OUT)
+    """Seconds of each step of making it, see exporter.release.Release.seconds."""
+    variants: Mapping[str, Variant] | None = field(default=None, metadata=LEFT_OUT)
+    """Precision -> what was measured of the smaller model, in the release or not."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskScores:
+    """What a report says of its task and its history says of every task alike."""
+
+    task: int
+    """Number of the task, from 1."""
+    samples: int = 0
+    """Images that were trained on."""
+    test_images: int = 0
+    """Images that were scored."""
+    accuracy: float | None = None
+    """Over all classes learned so far; None when no class has a test image, as are the next two."""
+    zero_shot: float | None = None
+    """The untouched model's accuracy on the same images among the same names."""
+    predict_before_learn: float | None = None
+    """Accuracy on the task's training images before they were learned; None when there were none."""
+    forgetting: float | None = None
+    """Mean drop of the earlier tasks from their best accuracy; None for the first task (agent.scoring.formulas)."""
+    retention: float | None = None
+    """The probe's accuracy now over the untouched model's; None without a probe."""
+    gap: Gap = Gap()
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """Phase -> seconds: those of the update (`train`, `compensate`), `evaluate`, `decode` and `export`."""
+
+    def shared(self) -> dict[str, Any]:
+        """Give the fields above by name, for another value that has them too."""
+        return {one.name: getattr(self, one.name) for one in fields(TaskScores)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskReport(TaskScores):
+    """One task in the history of a report."""
+
+    classes: tuple[str, ...] = ()
+    """Class names of the images that were trained on, in order of first appearance."""
+    new_classes: tuple[str, ...] = ()
+    """Those that no task before had brought: the task's column of the accuracy matrix."""
+    loss: float | None = None
+    """Mean training loss of the last epoch kept; None when nothing was trained by a loss, or it was not finite."""
+    epochs: int = 0
+    """Epochs whose effect is in the model."""
+    rolled_back: bool = False
+    """True when the update crossed its drift budget, or its loss was not finite, and its last state was given up."""
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """JSON-able values particular to the method."""
+    released: bool | None = field(default=None, metadata=LEFT_OUT)
+    """Whether a release was made after this task; None until that is decided."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report(TaskScores):
+    """The content of report.json: the scores after the update of `task`, and all that came before."""
+
+    classes: tuple[str, ...] = ()
+    """All learned class names, in order of first appearance."""
+    held_out: int = 0
+    """Images held out of all tasks so far."""
+    old_classes: OldClasses = OldClasses()
+    matrix: tuple[Row, ...] = ()
+    """[T][T], see agent.scoring.formulas; None above the diagonal, and rows before the newest 100 are empty."""
+    avg: float | None = None
+    """Mean over tasks of the accuracy after each."""
+    last: float | None = None
+    """Accuracy after this task."""
+    first: Row = ()
+    """[T]: the accuracy of each task right after it was learned, the diagonal of the whole matrix."""
+    best: Row = ()
+    """[T]: the largest accuracy each task ever had, the maximum of its column of the whole matrix."""
+    backward_transfer: float | None = None
+    """Mean change of the earlier tasks since they were learned; None for the first task."""
+    probe: Probe | None = None
+    """None where neither a probe archive nor two classes still to come are there."""
+    history: tuple[TaskReport, ...] = ()
+    """One entry for each task so far, this one included."""
+    examples: tuple[Example, ...] = ()
+    """At most 12."""
+    learner: LearnerIdentity | None = None
+    """None until `completed`. Its fields are keys of the report itself in the file."""
+    release: ReleaseSummary | None = field(default=None, metadata=LEFT_OUT)
+    """None until `completed`."""
+
+    def completed(self, learner: LearnerIdentity, release: ReleaseSummary, seconds: Mapping[str, float]) -> Report:
+        """This report with what is known only after the scoring; `seconds` are those of further phases."""
+        all_seconds = {**self.seconds, **seconds}
+        this = replace(self.history[-1], seconds=all_seconds, released=release.refused is None)
+        history = (*self.history[:-1], this)
+        return replace(self, seconds=all_seconds, history=history, learner=learner, release=release)
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of report.json as dicts and lists; None for a number that JSON lacks (a diverged loss)."""
+        content = _to_json(self)
+        learner = content.pop("learner") or {}
+        release = {"release": content.pop("release")} if self.release else {}
+        return content | learner | release
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Report:
+        """The report with this content, also when another version wrote it. Raises ValueError when it is none."""
+        try:
+            learner = _from_json(LearnerIdentity, content) if content.get("model") else None
+            return replace(_from_json(cls, content), learner=learner)
+        except (AttributeError, TypeError) as error:
+            raise ValueError(f"this is not a report: {error}") from error
+
+    def write(self, path: Path) -> None:
+        """Write the file `path`. Raises OSError."""
+        path.write_text(json.dumps(self.to_json(), indent=1, allow_nan=False), encoding="utf-8")
+
+    @classmethod
+    def read(cls, path: Path) -> Report:
+        """The report in the file `path`. Raises OSError, and ValueError when it holds none."""
+        return cls.from_json(json.loads(path.read_text(encoding="utf-8")))
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if is_dataclass(value):
+        items = ((one, getattr(value, one.name)) for one in fields(value))
+        return {one.name: _to_json(item) for one, item in items if item is not None or not one.metadata}
+    if isinstance(value, Mapping):
+        return {key: _to_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_to_json(item) for item in value]
+    return value
+
+
+def _from_json(kind: type[T], content: Mapping[str, Any]) -> T:
+    """A dataclass from the keys it has fields for."""
+    hints = _hints(kind)  # type: ignore[arg-type]  # mypy takes no class for hashable
+    return kind(**{name: _read(hint, content[name]) for name, hint in hints.items() if name in content})
+
+
+def _read(hint: Any, value: Any) -> Any:
+    """`value` as the type hint says: a list becomes a tuple, and a dict a dataclass where one is asked for."""
+    if value is None:
+        return None
+    if get_origin(hint) is UnionType:  # X | None is all there is
+        hint = get_args(hint)[0]
+    if is_dataclass(hint):
+        return _from_json(hint, value)  # type: ignore[arg-type]
+    kind, arguments = get_origin(hint), get_args(hint)
+    if kind is tuple:
+        hints = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
+        return tuple(_read(one, item) for one, item in zip(hints, value, strict=True))
+    if kind is not None and issubclass(kind, Mapping):
+        return {key: _read(arguments[1], item) for key, item in value.items()}
+    return value
+
+
+@cache
+def _hints(kind: type[Any]) -> dict[str, Any]:
+    """Field -> type. Looked up once for each class: evaluating the annotations costs more than reading the values."""
+    return get_type_hints(kind)
