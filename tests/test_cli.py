@@ -73,7 +73,7 @@ def test_config_example_is_the_defaults_explained(tmp_path, capsys):
     assert main(["config", "--example"]) == 0
     (tmp_path / "example.toml").write_text(printed := capsys.readouterr().out)
     assert load(tmp_path / "example.toml", {}).task == Config().task
-    assert "# So many samples." in printed
+    assert "# The task is cut after this number of samples." in printed
 
 
 def test_a_second_agent_on_a_state_folder_exits_with_a_clear_message(tmp_path, archive, capsys):
