@@ -110,7 +110,8 @@ def parser() -> argparse.ArgumentParser:
         prog="gapstream",
         usage="gapstream [-h] [--version] COMMAND ...",
         description=f"Keeps a CLIP model learning from a stream of labelled images.\n\n{_grouped()}",
-        epilog="`gapstream COMMAND --help` explains a command and has an example.",
+        epilog="`gapstream COMMAND --help` explains a command and has an example. The tab key completes commands and\n"
+        'options in bash and zsh after: eval "$(register-python-argcomplete gapstream)"',
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     version = f"gapstream {metadata.version('gapstream')}"

@@ -12,7 +12,10 @@ from agent.config import Config, ConfigError, load
 def add_config(parser: argparse.ArgumentParser) -> None:
     """Add --config and --set to a command."""
     parser.add_argument(
-        "--config", type=Path, metavar="FILE", help="read settings from this TOML file (default: every key's default)"
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="read settings from this TOML file; without one every key has its default",
     )
     parser.add_argument(
         "--set",
