@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """`python -m agent` is the command `gapstream`."""
 
 import sys

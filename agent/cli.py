@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """The command `gapstream`: a table of commands, and `main`. A command's module is imported when it is chosen.
 
 Exit codes: 0 done, 1 stopped by an error, 2 wrong usage, 78 wrong configuration (RestartPreventExitStatus of systemd).
@@ -19,21 +20,23 @@ import argcomplete
 from agent.config import ConfigError
 
 EXIT_ERROR = 1
+"""The exit code of whatever stops a command; by convention of shells. systemd starts an agent again that ends so."""
 EXIT_CONFIG = 78
+"""EX_CONFIG of sysexits.h. The systemd unit does not start an agent again that ends so: a restart cures no mistake."""
 
 
 class Command(NamedTuple):
     """One command of the table."""
 
     group: str
-    """The heading it is listed under."""
+    """It is listed under this heading."""
     help: str
-    """One line that says what it does."""
+    """This line says what it does."""
     example: str
-    """A command line that shows its use."""
+    """This command line shows its use."""
 
 
-LEARN, USE, LOOK, KAFKA = "Learn", "Use what was learned", "Look", "Kafka"
+LEARN, USE, LOOK, KAFKA = "Learn", "Use what was learned", "Look and check", "Kafka"
 
 COMMANDS = {
     "run": Command(
@@ -90,6 +93,7 @@ class _CommandParser(argparse.ArgumentParser):
     name = ""
 
     def fill(self) -> None:
+        """Add the command's arguments, once."""
         if not self.get_default("function"):
             module = importlib.import_module(f"agent.commands.{self.name}")
             self.set_defaults(function=module.run)
@@ -101,28 +105,38 @@ class _CommandParser(argparse.ArgumentParser):
 
 
 def parser() -> argparse.ArgumentParser:
-    """The parser of the whole command line; a command's own arguments are known once it is chosen."""
+    """Build the parser of the whole command line; a command's own arguments are known once it is chosen."""
     top = argparse.ArgumentParser(
         prog="gapstream",
-        description="Continual learning of CLIP on image streams.",
-        epilog=_grouped(),
+        usage="gapstream [-h] [--version] COMMAND ...",
+        description=f"Keeps a CLIP model learning from a stream of labelled images.\n\n{_grouped()}",
+        epilog="`gapstream COMMAND --help` explains a command and has an example. The tab key completes commands and\n"
+        'options in bash and zsh after: eval "$(register-python-argcomplete gapstream)"',
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    top.add_argument("--version", action="version", version=f"gapstream {metadata.version('gapstream')}")
+    version = f"gapstream {metadata.version('gapstream')}"
+    top.add_argument("--version", action="version", version=version, help="print the version and exit")
+    # Suppressed, since the description lists them by group; `prog`, or the usage above would stand before every name.
     commands = top.add_subparsers(
-        metavar="COMMAND", required=True, parser_class=_CommandParser, help="one of those below; COMMAND --help"
+        prog="gapstream", metavar="COMMAND", required=True, parser_class=_CommandParser, help=argparse.SUPPRESS
     )
+    typed = os.environ["COMP_LINE"].split() if "_ARGCOMPLETE" in os.environ else ()
     for name, command in COMMANDS.items():
-        made = commands.add_parser(name, description=f"{command.help[0].upper()}{command.help[1:]}.")
+        made = commands.add_parser(
+            name,
+            help=command.help,
+            description=f"{command.help[0].upper()}{command.help[1:]}.",
+            epilog=f"example:\n  {command.example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         made.name = name
-        made.formatter_class = argparse.RawDescriptionHelpFormatter
-        made.epilog = f"example:\n  {command.example}"
-        if "_ARGCOMPLETE" in os.environ:  # argcomplete puts a class of its own in the place of ours
+        if name in typed:  # argcomplete looks at a parser's arguments before it lets it parse
             made.fill()
     return top
 
 
 def _grouped() -> str:
+    """The table for people: a heading for each group, a line for each command."""
     lines: list[str] = []
     for group in dict.fromkeys(command.group for command in COMMANDS.values()):
         lines += ["", f"{group}:"]
@@ -133,7 +147,7 @@ def _grouped() -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. Wrong usage raises SystemExit(2), as argparse does."""
     top = parser()
-    argcomplete.autocomplete(top)
+    argcomplete.autocomplete(top)  # answers and ends the process when a shell asks for completions
     chosen = top.parse_args(arguments)
     try:
         return chosen.function(chosen) or 0
@@ -143,11 +157,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except BrokenPipeError:  # the reader of our output has gone, as in `gapstream config | head`
+        # Python flushes what is left at its end, and would complain of the pipe once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_ERROR
     except Exception as error:
         package = type(error).__module__.partition(".")[0]
         if package not in ("agent", "exporter", "streams") and not isinstance(error, OSError):
-            raise
+            raise  # a mistake of ours: with its traceback
         print(f"gapstream: {error}", file=sys.stderr)
         return EXIT_ERROR

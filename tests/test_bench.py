@@ -14,8 +14,10 @@ from PIL import Image
 from rich.console import Console
 
 from agent.bench import runs as module
+from agent.bench.costs import optimised, peak_memory
 from agent.bench.data import BenchError, Listing, list_images, load_data
-from agent.bench.runs import Run, bench, optimised, peak_memory, run_one
+from agent.bench.results import Result
+from agent.bench.runs import Run, bench, run_one
 from agent.bench.tables import mean_and_spread
 from agent.cli import main
 from agent.commands.bench import settings, split_methods
@@ -104,6 +106,7 @@ def test_methods_are_compared_in_a_table_and_pictures(config: Config, tmp_path: 
         )
     run = next(run for name, run in results(out).items() if name.startswith("finetune") and run["seed"] == 1)
     assert run["config"]["method"]["finetune"]["epochs"] == 1 and run["config"]["method"]["seed"] == 1
+    assert Result.from_json(run).to_json() == run
     assert run["model"]["sha256"] and run["data"] and run["versions"]["torch"] == torch.__version__.partition("+")[0]
 
 
@@ -130,7 +133,7 @@ def test_the_numbers_are_those_the_agent_reports(config: Config, clip: Clip, tmp
 
     # when the comparison runs it
     run = Run.of("finetune:epochs=2", one, 0, clip, listing)
-    result = run_one(run, tuple(enumerate(data.tasks)), data, clip)
+    result = run_one(run, tuple(enumerate(data.tasks)), data, clip).to_json()
 
     # then all scores agree
     assert report is not None
@@ -278,9 +281,9 @@ def test_peak_memory_is_seen_though_it_is_freed_again() -> None:
 
 
 def test_mean_and_spread_leave_out_what_is_undefined() -> None:
-    assert mean_and_spread([{"avg": 0.5}, {"avg": 0.7}, {"avg": None}], "avg") == pytest.approx((0.6, 0.1414), abs=1e-4)
-    assert mean_and_spread([{"avg": 0.5}], "avg") == (0.5, None)
-    assert mean_and_spread([{"avg": None}], "avg") == (None, None)
+    assert mean_and_spread([0.5, 0.7, None]) == pytest.approx((0.6, 0.1414), abs=1e-4)
+    assert mean_and_spread([0.5]) == (0.5, None)
+    assert mean_and_spread([None]) == (None, None)
 
 
 @pytest.mark.parametrize(

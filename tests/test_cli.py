@@ -1,15 +1,21 @@
 """The command line: exit codes, messages, and no torch where none is needed."""
 
+import argparse
+import os
+import re
+import shlex
 import subprocess
 import sys
 import urllib.error
 import urllib.request
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from agent.cli import COMMANDS, main
+from agent import cli
+from agent.cli import COMMANDS, main, parser
 from agent.commits import CommitStore
 from agent.config import Config, load
 from tests.fakes import ListSource, pipeline, records
@@ -56,11 +62,96 @@ def test_a_wrong_configuration_is_exit_code_78_with_all_mistakes(capsys):
     assert main(["run", "--set", "nonsense"]) == 78
 
 
-def test_every_command_explains_itself(capsys):
-    for name in COMMANDS:
-        with pytest.raises(SystemExit) as exit_:
+def shown(capsys, *arguments: str) -> str:
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_help_lists_every_command_once_below_its_group(capsys):
+    text = shown(capsys, "--help")
+    for name, command in COMMANDS.items():
+        assert len(re.findall(rf"^  {name} +{re.escape(command.help)}$", text, re.MULTILINE)) == 1
+        assert text.index(f"\n{command.group}:\n") < text.index(f"\n  {name} ")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_explains_itself_with_an_example_that_works(name, capsys):
+    text = shown(capsys, name, "--help")
+
+    example = text.partition("example:\n  ")[2].partition("\n")[0]
+    program, *words = shlex.split(example.partition(" > ")[0])  # what follows is the shell's
+    assert (program, words[0]) == ("gapstream", name)
+    chosen = parser().parse_args(words)
+    assert callable(chosen.function)
+    assert all(action.help for action in argparse_actions(name))
+
+
+def argparse_actions(name: str) -> list[argparse.Action]:
+    (commands,) = (action for action in parser()._actions if isinstance(action, argparse._SubParsersAction))
+    chosen = commands.choices[name]
+    chosen.fill()
+    return chosen._actions
+
+
+def test_the_version_is_that_of_the_installed_package(capsys):
+    assert shown(capsys, "--version") == f"gapstream {metadata.version('gapstream')}\n"
+
+
+def test_help_waits_for_no_heavy_library():
+    code = f"""
+import sys
+from agent.cli import main
+def heavy(*names):
+    for name in names:
+        try:
             main([name, "--help"])
-        assert exit_.value.code == 0
+        except SystemExit:
+            pass
+    return {{"torch", "open_clip", "kafka"}} & set(sys.modules)
+assert not heavy(*{[name for name, command in COMMANDS.items() if command.group != "Kafka"]})
+assert heavy("produce", "dlq") == {{"kafka"}}
+"""
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def completions(line: str) -> list[str]:
+    """What a shell is offered after `line`, as argcomplete's bash function asks for it: written to descriptor 8."""
+    asked = {"_ARGCOMPLETE": "1", "_ARGCOMPLETE_IFS": "\n", "COMP_LINE": line, "COMP_POINT": str(len(line))}
+    command = ["bash", "-c", 'exec "$0" -m agent 8>&1 9>/dev/null 1>/dev/null 2>&1', sys.executable]
+    done = subprocess.run(command, env={**os.environ, **asked, "COMP_TYPE": "9"}, stdout=subprocess.PIPE, text=True)
+    return [word.rstrip() for word in done.stdout.split("\n")]
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("gapstream ", {*COMMANDS, "-h", "--help", "--version"}),
+        ("gapstream re", {"releases", "report"}),
+        ("gapstream rollback --n", {"--newest"}),
+        ("gapstream bench --m", {"--methods"}),
+        ("gapstream dlq re", {"replay"}),
+        ("gapstream produce --order ", {"classes", "shuffled", "blurry"}),
+    ],
+)
+def test_a_shell_can_complete_commands_options_and_choices(line, expected):
+    assert set(completions(line)) == expected
+
+
+def test_completion_imports_the_command_that_is_typed_alone():
+    loud = {**os.environ, "_ARGCOMPLETE": "1", "COMP_LINE": "gapstream predict --", "COMP_POINT": "20"}
+    code = "import sys; from agent.cli import parser; parser(); print(*sorted(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], env=loud, stdout=subprocess.PIPE, text=True, check=True)
+    commands = {name.rpartition(".")[2] for name in done.stdout.split() if name.startswith("agent.commands.")}
+    assert commands == {"arguments", "predict"}
+
+
+@pytest.mark.parametrize("file", ["cli.py", "__main__.py"])
+def test_global_completion_finds_its_mark(file):
+    # activate-global-python-argcomplete looks there, the former for the installed command
+    assert "PYTHON_ARGCOMPLETE_OK" in (Path(cli.__file__).parent / file).read_text(encoding="utf-8")[:1024]
 
 
 def test_config_prints_what_is_in_force(tmp_path, capsys):
@@ -73,7 +164,7 @@ def test_config_example_is_the_defaults_explained(tmp_path, capsys):
     assert main(["config", "--example"]) == 0
     (tmp_path / "example.toml").write_text(printed := capsys.readouterr().out)
     assert load(tmp_path / "example.toml", {}).task == Config().task
-    assert "# So many samples." in printed
+    assert "# The task is cut after this number of samples." in printed
 
 
 def test_a_second_agent_on_a_state_folder_exits_with_a_clear_message(tmp_path, archive, capsys):

@@ -8,26 +8,41 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
-from agent.bench.tables import Compared
+from agent.bench.results import Compared
 
 COLORS = ("#0b5cad", "#c2570c", "#2e7d4f", "#8a3ffc", "#a3123f", "#5b6470", "#b8860b", "#00838f", "#d0489e", "#6b4f3a")
+"""Methods in the order of the table; chosen by hand to differ in hue and to be dark enough on white. After the tenth
+they come again with the next of DASHES."""
 DASHES = ("", "7 4", "2 4")
+"""Lengths of stroke and gap in pixels: whole lines for the first ten methods, then dashes, then dots."""
 INK, SOFT, LINE = "#1b1f24", "#5b6470", "#e2e3de"
+"""Titles; labels; lines of the grid. They are the colours of the status page."""
+CHARACTER = 7.6
+"""Pixels that a letter of a method's name takes, chosen by hand: about a bold letter of 12 pixels. Text cannot be
+measured without a browser; smaller cuts long names off at the right edge."""
+APART = 16.0
+"""Pixels between the names at the right edge, a line of 12 pixel text; smaller and they cover each other."""
+MOST_MARKS = 20
+"""Task numbers below the picture at most: more do not fit beside each other into its 580 pixels."""
+FIGURES_FROM = 20
+"""A cell of a matrix that is at least this many pixels wide has its number in it; a smaller one has no room for two
+figures of 10 pixels."""
 
 
 def write(compared: Compared, out: Path) -> None:
-    """accuracy.svg, matrices.svg and gap.svg in `out`; values over several seeds are means, matrices the first's."""
+    """Write accuracy.svg, matrices.svg and gap.svg into `out`; over several seeds lines and dots' names are means, and
+    a matrix is the first seed's."""
     for name, picture in (("accuracy", accuracy), ("matrices", matrices), ("gap", gap_against_retention)):
         (out / f"{name}.svg").write_text(picture(compared), encoding="utf-8")
 
 
 def accuracy(compared: Compared) -> str:
-    """Accuracy on all classes so far over the tasks, a line per method, a dot for a method scored once."""
-    right = _margin(f"{results[0]['method']}  99.9" for results in compared)
+    """Draw accuracy on all classes so far over the tasks: a line per method, a dot for a method scored once."""
+    right = _margin(f"{results[0].method}  99.9" for results in compared)
     height, left, top, bottom, inner = 430, 52, 44, 46, 580
     width, tall = left + inner + right, height - top - bottom
-    count = max(len(results[0]["accuracies"]) for results in compared)
-    lines = [_means([result["accuracies"] for result in results]) for results in compared]
+    count = max(len(results[0].accuracies) for results in compared)
+    lines = [_means([result.accuracies for result in results]) for results in compared]
     known = [value for line in lines for value in line if value is not None]
     low, high, step = _scale(min(known), max(known))
 
@@ -41,7 +56,7 @@ def accuracy(compared: Compared) -> str:
     for value in _ticks(low, high, step):
         parts.append(_line(left, y(value), left + inner, y(value)))
         parts.append(_text(left - 8, y(value) + 4, f"{100 * value:.0f}", anchor="end"))
-    every = math.ceil(count / 20)
+    every = math.ceil(count / MOST_MARKS)
     parts += [_text(x(i), height - 22, str(i + 1), anchor="middle") for i in range(0, count, every)]
     parts.append(_text(left + inner / 2, height - 4, "after task", anchor="middle"))
     ends = []
@@ -57,22 +72,22 @@ def accuracy(compared: Compared) -> str:
             parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="4" fill="{color}"/>' for a, b in points]
         last = next(value for value in reversed(line) if value is not None)
         end_x, end_y = points[-1]
-        ends.append((end_y, end_x, f"{results[0]['method']}  {100 * last:.1f}", color))
+        ends.append((end_y, end_x, f"{results[0].method}  {100 * last:.1f}", color))
     parts += _labels(left + inner + 26, ends, top, height - bottom)
     return _svg(width, height, parts)
 
 
 def matrices(compared: Compared) -> str:
-    """Accuracy on task i (column) after task t (row): a heat map per method."""
+    """Draw accuracy on task i (column) after task t (row): a heat map per method."""
     columns, size, gap, head = 3, 250, 30, 54
     rows = math.ceil(len(compared) / columns)
     width = min(columns, len(compared)) * (size + gap) + gap
     parts = [_text(gap, 24, "Accuracy on each task (column) after each task (row), %", weight=620, fill=INK, size=15)]
     for number, results in enumerate(compared):
         left, top = gap + number % columns * (size + gap), head + number // columns * (size + head)
-        matrix = results[0]["matrix"]
+        matrix = results[0].matrix
         cell = size / len(matrix)
-        parts.append(_text(left, top - 8, results[0]["method"], weight=620, fill=INK))
+        parts.append(_text(left, top - 8, results[0].method, weight=620, fill=INK))
         for t, row in enumerate(matrix):
             for i, value in enumerate(row):
                 if value is None:
@@ -80,7 +95,7 @@ def matrices(compared: Compared) -> str:
                 place = f'x="{left + cell * i + 0.5:.1f}" y="{top + cell * t + 0.5:.1f}"'
                 side = f'width="{cell - 1:.1f}" height="{cell - 1:.1f}" rx="{min(5, cell / 6):.1f}"'
                 parts.append(f'<rect {place} {side} fill="{_shade(value)}"/>')
-                if cell >= 20:
+                if cell >= FIGURES_FROM:
                     fill = "#ffffff" if value > 0.6 else INK
                     at = left + cell * (i + 0.5), top + cell * (t + 0.5) + 3.5
                     parts.append(_text(*at, f"{100 * value:.0f}", anchor="middle", fill=fill, size=10))
@@ -88,13 +103,13 @@ def matrices(compared: Compared) -> str:
 
 
 def gap_against_retention(compared: Compared) -> str:
-    """Gap drift against zero-shot retention after the last task: a dot per run, the name at a method's mean."""
-    right = _margin(results[0]["method"] for results in compared)
+    """Draw gap drift against zero-shot retention after the last task: a dot per run, the name at a method's mean."""
+    right = _margin(results[0].method for results in compared)
     height, left, top, bottom, inner = 430, 60, 44, 52, 580
     width, tall = left + inner + right, height - top - bottom
     title = _text(left, 24, "Zero-shot retention against drift of the modality gap, %", weight=620, fill=INK, size=15)
     dots = [
-        [(r["gap_drift"], r["retention"]) for r in results if r["gap_drift"] is not None and r["retention"] is not None]
+        [(r.gap_drift, r.retention) for r in results if r.gap_drift is not None and r.retention is not None]
         for results in compared
     ]
     every = [dot for some in dots for dot in some]
@@ -124,19 +139,19 @@ def gap_against_retention(compared: Compared) -> str:
         ]
         if some:
             x, y = (statistics.fmean(axis) for axis in zip(*(place(*dot) for dot in some), strict=True))
-            ends.append((y, x, results[0]["method"], color))
+            ends.append((y, x, results[0].method, color))
     parts += _labels(left + inner + 26, ends, top, height - bottom)
     return _svg(width, height, parts)
 
 
 def _means(series: Sequence[Sequence[float | None]]) -> list[float | None]:
-    """Mean over the seeds at every task."""
+    """Average over the seeds at every task; None where no seed has a value, as `joint` before its only score."""
     there = [[value for value in values if value is not None] for values in zip(*series, strict=True)]
     return [statistics.fmean(values) if values else None for values in there]
 
 
 def _scale(low: float, high: float) -> tuple[float, float, float]:
-    """Round ends around the values, and a round distance of the lines between."""
+    """Find round ends around the values, and a round distance of the lines between, of which there are a handful."""
     span = max(high - low, 0.01)
     magnitude = 10 ** math.floor(math.log10(span / 4))
     step = next(magnitude * factor for factor in (1, 2, 5, 10) if magnitude * factor >= span / 5)
@@ -144,6 +159,7 @@ def _scale(low: float, high: float) -> tuple[float, float, float]:
 
 
 def _ticks(low: float, high: float, step: float) -> list[float]:
+    # By multiplication: a running sum would show 0.30000000000000004.
     return [low + step * i for i in range(round((high - low) / step) + 1)]
 
 
@@ -152,19 +168,19 @@ def _look(number: int) -> tuple[str, str]:
 
 
 def _margin(names: Iterable[str]) -> float:
-    """Room for the longest name beside a picture."""
-    return 40 + 7.6 * max(map(len, names))
+    """Reckon the room for the longest name beside a picture, in pixels."""
+    return 40 + CHARACTER * max(map(len, names))
 
 
 def _labels(at: float, ends: Sequence[tuple[float, float, str, str]], top: float, bottom: float) -> list[str]:
-    """Names at x = `at`, each joined to its (y, x), moved apart so that none covers another."""
-    apart = 16.0
+    """Write names at x = `at`, each joined by a line to its (y, x), moved apart so that none covers another."""
     places: list[float] = []
     ordered = sorted(ends)
     for wanted, *_ in ordered:
-        places.append(max(wanted, places[-1] + apart if places else top))
+        places.append(max(wanted, places[-1] + APART if places else top))
+    # Those pushed below the picture go back up, and push the ones above them.
     for index in range(len(places) - 1, -1, -1):
-        places[index] = min(places[index], bottom - apart * (len(places) - 1 - index))
+        places[index] = min(places[index], bottom - APART * (len(places) - 1 - index))
     parts = []
     for place, (y, x, name, color) in zip(places, ordered, strict=True):
         parts.append(_line(x, y, at - 5, place, color=color, opacity=0.3))
@@ -173,7 +189,10 @@ def _labels(at: float, ends: Sequence[tuple[float, float, str, str]], top: float
 
 
 def _shade(value: float) -> str:
-    """From nearly white to the colour of what is learned."""
+    """Mix a colour for an accuracy: from nearly white at 0 to that of the first method at 1.
+
+    The power is chosen by hand: a straight mix makes everything above a half look alike.
+    """
     share = 0.05 + 0.95 * max(0.0, min(1.0, value)) ** 1.6
     mixed = (round(255 + share * (full - 255)) for full in (0x0B, 0x5C, 0xAD))
     return "#" + "".join(f"{part:02x}" for part in mixed)

@@ -37,18 +37,24 @@ class Listing:
     tasks: tuple[tuple[tuple[str, Entry], ...], ...]
     """(class name, file) of the training images of every task, in stream order."""
     test: tuple[tuple[str, Entry], ...]
+    """(class name, file) of the test images, of the stream's classes alone and spelled as there."""
     probe: tuple[tuple[str, Entry], ...]
+    """(class name, file) of images of classes that are never learned; empty without a probe."""
     digest: str
     """Hex sha256 of all class names, file names, sizes and checksums, in order."""
 
     @property
     def images(self) -> int:
+        """The number of all images."""
         return sum(map(len, self.tasks)) + len(self.test) + len(self.probe)
 
 
 def list_images(config: Config, tasks: int = 0) -> Listing:
-    """The stream cut at its boundary marks, its test images (of the same archive without `evaluation.test_archive`),
-    and the probe. tasks: only the first so many; 0 is all. Raises BenchError and StreamError."""
+    """List the stream, cut at its boundary marks, its test images and the probe.
+
+    Test images are those of the same archive where there is no `evaluation.test_archive`. Only the first `tasks` tasks
+    are listed; 0 is all. Raises BenchError when a class has no test images, or they are those trained on; StreamError.
+    """
     settings, limits = config.evaluation, config.source
     bounds: dict[str, Any] = {"max_image_bytes": limits.max_image_bytes, "max_label_chars": limits.max_label_chars}
     archive = config.source.archive
@@ -60,6 +66,7 @@ def list_images(config: Config, tasks: int = 0) -> Listing:
             groups[-1].append(item)
     groups = [group for group in groups if group]
     groups = groups[:tasks] if tasks else groups
+    # A stream's labels that differ in case are one class; the test folder's may be spelled another way.
     spelling = {name.casefold(): name for group in groups for name, _ in group}
     test = ArchiveFolder(settings.test_archive or archive.path, settings.test_split, ("test", "val"), **bounds)
     trained = {entry.path for group in groups for _, entry in group}
@@ -82,8 +89,9 @@ def list_images(config: Config, tasks: int = 0) -> Listing:
         probe = ArchiveFolder(settings.probe_archive, settings.probe_split, ("test", "val"), **bounds)
         probed = [(name, e) for name in probe.classes for e in probe.images(name, settings.probe_per_class)]
     parts = (*groups, listed, probed)
-    facts = [[(name, entry.path, entry.size, entry.crc) for name, entry in part] for part in parts]
-    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    # Not the content of the files: reading them all would take as long as decoding them.
+    seen = [[(name, entry.path, entry.size, entry.crc) for name, entry in part] for part in parts]
+    digest = hashlib.sha256(json.dumps(seen).encode()).hexdigest()
     return Listing(tuple(map(tuple, groups)), tuple(listed), tuple(probed), digest)
 
 
@@ -92,14 +100,16 @@ class Scored:
     """Images to score on, with the untouched model's embeddings."""
 
     names: tuple[str, ...]
+    """The class names among them, in order of first appearance."""
     labels: Tensor
     """int64 [N] on the CPU, index into `names`."""
     tokens: TokensAt
+    """Output of the image tower's frozen part for them [N, tokens, width]."""
     untouched: Tensor
     """float32 [N, D], L2-normalised, on the CPU."""
 
     def of(self, names: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Index int64 [n] of the images of these names, and their labels int64 [n] as index into them."""
+        """Find the images of these names: their index int64 [n], and their labels int64 [n] as index into `names`."""
         place = torch.full((len(self.names),), -1)
         for i, name in enumerate(names):
             if name in self.names:
@@ -111,14 +121,19 @@ class Scored:
 
 @dataclass(frozen=True)
 class Data:
+    """The images of a comparison, decoded."""
+
     tasks: tuple[TaskData, ...]
+    """The stream's tasks, in order."""
     test: Scored
+    """The test images of their classes."""
     probe: Scored | None
+    """Images of classes that are never learned; None without a probe."""
     _tokens: TokensAt
-    """Of all training images, in stream order."""
+    """Tokens of all training images, in stream order."""
 
     def joint(self) -> tuple[tuple[int, TaskData], ...]:
-        """All tasks as one, to be scored where the last one is."""
+        """Give all tasks as one, to be scored after the last: a single pair as `run_one` takes them."""
         classes = tuple(dict.fromkeys(name for task in self.tasks for name in task.classes))
         labels = [torch.tensor([classes.index(name) for name in task.classes])[task.labels] for task in self.tasks]
         return ((len(self.tasks) - 1, TaskData(1, classes, torch.cat(labels), self._tokens)),)
@@ -127,21 +142,25 @@ class Data:
 def load_data(
     listing: Listing, clip: Clip, config: Config, scratch: Path, advance: Callable[[int], None] = lambda done: None
 ) -> Data:
-    """Decode every image of the listing once, in this order: tasks, test, probe. Images that cannot be decoded are left
-    out with a warning. Raises BenchError when a task has none left."""
+    """Decode every image of the listing once, in this order: tasks, test, probe.
+
+    Images that cannot be decoded are left out with a warning. `advance(done)` is called as they are done. Raises
+    BenchError when a task, or the test set, has none left.
+    """
     parts = (*listing.tasks, listing.test, listing.probe)
     entries = [item for part in parts for item in part]
     loaded = load_tokens(
         [partial(_read, entry) for _, entry in entries],
         clip,
         max_pixels=config.source.max_image_pixels,
-        # on a CPU in a file, so that memory stays bounded and what a method needs can be told apart
+        # On a CPU in a file, so that memory stays bounded and what a method needs can be told apart.
         cache_bytes=config.method.cache_bytes if clip.device.type != "cpu" else 0,
         scratch=scratch,
         advance=advance,
     )
     for index, error in loaded.failed:
         log.warning("image %s is left out: %s", entries[index][1].path, error)
+    # `loaded.kept` ascends, as do the ends of the parts: one pass tells which part each row belongs to.
     ends = torch.tensor([len(part) for part in parts]).cumsum(0).tolist()
     sections: list[list[int]] = [[] for _ in parts]
     part = 0
@@ -174,6 +193,7 @@ def _scored(names: tuple[str, ...], labels: Tensor, tokens: TokensAt, clip: Clip
 
 
 def _read(entry: Entry) -> bytes:
+    """Read a file; one that cannot be had is treated like one that cannot be decoded."""
     try:
         return entry.read()
     except Unusable as error:

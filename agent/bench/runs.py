@@ -7,17 +7,13 @@ is not run again: what was interrupted starts over, what is finished stays.
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import hashlib
 import json
 import os
 import re
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
@@ -27,15 +23,15 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from torch import Tensor
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from agent import methods
-from agent.bench import charts
+from agent.bench import JOINT, charts
+from agent.bench.costs import device_name, optimised, peak_memory, wait_for
 from agent.bench.data import Data, Listing, Scored, list_images, load_data
+from agent.bench.results import GapResult, Result, TaskResult
 from agent.bench.tables import terminal_table, write_tables
 from agent.config import Config, resolved
-from agent.methods.base import InferenceModule, Method, OnProgress, TaskData
+from agent.methods.base import Method, OnProgress, TaskData
 from agent.model import gap
 from agent.model.clip import Clip, load_clip
 from agent.scoring.formulas import (
@@ -48,9 +44,9 @@ from agent.scoring.formulas import (
 from agent.values import Progress as Doing
 from agent.values import Update
 
-JOINT = "joint"
-"""The upper bound: `finetune` with all tasks as one. It needs the whole stream at once, so the agent cannot run it."""
 _PACKAGES = ("gapstream", "torch", "open_clip_torch", "timm", "numpy", "pillow")
+"""A run is made again when the version of one of these changes: learning and decoding are theirs, so its numbers may
+differ."""
 
 
 def bench(
@@ -58,8 +54,8 @@ def bench(
 ) -> None:
     """Run what is not in `out`/runs yet and write table and pictures to `out`; prints the table.
 
-    rows: method spec -> configuration, which differs from `config` in `method` only. tasks: only the first so many; 0
-    is all. Raises BenchError, StreamError, ModelError.
+    `rows` gives the configuration of each method spec, which differs from `config` in `method` only. Only the first
+    `tasks` tasks are learned; 0 is all. Raises BenchError, StreamError, ModelError.
     """
     if config.model.threads:
         torch.set_num_threads(config.model.threads)
@@ -74,8 +70,9 @@ def bench(
     waiting = [run for run in runs if not run.file(out).exists()]
     if waiting:
         _run_all(waiting, listing, clip, config, out, console)
-    results = [json.loads(run.file(out).read_text("utf-8")) for run in runs]
-    compared = [[result for result in results if result["method"] == spec] for spec in rows]
+    # Also those just made are read from their files, so that a table never shows what a later one could not.
+    results = [Result.from_json(json.loads(run.file(out).read_text("utf-8"))) for run in runs]
+    compared = [[result for result in results if result.method == spec] for spec in rows]
     write_tables(compared, out)
     charts.write(compared, out)
     console.print(terminal_table(compared))
@@ -83,6 +80,7 @@ def bench(
 
 
 def _run_all(waiting: Sequence[Run], listing: Listing, clip: Clip, config: Config, out: Path, console: Console) -> None:
+    """Decode the images, then do one run after the other, each with a bar of its own below the two of the whole."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console) as bars:
         images = bars.add_task("decoding images", total=listing.images)
@@ -92,15 +90,17 @@ def _run_all(waiting: Sequence[Run], listing: Listing, clip: Clip, config: Confi
             steps = data.joint() if run.spec.partition(":")[0] == JOINT else tuple(enumerate(data.tasks))
             bar = bars.add_task(run.title, total=len(steps))
 
+            # Defaults bind this run's bar and title; names of the loop would be those of the newest run.
             def on_progress(doing: Doing, bar: Any = bar, title: str = run.title) -> None:
                 epoch = f" epoch {doing.epoch}/{doing.epochs}" if doing.epochs else ""
                 bars.update(bar, description=f"{title}: {doing.phase}{epoch}")
 
             result = run_one(run, steps, data, clip, on_progress, partial(bars.advance, bar))
-            _write(run.file(out), json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False))
+            _write(run.file(out), json.dumps(result.to_json(), indent=1, ensure_ascii=False, allow_nan=False))
             bars.remove_task(bar)
             bars.advance(overall)
-            bars.console.print(f"{run.title}: Last {result['last']:.1%} after {result['seconds']:.0f} s of learning")
+            assert result.last is not None  # every run is scored after the last task
+            bars.console.print(f"{run.title}: Last {result.last:.1%} after {result.seconds:.0f} s of learning")
 
 
 @dataclass(frozen=True)
@@ -108,16 +108,19 @@ class Run:
     """One method with one seed."""
 
     spec: str
+    """The method with its settings, as it was asked for."""
     seed: int
     config: Config
-    facts: Mapping[str, Any]
-    """All that its result depends on."""
+    inputs: Mapping[str, Any]
+    """All that its result depends on, JSON-able. A run with other inputs is another run, in another file."""
 
     @classmethod
     def of(cls, spec: str, config: Config, seed: int, clip: Clip, listing: Listing) -> Run:
+        """Put a run together from what it is asked for, the model and the listed images."""
         method = config.method.model_copy(update={"seed": seed})
+        # The sections of other methods do not count: changing one must not make this run again.
         used = {"name", "seed", "lora", method.name}
-        facts = {
+        inputs = {
             "spec": spec,
             "method": method.model_dump(mode="json", include=used),
             "model": clip.identity,
@@ -127,14 +130,16 @@ class Run:
             "data": listing.digest,
             "versions": {name: metadata.version(name) for name in _PACKAGES},
         }
-        return cls(spec, seed, config.model_copy(update={"method": method}), facts)
+        return cls(spec, seed, config.model_copy(update={"method": method}), inputs)
 
     @property
     def title(self) -> str:
+        """The run's name for people."""
         return f"{self.spec} seed {self.seed}"
 
     def file(self, out: Path) -> Path:
-        digest = hashlib.sha256(json.dumps(self.facts, sort_keys=True).encode()).hexdigest()[:10]
+        """The run's file below the results' folder: ten hexadecimal digits of its inputs' hash tell runs apart."""
+        digest = hashlib.sha256(json.dumps(self.inputs, sort_keys=True).encode()).hexdigest()[:10]
         return out / "runs" / f"{re.sub(r'[^A-Za-z0-9_.=-]+', '-', self.spec)}-seed{self.seed}-{digest}.json"
 
 
@@ -145,80 +150,99 @@ def run_one(
     clip: Clip,
     on_progress: OnProgress = lambda progress: None,
     advance: Callable[[], None] = lambda: None,
-) -> dict[str, Any]:
-    """Learn the stream and score after every task; gives the content of the run's JSON file.
+) -> Result:
+    """Learn the stream and score after every task.
 
-    steps: (index of the task that is learned with it, what to learn); `joint` has one. All accuracies and ratios are
-    fractions, times are seconds; what is undefined is None.
-
-    - `accuracies` [T], `matrix` [T][T], `avg`, `last`, `forgetting`, `backward_transfer`: see agent.scoring.formulas
-    - `retention`: the last one measured; `retention_of`: `probe`, or `not learned yet` (the stream's later classes)
-    - `gap_drift`, `seconds`, `peak_memory_bytes`, `trainable_parameters`, `stored_parameters`: the table's columns
-    - `history`: per task learned, the above where it has a meaning there, the update's facts and seconds of scoring
-    - `method` is the spec, `settings` are its keys; with `model`, `data`, `versions`, ... all that the result depends
-      on; `config`: every key
+    `steps` are pairs of what to learn and the index of the task after which it is scored; `joint` has a single one.
+    `advance` is called after each.
     """
     method = methods.build(clip, run.config.method)
     tasks = [task.classes for task in data.tasks]
-    count = len(tasks)
-    matrix: list[list[float | None]] = [[None] * count for _ in range(count)]
-    accuracies: list[float | None] = [None] * count
-    history: list[dict[str, Any]] = []
+    matrix: list[list[float | None]] = [[None] * len(tasks) for _ in tasks]
+    accuracies: list[float | None] = [None] * len(tasks)
+    history: list[TaskResult] = []
     trainable = peak = 0
     for at, task in steps:
         with optimised() as parameters, peak_memory(clip.device) as measured:
             started = time.perf_counter()
             update = method.update(task, on_progress)
-            _wait(clip.device)
+            wait_for(clip.device)
             seconds = time.perf_counter() - started
             peak = max(peak, measured())
         trainable = max(trainable, sum(p.numel() for p in parameters.values()))
         on_progress(Doing("evaluate", task.number))
         started = time.perf_counter()
-        scores = _score(method, method.inference_module(), data, tasks, clip, run.config.evaluation.batch_size)
-        matrix[at], accuracies[at] = scores.pop("row"), scores["accuracy"]
-        history.append(
-            {"task": at + 1, "classes": list(task.classes), "samples": len(task), **scores}
-            | {"seconds": seconds, "scoring_seconds": time.perf_counter() - started}
-            | _facts(update)
-        )
+        scores = _score(method, data, tasks, clip, run.config.evaluation.batch_size)
+        scoring = time.perf_counter() - started
+        matrix[at], accuracies[at] = scores.row, scores.accuracy
+        history.append(_entry(at, task, scores, update, seconds, scoring))
         advance()
     state = method.state().tensors.values()
-    kept = [entry["retention"] for entry in history if entry["retention"] is not None]
-    result = {
-        **run.facts,
-        "settings": run.facts["method"],
-        "method": run.spec,
-        "seed": run.seed,
-        "fusion": method.fusion,
-        "device_name": _device_name(clip.device),
-        "tasks": [list(classes) for classes in tasks],
-        "images": {"train": sum(map(len, data.tasks)), "test": len(data.test.labels)},
-        "accuracies": accuracies,
-        "matrix": matrix,
-        "avg": average_incremental_accuracy(accuracies) if len(steps) == count else None,
-        "last": last_accuracy(accuracies),
-        "forgetting": forgetting(matrix),
-        "backward_transfer": backward_transfer(matrix),
-        "retention": kept[-1] if kept else None,
-        "retention_of": "probe" if data.probe else "not learned yet",
-        "gap_drift": history[-1]["gap"]["drift"],
-        "seconds": sum(entry["seconds"] for entry in history),
-        "peak_memory_bytes": peak,
-        "trainable_parameters": trainable,
-        "stored_parameters": sum(tensor.numel() for tensor in state),
-        "stored_bytes": sum(tensor.nbytes for tensor in state),
-        "history": history,
-        "config": resolved(run.config),
-    }
-    return result
+    kept = [entry.retention for entry in history if entry.retention is not None]
+    return Result(
+        **{**run.inputs, "method": run.spec},
+        settings=run.inputs["method"],
+        seed=run.seed,
+        fusion=method.fusion,
+        device_name=device_name(clip.device),
+        tasks=[list(classes) for classes in tasks],
+        images={"train": sum(map(len, data.tasks)), "test": len(data.test.labels)},
+        accuracies=accuracies,
+        matrix=matrix,
+        avg=average_incremental_accuracy(accuracies) if len(steps) == len(tasks) else None,
+        last=last_accuracy(accuracies),
+        forgetting=forgetting(matrix),
+        backward_transfer=backward_transfer(matrix),
+        retention=kept[-1] if kept else None,
+        retention_of="probe" if data.probe else "not learned yet",
+        gap_drift=history[-1].gap.drift,
+        seconds=sum(entry.seconds for entry in history),
+        peak_memory_bytes=peak,
+        trainable_parameters=trainable,
+        stored_parameters=sum(tensor.numel() for tensor in state),
+        stored_bytes=sum(tensor.nbytes for tensor in state),
+        history=history,
+        config=resolved(run.config),
+    )
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """What a method is worth after a task; the fields but `row` are those of TaskResult."""
+
+    row: list[float | None]
+    """[T] accuracy on the classes that each task brought first; None where none of them is learned."""
+    accuracy: float
+    zero_shot: float
+    retention: float | None
+    gap: GapResult
+
+
+def _entry(at: int, task: TaskData, scores: _Scores, update: Update, seconds: float, scoring: float) -> TaskResult:
+    """Put together what is written about one task."""
+    return TaskResult(
+        task=at + 1,
+        classes=list(task.classes),
+        samples=len(task),
+        accuracy=scores.accuracy,
+        zero_shot=scores.zero_shot,
+        retention=scores.retention,
+        gap=scores.gap,
+        seconds=seconds,
+        scoring_seconds=scoring,
+        loss=update.loss,
+        epochs=update.epochs,
+        rolled_back=update.rolled_back,
+        phases=dict(update.seconds),
+        drift_on_training_images=update.drift_after,
+        details=dict(update.details),
+    )
 
 
 @torch.no_grad()
-def _score(
-    method: Method, module: InferenceModule, data: Data, tasks: Sequence[Sequence[str]], clip: Clip, batch: int
-) -> dict[str, Any]:
-    """Accuracies on the test images of the learned classes, the gap on them, and retention."""
+def _score(method: Method, data: Data, tasks: Sequence[Sequence[str]], clip: Clip, batch: int) -> _Scores:
+    """Score the method as it would be released, on the test images of the learned classes, and its retention."""
+    module = method.inference_module()
     test = data.test
     index, labels = test.of(method.classes)
     right, embeddings = [], []
@@ -230,6 +254,7 @@ def _score(
     row: list[float | None] = []
     seen: set[str] = set()
     for classes in tasks:
+        # With `blurry` a class comes in several tasks; its images count for the first, as in agent.scoring.formulas.
         new = [i for i, name in enumerate(method.classes) if name in classes and name not in seen]
         seen |= set(classes)
         here = torch.isin(labels, torch.tensor(new, dtype=labels.dtype))
@@ -240,21 +265,18 @@ def _score(
     zero_shot = (test.untouched[index] @ untouched_names.T).argmax(1) == labels
     later = [name for name in test.names if name not in method.classes]
     probe, unlearned = (data.probe, data.probe.names) if data.probe else (test, later)
-    return {
-        "row": row,
-        "accuracy": correct.mean().item(),
-        "zero_shot": zero_shot.double().mean().item(),
-        "retention": _retention(method, probe, unlearned, clip, batch) if len(unlearned) > 1 else None,
-        "gap": {
-            "positive": now.positive,
-            "negative": now.negative,
-            "centroid": now.centroid,
-            "drift": gap.drift(now, untouched, "separation"),
-        },
-    }
+    return _Scores(
+        row=row,
+        accuracy=correct.mean().item(),
+        zero_shot=zero_shot.double().mean().item(),
+        # With a single name every answer is right, whatever the model knows.
+        retention=_retention(method, probe, unlearned, clip, batch) if len(unlearned) > 1 else None,
+        gap=GapResult(now.positive, now.negative, now.centroid, gap.drift(now, untouched, "separation")),
+    )
 
 
 def _retention(method: Method, images: Scored, names: Sequence[str], clip: Clip, batch: int) -> float | None:
+    """Zero-shot accuracy of the method's towers among `names`, over the untouched model's."""
     index, labels = images.of(names)
     before = (images.untouched[index] @ clip.encode_names(names).cpu().T).argmax(1)
     text = method.encode_names(names)
@@ -263,84 +285,10 @@ def _retention(method: Method, images: Scored, names: Sequence[str], clip: Clip,
     return retention([((now == labels).double().mean().item(), (before == labels).double().mean().item())])
 
 
-def _facts(update: Update) -> dict[str, Any]:
-    return {
-        "loss": update.loss,
-        "epochs": update.epochs,
-        "rolled_back": update.rolled_back,
-        "phases": dict(update.seconds),
-        "drift_on_training_images": update.drift_after,
-        "details": dict(update.details),
-    }
-
-
-@contextmanager
-def optimised() -> Iterator[dict[int, Tensor]]:
-    """Collects every parameter that an optimiser steps, by id (and kept alive, so that no id comes twice)."""
-    found: dict[int, Tensor] = {}
-
-    def look(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        for group in optimizer.param_groups:
-            found.update((id(p), p) for p in group["params"] if p.requires_grad)
-
-    handle = register_optimizer_step_pre_hook(look)
-    try:
-        yield found
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def peak_memory(device: torch.device, interval_s: float = 0.02) -> Iterator[Callable[[], int]]:
-    """Gives a function for the most memory in use since the block began, beyond what was then: the device's, or this
-    process's own (mapped files do not count) looked at every `interval_s`."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        start = torch.cuda.memory_allocated(device)
-        yield lambda: torch.cuda.max_memory_allocated(device) - start
-        return
-    ctypes.CDLL(None).malloc_trim(0)  # else what the run before freed would be used again unseen
-    start = peak = _own_memory()
-    done = threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(interval_s):
-            peak = max(peak, _own_memory())
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield lambda: max(peak, _own_memory()) - start
-    finally:
-        done.set()
-        thread.join()
-
-
-def _own_memory() -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return 1024 * int(line.split()[1])
-    raise OSError("/proc/self/status has no RssAnon; memory is measured on Linux 4.5 or newer")
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
-
-
 def _write(path: Path, text: str) -> None:
-    """As a whole or not at all: a file that is there is complete."""
+    """Write a file as a whole or not at all: a run whose file is there is taken for finished."""
     handle, name = tempfile.mkstemp(prefix=".", dir=path.parent)
     with os.fdopen(handle, "w", encoding="utf-8") as file:
         file.write(text)
-    Path(name).chmod(0o644)
+    Path(name).chmod(0o644)  # mkstemp's is for its owner alone
     Path(name).replace(path)

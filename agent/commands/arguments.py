@@ -11,18 +11,23 @@ from agent.config import Config, ConfigError, load
 
 def add_config(parser: argparse.ArgumentParser) -> None:
     """Add --config and --set to a command."""
-    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file; without one every key has its default")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="read settings from this TOML file; without one every key has its default",
+    )
     parser.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="one key, e.g. task.samples=1000; wins over file and environment; may be repeated",
+        help="set one key, say task.samples=1000; wins over file and environment; may be repeated",
     )
 
 
 def config_from(arguments: argparse.Namespace) -> Config:
-    """The configuration of a command that has --config and --set. Raises ConfigError."""
+    """Read the configuration of a command that has --config and --set. Raises ConfigError."""
     overrides = {}
     for text in arguments.set:
         key, equals, value = text.partition("=")

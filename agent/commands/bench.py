@@ -12,14 +12,14 @@ from typing import Any
 
 from rich.console import Console
 
-from agent.bench.runs import JOINT, bench
+from agent.bench import JOINT
 from agent.commands.arguments import add_config, config_from
 from agent.config import Config, ConfigError
-from agent.methods import METHODS
 from agent.parts import require_archive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what is compared on which data to the shared arguments, and how a method carries settings to the example."""
     parser.epilog = f"""{parser.epilog or ""}
 
 A method may carry settings, each with a colon before it: `seca:sg_akt=false` sets method.seca.sg_akt in that row only,
@@ -28,15 +28,50 @@ a key with a dot is below [method]: `mgclip:epochs=2:lora.rank=4`. The same meth
 Finished runs are kept in DIR/runs and not run again while all their settings stay the same."""
     add = parser.add_argument
     add_config(parser)
-    add("--data", metavar="PATH", help="folder or zip with train/class name/image and test/... (or val/...)")
-    add("--methods", default=",".join([*METHODS, "joint"]), metavar="A,B:KEY=VALUE,...", help="(%(default)s)")
-    add("--seeds", type=_numbers, default=(0,), metavar="N,N,...", help="of training; a run each (0)")
-    add("--classes-per-task", type=int, metavar="N", help="(source.archive.classes_per_task, 2)")
-    add("--tasks", type=int, default=0, metavar="N", help="only the first so many (all)")
-    add("--order", metavar="SEED|FILE", help="of the classes: drawn with a seed, or a file (a name a line, or JSON)")
-    add("--per-class", type=int, metavar="N", help="only the first so many training images of a class (all)")
-    add("--probe", metavar="PATH", help="folder or zip of classes that are never learned, to measure retention on")
-    add("--out", type=Path, default=Path("build/bench"), metavar="DIR", help="for the results (%(default)s)")
+    add(
+        "--data",
+        metavar="PATH",
+        help="compare on this folder or zip of train/class name/image and test/... or val/... (default: "
+        "source.archive.path)",
+    )
+    add(
+        "--methods",
+        metavar="A,B:KEY=VALUE,...",
+        help="compare these, a row of the table for each (default: all methods and joint)",
+    )
+    add("--seeds", type=_numbers, default=(0,), metavar="N,N,...", help="run each method with each seed (default: 0)")
+    add(
+        "--classes-per-task",
+        type=int,
+        metavar="N",
+        help="learn N classes in a task (default: source.archive.classes_per_task)",
+    )
+    add("--tasks", type=int, default=0, metavar="N", help="learn only the first N tasks (default: all)")
+    add(
+        "--order",
+        metavar="SEED|FILE",
+        help="take the classes in an order drawn with this seed, or in that of this file, a name a line or JSON "
+        "(default: as [source.archive] says)",
+    )
+    add(
+        "--per-class",
+        type=int,
+        metavar="N",
+        help="train on the first N images of each class (default: source.archive.per_class)",
+    )
+    add(
+        "--probe",
+        metavar="PATH",
+        help="measure retention on this folder or zip of classes that are never learned (default: "
+        "evaluation.probe_archive)",
+    )
+    add(
+        "--out",
+        type=Path,
+        default=Path("build/bench"),
+        metavar="DIR",
+        help="write the results to this folder (default: %(default)s)",
+    )
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -44,6 +79,9 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Compare, print the table and write it with pictures to --out. Raises ConfigError, and what `bench` raises."""
+    from agent.bench.runs import bench  # torch takes seconds to import, which --help and completion do without
+
     logging.basicConfig(level="WARNING", format="%(levelname)s %(message)s")
     options = _options(arguments)
 
@@ -52,25 +90,34 @@ def run(arguments: argparse.Namespace) -> None:
 
     config = configured()
     require_archive(config, "bench reads an archive, which it can read again for every method")
-    rows = {spec: configured(settings(spec)) for spec in split_methods(arguments.methods)}
+    methods = split_methods(arguments.methods) if arguments.methods else _known()
+    rows = {spec: configured(settings(spec)) for spec in methods}
     console = Console()
+    # The table is as wide as that; a pipe or a file has no width, and rich would fold the columns into 80.
     console = console if console.is_terminal else Console(width=180)
     bench(config, rows, arguments.seeds, arguments.tasks, arguments.out, console)
 
 
+def _known() -> list[str]:
+    """Name all methods, and the upper bound."""
+    from agent.methods import METHODS  # torch, as above
+
+    return [*METHODS, JOINT]
+
+
 def split_methods(text: str) -> list[str]:
-    """`a,b:key=value:key=[1,2]` -> its method specs, each once."""
+    """Split `a,b:key=value:key=[1,2]` into method specs, each once; a comma inside a list does not separate."""
     return list(dict.fromkeys(spec for spec in (part.strip() for part in re.split(r",(?![^\[]*\])", text)) if spec))
 
 
 def settings(spec: str) -> list[str]:
-    """What a method spec sets: `seca:sg_akt=false` is `method.name=seca` and `method.seca.sg_akt=false`.
+    """List what a method spec sets: `seca:sg_akt=false` is `method.name=seca` and `method.seca.sg_akt=false`.
 
     A key with a dot is below `method`, any other below the method's own section. Raises ConfigError.
     """
     name, *parts = spec.split(":")
-    if name not in (*METHODS, JOINT):
-        raise ConfigError(f"--methods {spec}: expected one of {', '.join((*METHODS, JOINT))}")
+    if name not in _known():
+        raise ConfigError(f"--methods {spec}: expected one of {', '.join(_known())}")
     section = "finetune" if name == JOINT else name
     for part in parts:
         if "=" not in part:
@@ -80,7 +127,7 @@ def settings(spec: str) -> list[str]:
 
 
 def _options(arguments: argparse.Namespace) -> list[str]:
-    """The command's own options as KEY=VALUE."""
+    """Give the command's own options as KEY=VALUE; one that was not given leaves the configuration's value."""
     values: dict[str, Any] = {
         "source.archive.path": arguments.data,
         "source.archive.classes_per_task": arguments.classes_per_task,
@@ -93,7 +140,10 @@ def _options(arguments: argparse.Namespace) -> list[str]:
 
 
 def _order(text: str) -> dict[str, str]:
-    """The keys that make `--order` win over whatever order a configuration file has."""
+    """Give the keys that make `--order` win over whatever order a configuration file has.
+
+    Raises ConfigError for a JSON object without `stream_order`, the form in which some data sets publish their order.
+    """
     order, file, seed = (f"source.archive.{name}" for name in ("class_order", "class_order_file", "seed"))
     if text.isdecimal():
         return {order: "", file: "", seed: text}

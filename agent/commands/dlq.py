@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
 from collections import Counter, deque
 from datetime import UTC, datetime
 
@@ -19,16 +20,34 @@ from streams.record import Reason
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what is done with which dead letters to the shared arguments; the reasons there are follow the example."""
     add_config(parser)
-    parser.add_argument("action", choices=("list", "replay"), nargs="?", default="list", help="(%(default)s)")
     parser.add_argument(
-        "--reason", action="append", default=[], choices=[*Reason], metavar="REASON", help="only these; repeatable"
+        "action",
+        choices=("list", "replay"),
+        nargs="?",
+        default="list",
+        help="list what was set aside, or send it to its topics again (default: %(default)s)",
     )
-    parser.add_argument("--limit", type=int, default=20, metavar="N", help="list: the newest so many (%(default)s)")
-    parser.add_argument("--again", action="store_true", help="replay: also what was replayed before")
+    parser.add_argument(
+        "--reason",
+        action="append",
+        default=[],
+        choices=[*Reason],
+        metavar="REASON",
+        help="take only what was rejected for this reason; may be repeated (default: all)",
+    )
+    parser.add_argument(
+        "--limit", type=int, default=20, metavar="N", help="list only the N newest records (default: %(default)s)"
+    )
+    parser.add_argument("--again", action="store_true", help="replay what was replayed before, too")
+    reasons = textwrap.fill(", ".join(Reason), 78, initial_indent="  ", subsequent_indent="  ")
+    parser.epilog = f"{parser.epilog or ''}\n\nreasons:\n{reasons}"
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Print how often each reason was given and the newest records, or replay; what was too large to be kept whole
+    cannot be replayed. Raises ConfigError, StreamError."""
     config = config_from(arguments)
     section = config.source.kafka
     if not section.topics:

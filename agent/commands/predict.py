@@ -16,16 +16,28 @@ from exporter.runtime import Classifier
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the images, and by what and how they are classified, to the shared arguments."""
     add_config(parser)
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
-    parser.add_argument("--model", type=Path, metavar="FOLDER", help="a release or state folder, instead of state.path")
-    parser.add_argument("--top", type=int, default=5, metavar="K", help="answers for each image (%(default)s)")
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="classify this image file")
+    parser.add_argument(
+        "--model",
+        type=Path,
+        metavar="FOLDER",
+        help="classify with this release, or with the current one of this state folder (default: state.path)",
+    )
+    parser.add_argument(
+        "--top",
+        type=int,
+        default=5,
+        metavar="K",
+        help="print the K likeliest classes of each image, 0 for all (default: %(default)s)",
+    )
     parser.add_argument(
         "--name",
         action="append",
         default=[],
         metavar="NAME",
-        help="a name never learned, scored beside the learned classes; may be repeated",
+        help="score this name, which was never learned, beside the learned classes; may be repeated",
     )
 
 

@@ -20,28 +20,56 @@ from streams.record import Control, Item
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the archive, the topic, and how the one is played into the other, to the shared arguments."""
     add_config(parser)
-    parser.add_argument("path", metavar="ARCHIVE", help="folder or zip of class-named folders, or `bundled`")
-    parser.add_argument("--topic", help="(the configured one, where there is only one)")
-    parser.add_argument("--bootstrap", metavar="HOST:PORT", help="(source.kafka.bootstrap_servers)")
-    parser.add_argument("--create", type=int, metavar="PARTITIONS", help="create the topic if it does not exist")
-    parser.add_argument("--order", choices=("classes", "shuffled", "blurry"), default="classes", help="(%(default)s)")
-    parser.add_argument("--classes-per-task", type=int, default=2, metavar="N", help="(%(default)s)")
-    parser.add_argument("--class-order", type=Path, metavar="FILE", help="a class name a line (drawn with the seed)")
-    parser.add_argument("--tasks", type=int, default=0, metavar="N", help="only the first so many tasks")
-    parser.add_argument("--per-class", type=int, default=0, metavar="N", help="only so many images of a class")
-    parser.add_argument("--split", default="", help="split folder of the archive (train, where there is one)")
-    parser.add_argument(
-        "--rate", type=float, default=0, metavar="N", help="records a second (as fast as they are taken)"
+    add = parser.add_argument
+    add("path", metavar="ARCHIVE", help="play this folder or zip of class-named folders, or `bundled`")
+    add("--topic", help="send to this topic (default: that of source.kafka.topics, where it names one)")
+    add("--bootstrap", metavar="HOST:PORT", help="ask these brokers (default: source.kafka.bootstrap_servers)")
+    add(
+        "--create",
+        type=int,
+        metavar="PARTITIONS",
+        help="create the topic with this number of partitions where it does not exist (default: never)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
-    parser.add_argument("--no-boundaries", action="store_true", help="send no marks between tasks")
-    parser.add_argument(
-        "--compression", choices=("gzip", "snappy", "lz4", "zstd"), help="(none: images hardly compress)"
+    add(
+        "--order",
+        choices=("classes", "shuffled", "blurry"),
+        default="classes",
+        help="bring classes in groups, all mixed, or in groups with a tenth mixed (default: %(default)s)",
+    )
+    add(
+        "--classes-per-task",
+        type=int,
+        default=2,
+        metavar="N",
+        help="bring N classes in a group, with a boundary mark after it (default: %(default)s)",
+    )
+    add("--class-order", type=Path, metavar="FILE", help="take classes as named here, one a line (default: drawn)")
+    add("--tasks", type=int, default=0, metavar="N", help="play only the first N groups (default: all)")
+    add("--per-class", type=int, default=0, metavar="N", help="play only N images of each class (default: all)")
+    add("--split", default="", help="play this split folder of the archive (default: train, where there is one)")
+    add(
+        "--rate",
+        type=float,
+        default=0,
+        metavar="N",
+        help="send at most N records a second (default: as fast as they are taken)",
+    )
+    add("--seed", type=int, default=0, metavar="N", help="draw orders with this number (default: %(default)s)")
+    add("--no-boundaries", action="store_true", help="send no marks between groups")
+    add(
+        "--compression",
+        choices=("gzip", "snappy", "lz4", "zstd"),
+        help="compress messages so (default: not at all, as images hardly get smaller)",
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Play until the archive ends or Ctrl-C comes, and say what arrived; records that arrived stay there.
+
+    Raises ConfigError, StreamError.
+    """
     config = config_from(arguments)
     if arguments.bootstrap:
         servers = tuple(arguments.bootstrap.split(","))
@@ -62,6 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.create and create_topic(where, topic, arguments.create):
         print(f"created topic {topic} with {arguments.create} partition(s)")
     stop = threading.Event()
+    # Ctrl-C ends the playing; what is on its way is acknowledged first, so that the counts below are true.
     before = signal.signal(signal.SIGINT, lambda *_: stop.set())
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
@@ -71,6 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
         bar = progress.add_task(f"playing into {topic}", total=None)
 
         def on_progress(played: Played) -> None:
+            # How many records the first groups have is known only once they were played.
             left = None if arguments.tasks else total - played.skipped.total()
             progress.update(bar, completed=played.records + played.boundaries, total=left)
 
@@ -98,7 +128,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _items(archive: ArchiveSource, tasks: int, boundaries: bool) -> Iterator[Item]:
-    """The archive's items, up to the mark after so many tasks (0: all)."""
+    """Give the archive's items up to the mark that ends task number `tasks`, or all (0); `boundaries` keeps marks."""
     marks = 0
     while not archive.exhausted:
         for item in archive.poll(0):

@@ -15,7 +15,7 @@ add_arguments = add_config
 
 
 def run(arguments: argparse.Namespace) -> None:
-
+    """Print a table of the releases, oldest first. Raises ConfigError, and ReleaseError when there is none."""
     state = config_from(arguments).state.path
     found, held = kept_releases(state), pinned(state)
     if not found:

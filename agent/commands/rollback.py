@@ -9,13 +9,21 @@ from agent.releases import pin, publish, unpin
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the number of a commit, or --newest in its place, to the shared arguments."""
     add_config(parser)
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("number", type=int, nargs="?", metavar="N", help="a commit, see `gapstream releases`")
-    which.add_argument("--newest", action="store_true", help="follow the newest release again")
+    which.add_argument(
+        "number",
+        type=int,
+        nargs="?",
+        metavar="N",
+        help="hold readers at the release of commit N, one of those `gapstream releases` lists",
+    )
+    which.add_argument("--newest", action="store_true", help="let readers follow the newest release again")
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Move readers, those of a Triton repository too, and say where they are. Raises ConfigError, ReleaseError."""
     config = config_from(arguments)
     state = config.state.path
     if arguments.newest:

@@ -13,6 +13,7 @@ add_arguments = add_config
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Learn until the stream ends, SIGTERM or SIGINT. Raises ConfigError, and what `run_agent` raises."""
     config = config_from(arguments)
     log_to_stderr(config)
     stop = threading.Event()

@@ -15,11 +15,13 @@ log = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --kafka to the shared arguments."""
     add_config(parser)
     parser.add_argument("--kafka", action="store_true", help="also answer the images of topics, see [serve.kafka]")
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Answer until SIGTERM or SIGINT; what has begun is answered first. Raises ConfigError, StreamError, OSError."""
     config = config_from(arguments)
     log_to_stderr(config)
     limits = config.serve.model_dump(exclude={"kafka"})

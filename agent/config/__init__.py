@@ -1,9 +1,11 @@
-"""Every setting: what there is (sections, methods), and how it is read (loading). No torch.
+"""Every setting: what there is (sections, methods, kafka), and how it is read (loading). No torch.
 
-Components take their own section or plain arguments, never the whole configuration; the environment is read here alone.
+Components take their own section or plain arguments, never the whole configuration. The environment is read where a
+command starts and handed to `load`; nothing below asks it again.
 """
 
 from agent.config.base import ConfigError
+from agent.config.kafka import Kafka, KafkaImages, KafkaSecurity, ServeKafka
 from agent.config.loading import load, resolved, to_toml
 from agent.config.methods import Finetune, Gapstream, Lora, Method, MgClip, Seca, VrLwf
 from agent.config.sections import (
@@ -12,13 +14,9 @@ from agent.config.sections import (
     Config,
     Evaluation,
     Http,
-    Kafka,
-    KafkaImages,
-    KafkaSecurity,
     Model,
     Release,
     Serve,
-    ServeKafka,
     Source,
     Spool,
     State,

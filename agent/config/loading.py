@@ -24,10 +24,11 @@ from agent.config.base import MAYBE_PATH, ConfigError
 from agent.config.sections import Config
 
 ENV_PREFIX = "GAPSTREAM_"
+"""A variable that begins so is a key; one that names no key is a mistake, as a mistyped one must not be passed over."""
 
 
 def load(path: Path | None, env: Mapping[str, str], overrides: Mapping[str, str] | None = None) -> Config:
-    """The configuration from a TOML file, over it GAPSTREAM_* variables, over them `overrides` (full key -> text).
+    """Read the configuration from a TOML file, over it GAPSTREAM_* variables, over them `overrides` (full key -> text).
 
     Without a file every key has its default. Text from `env` and `overrides` is read as the key's type; a list is
     written as in TOML or with commas. Raises ConfigError that lists every mistake.
@@ -55,12 +56,12 @@ def load(path: Path | None, env: Mapping[str, str], overrides: Mapping[str, str]
 
 
 def resolved(config: Config) -> dict[str, Any]:
-    """Every key with its value, JSON-able, secrets masked."""
+    """Give every key with its value, nested by section and JSON-able, secrets masked: what a commit records."""
     return config.model_dump(mode="json")
 
 
 def to_toml(config: Config, documented: bool = False) -> str:
-    """`config` as a file that `load` reads back (but for masked secrets); with `documented` each key is explained."""
+    """Write `config` as a file that `load` reads back (but for masked secrets); `documented` explains each key."""
     lines: list[str] = []
 
     def write(section: type[BaseModel], values: Mapping[str, Any], prefix: str) -> None:
@@ -72,6 +73,7 @@ def to_toml(config: Config, documented: bool = False) -> str:
                 if documented:
                     lines.extend(_comment(field.description, field))
                 lines.append(f"{name} = {_toml_value(values[name])}")
+        # After the keys, as whatever follows a [heading] in TOML belongs to it.
         for name, field in fields.items():
             if _is_section(field):
                 write(_section(field), values[name], f"{prefix}.{name}".lstrip("."))
@@ -86,8 +88,9 @@ _EXAMPLE_HEAD = """Every key of gapstream with its default. Delete what you do n
 
     gapstream run --config gapstream.toml
 
-The environment wins over this file: GAPSTREAM_TASK__SAMPLES=100 is samples under [task]. Relative paths are relative
+The environment wins over this file: GAPSTREAM_TASK__SAMPLES=100 sets samples of [task]. Relative paths are relative
 to this file. All mistakes are reported at once; `gapstream config` prints what is in force."""
+"""The example file begins with this text."""
 
 
 def _is_section(field: FieldInfo) -> bool:
@@ -117,7 +120,7 @@ def _read_toml(path: Path, mistakes: list[str]) -> dict[str, Any]:
         mistakes.append(f"{path} is not UTF-8: {error}")
     except tomllib.TOMLDecodeError as error:
         mistakes.append(f"{path} is not TOML: {error}")
-    return {}
+    return {}  # so that mistakes in the environment are found in the same run
 
 
 def _resolve_paths(values: dict[str, Any], section: type[BaseModel], base: Path) -> None:
@@ -131,6 +134,7 @@ def _resolve_paths(values: dict[str, Any], section: type[BaseModel], base: Path)
 
 
 def _names_a_file(field: FieldInfo, value: str) -> bool:
+    """Whether a value from the file is a path, which is then relative to the file; the empty string is not."""
     if MAYBE_PATH in field.metadata:
         return Path(value).suffix in (".safetensors", ".pt", ".bin")
     return bool(value) and Path in (field.annotation, *get_args(field.annotation))
@@ -141,6 +145,7 @@ def _is_secret(field: FieldInfo) -> bool:
 
 
 def _literals(annotation: Any) -> tuple[Any, ...]:
+    """The words a key may have, also where it may have others: `bundled` of `Literal["bundled"] | Path`."""
     if get_origin(annotation) is Literal:
         return get_args(annotation)
     return tuple(value for part in get_args(annotation) for value in _literals(part))
@@ -151,7 +156,7 @@ def _set(
 ) -> None:
     """Put the text of one variable or override where its key is."""
     field = dict(_leaves()).get(key)
-    if field is None:
+    if field is None:  # said here, as validation would not know the variable's name
         mistakes.append(f"{key} ({origin}): there is no such key{_did_you_mean(key)}")
         return
     *sections, name = key.split(".")
@@ -186,6 +191,7 @@ def _explain(error: ValidationError, origins: Mapping[str, str]) -> list[str]:
             text = str(detail["ctx"]["error"])
         else:
             field = dict(_leaves()).get(key)
+            # A value of a wrong type may be the secret itself, written without quotes.
             got = "a secret" if field and _is_secret(field) else repr(detail["input"])
             text = f"got {got}, expected: {detail['msg'].removeprefix('Input should be ')}"
         found.setdefault(where, []).append(text)
@@ -223,7 +229,7 @@ def _comment(text: str | None, field: FieldInfo | None = None) -> list[str]:
     lines = [line.strip() for line in (text or "").strip().splitlines()]
     choices = _literals(field.annotation) if field else ()
     if len(choices) > 1 and not all(f"`{choice}`" in (text or "") for choice in choices):
-        lines.append("One of: " + ", ".join(map(str, choices)))
+        lines.append("One of: " + ", ".join(str(choice) or '""' for choice in choices))
     return [f"# {line}".rstrip() for line in lines]
 
 

@@ -13,68 +13,73 @@ from agent.config.base import Section
 
 
 class Lora(Section):
-    """Low-rank adapters on the K and V projections of both towers (MG-CLIP section 1.1)."""
+    """mgclip, vrlwf and finetune train low-rank adapters on the K and V projections of both towers. A state folder is
+    continued only with the adapters it began with."""
 
     rank: int = Field(8, ge=1)
-    """Of the adapters; they have 4 * rank * width parameters per block."""
+    """The adapters have this rank; each block of a tower gets 4 * rank * width parameters."""
     alpha: float = Field(1.0, gt=0)
-    """Scale of the adapters is alpha / rank."""
+    """What the adapters add is multiplied by alpha / rank."""
 
 
 class MgClip(Section):
-    """MG-CLIP (arXiv 2507.09118)."""
+    """MG-CLIP (arXiv 2507.09118) trains adapters while the modality gap drifts little, then the rows of a visual
+    classifier."""
 
     schedule: Literal["budget", "paper"] = "budget"
-    """`paper`: the first task fixes the number of epochs of all later ones. `budget`: every task may use `epochs`, and
-    the drift is checked after each; crossing `drift_budget` restores the last state inside it."""
+    """With `budget` every task may use `epochs`, the drift is checked after each, and crossing `drift_budget` restores
+    the last state inside it. With `paper` the first task finds by the drift the number of epochs of all later ones."""
     epochs: int = Field(1, ge=1)
-    """Epochs of adapter training per task (`budget`), or at most so many on the first task (`paper`, where the paper
-    uses 10)."""
+    """With `budget` this is the number of epochs of adapter training per task, with `paper` the largest number on the
+    first task (the paper uses 10)."""
     drift_budget: float = Field(0.25, gt=0)
-    """Largest relative drift of the negative similarity (the paper's alpha is 0.1, relative to the negative mean)."""
+    """The mean similarity of images to wrong names may drift by this share of `drift_relative_to` (the paper's alpha is
+    0.1, of the negative mean)."""
     drift_relative_to: Literal["separation", "negative"] = "separation"
-    """Divisor of the drift: `separation` is the untouched model's positive minus negative mean (well-conditioned),
-    `negative` its negative mean (paper)."""
+    """The drift is divided by the untouched model's positive minus negative mean (`separation`, which is far from zero)
+    or by its negative mean (`negative`, as in the paper)."""
     lr: float = Field(1e-3, gt=0)
-    """Adam, of the adapters."""
+    """Adam trains the adapters with this learning rate."""
     batch_size: int = Field(128, ge=1)
-    """Samples in a step of adapter training."""
+    """A step of adapter training takes this number of samples."""
     visual_lr: float = Field(5e-4, gt=0)
-    """Adam, of the visual classifier rows."""
+    """Adam trains the rows of the visual classifier with this learning rate."""
     visual_epochs: int = Field(3, ge=0)
-    """Epochs of training the visual classifier rows; 0 leaves the class means."""
+    """The rows of the visual classifier are trained for this number of epochs; 0 leaves them class means."""
     visual_batch_size: int = Field(64, ge=1)
-    """Samples in a step of it."""
+    """A step of training the rows takes this number of samples."""
     fusion: Literal["calibrated", "faithful"] = "calibrated"
-    """How text and visual predictions are joined: `faithful` is the published code (text softmaxed twice, 1:4);
-    `calibrated` sums temperature-scaled probabilities once."""
+    """The predictions of texts and of the visual classifier are joined as in the published code (`faithful`: text
+    softmaxed twice, 1:4) or as one sum of probabilities, each at its own temperature (`calibrated`)."""
 
 
 class Gapstream(Section):
-    """The method of our own: second-order statistics of the untouched model's features."""
+    """gapstream is the method of our own: second-order statistics of the untouched model's features."""
 
     features: int = Field(5000, ge=16)
-    """Random features of an image. What is kept between tasks grows with their square (5000: 50 MB, and 20 MB per 1000
-    classes), what an update computes too; 5000 take it 0.5 GB of memory."""
+    """An image has this number of random features (at least 16). What is kept between tasks grows with their square
+    (5000: 50 MB, and 20 MB per 1000 classes), as does what an update computes; 5000 take it 0.5 GB of memory."""
     prior_images: float = Field(1000, gt=0)
-    """So many images' worth of a spherical scatter is added to the one measured: more is steadier where images are few,
-    less is sharper where they are many."""
+    """The scatter that was measured is mixed with a sphere that weighs as much as this number of images. More is
+    steadier where images are few, less is sharper where they are many."""
 
 
 class Finetune(Section):
-    """Sequential fine-tuning: the local loss over the task's classes and nothing that preserves. Text prediction."""
+    """finetune trains on each task in turn, by a loss over the task's own names and with nothing that preserves; it
+    predicts by text."""
 
     trainable: Literal["lora", "all"] = "lora"
-    """`lora`: adapters (`method.lora`); `all`: every weight behind the frozen part of both towers, for which `lr` must
-    be some hundred times smaller."""
+    """`lora` trains adapters (`method.lora`); `all` trains every weight behind the frozen part of both towers, for
+    which `lr` must be some hundred times smaller."""
     epochs: int = Field(3, ge=1)
-    """Epochs per task."""
+    """A task is trained on for this number of epochs."""
     lr: float = Field(4e-3, gt=0)
-    """Adam, decaying to a hundredth along a cosine over the task. (4e-3 suits adapters on tinyclip.)"""
+    """Adam begins with this learning rate and decays it to a hundredth, along a cosine over the task; 4e-3 suits
+    adapters on tinyclip."""
     batch_size: int = Field(128, ge=1)
-    """Samples in a step."""
+    """A step takes this number of samples."""
     label_smoothing: float = Field(0, ge=0, lt=1)
-    """Share of the target spread over the other names."""
+    """This share (0 to below 1) of the target is spread over all names of the task."""
 
 
 _ZSCL = {
@@ -88,90 +93,95 @@ _ZSCL = {
     "seen_names": 0,
     "label_smoothing": 0.2,
 }
+"""`preset = "zscl"` puts these in the place of defaults. They are those of the LwF-VR baseline in the published code of
+ZSCL (arXiv 2303.06628); its learning rate and epochs suit its data and are left to the reader."""
 
 
 class VrLwf(Finetune):
-    """VR-LwF (arXiv 2207.09248): fine-tuning, held in place by distillation over sentences of random words."""
+    """VR-LwF (arXiv 2207.09248) is finetune, held in place by distillation over sentences of random words."""
 
     preset: Literal["paper", "zscl"] = "paper"
-    """`paper`: the defaults of the keys of this section. `zscl`: the form of ZSCL's baseline (1000 sentences of 10
-    words drawn once per task, temperature 2, weight 1, image tower only, both directions, no seen names, label
+    """`paper` takes the defaults of the keys of this section. `zscl` takes the form of ZSCL's baseline (1000 sentences
+    of 10 words drawn once per task, temperature 2, weight 1, image tower only, both directions, no seen names, label
     smoothing 0.2); any of these keys that is written beside it wins over it, so delete them to use it."""
     weight: float = Field(0.5, ge=0)
-    """Of the distillation; at 0 this is `finetune` exactly."""
+    """The distillation has this weight in the loss; at 0 this is `finetune` exactly."""
     sentences: int = Field(100, ge=1)
-    """Random sentences in a step (or a task, see `redraw`)."""
+    """This number of random sentences is drawn at a time (see `redraw`)."""
     words: int = Field(8, ge=1)
-    """Random tokens in a sentence."""
+    """A sentence has this number of random tokens; more than the text tower reads stop the start."""
     redraw: Literal["step", "task"] = "step"
-    """New sentences in every step, or once per task."""
+    """New sentences are drawn for every `step` or once per `task`."""
     temperature: float = Field(1.0, gt=0)
-    """Of the distillation's probabilities."""
+    """The distillation's probabilities have this temperature."""
     both_towers: bool = True
-    """The student reads the sentences with its own text tower; otherwise with the teacher's, and only its image tower
-    is held in place."""
+    """The student reads the sentences with its own text tower, so that both towers are held in place; false gives it
+    the teacher's, which holds the image tower alone."""
     both_directions: bool = False
-    """Also distil which of a batch's images belongs to a sentence."""
+    """It is also distilled which of a batch's images belongs to a sentence."""
     seen_names: int = Field(100, ge=0)
-    """LwF beside it, over the task's names and so many earlier ones (drawn in every step when there are more); 0: no
-    LwF."""
+    """From the second task on the names of the task and this number of earlier ones, drawn anew in every step, are
+    distilled as well (LwF); 0 leaves that out."""
 
     @model_validator(mode="before")
     @classmethod
     def _apply_preset(cls, values: Any) -> Any:
+        # Before validation, while it can still be seen which keys were written and which are only defaults.
         if isinstance(values, dict) and values.get("preset") == "zscl":
             return {**_ZSCL, **values}
         return values
 
 
 class Seca(Section):
-    """SECA (arXiv 2508.01579): semantic-guided distillation from earlier adapters, prototypes refined by text."""
+    """SECA (arXiv 2508.01579) distils from earlier adapters as the texts say, and refines prototypes by text."""
 
     form: Literal["code", "paper"] = "code"
-    """Where they differ: `code` averages the relevance after the softmax, drops the least used adapter of a full pool
-    and regularises by cosine; `paper` averages before it, drops the most used and regularises by squared distance."""
+    """Where the two differ, `code` averages the relevance after the softmax, drops the least used adapter of a full
+    pool and regularises by cosine; `paper` averages before it, drops the most used and regularises by squared
+    distance."""
     sg_akt: bool = True
-    """Distil from the pool of earlier adapters."""
+    """The adapter is held to the aggregate of a pool of earlier ones (SG-AKT); false distils nothing."""
     se_vpr: bool = True
-    """Learn visual prototypes and predict with them; otherwise the prediction is by text alone."""
+    """Visual prototypes are learned and predict too (SE-VPR); false predicts by text alone."""
     epochs: int = Field(3, ge=1)
-    """Epochs per task."""
+    """A task is trained on for this number of epochs."""
     milestones: tuple[int, ...] = (2,)
-    """Epochs after which the learning rates fall to a tenth."""
+    """After each of these epochs the learning rates fall to a tenth."""
     lr: float = Field(1e-3, gt=0)
-    """Adam, of the adapter, the aggregation and the prototypes' refinement."""
+    """Adam trains the adapter, the aggregation and the prototypes' refinement with this learning rate."""
     prompt_lr: float = Field(5e-4, gt=0)
-    """Adam, of the task's prompt."""
+    """Adam trains the task's prompt with this learning rate."""
     weight_decay: float = Field(5e-4, ge=0)
-    """Adam, of everything."""
+    """Adam has this weight decay (L2) for all that it trains."""
     batch_size: int = Field(100, ge=1)
-    """Samples in a step."""
+    """A step takes this number of samples."""
     bottleneck: int = Field(16, ge=1)
-    """Width of the adapter beside every MLP of the image tower."""
+    """The adapter beside every MLP of the image tower has this width."""
     adapter_scale: float = Field(0.1, gt=0)
-    """What the adapter's output is multiplied with."""
+    """The adapter's output is multiplied by this."""
     dropout: float = Field(0.1, ge=0, lt=1)
-    """In the adapter, while it trains."""
+    """In training, this share (0 to below 1) of the adapter's width is dropped."""
     context: int = Field(8, ge=1)
-    """Learned vectors before the class name."""
+    """A prompt has this number of learned vectors before the class name."""
     prompts: int = Field(10, ge=1)
-    """Prompts kept, one of each task; beyond it the oldest goes."""
+    """At most this number of prompts is kept, one of each task; beyond it the oldest goes."""
     pool: int = Field(5, ge=1)
-    """Adapters kept."""
+    """At most this number of adapters is kept in the pool; `form` says which one goes beyond it."""
     softness: float = Field(0.2, gt=0)
-    """Share of CLIP's scale that multiplies cosines in the distillation and the prediction (published: 20 of 100)."""
+    """In the distillation and the prediction, cosines are multiplied by this share of CLIP's scale (published: 20 of
+    100)."""
 
 
 class Method(Section):
-    """How the model learns."""
+    """This section says how the model learns."""
 
     name: str = "gapstream"
-    """The algorithm; an unknown name is answered with the known ones."""
+    """The model is updated by this method; an unknown name is answered with the known ones."""
     seed: int = 0
-    """All randomness of training comes from this, the task's number and nothing else."""
+    """All randomness of training follows from this number and the task's, and from nothing else."""
     cache_bytes: int = Field(2**30, ge=0)
-    """Memory for the frozen part's output of a task's images (what does not fit waits in a file on
-    disk), and as much again for that of test images (what does not fit is decoded again)."""
+    """Of a task's images the frozen part's output takes at most this number of bytes of memory; where it is larger it
+    goes to a file on disk. Test images may take as many again, and those beyond are decoded anew."""
     lora: Lora = Lora()
     gapstream: Gapstream = Gapstream()
     mgclip: MgClip = MgClip()

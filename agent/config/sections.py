@@ -1,9 +1,7 @@
-"""Every setting but those of the methods, as frozen and validated pydantic models; no torch."""
+"""Every setting but those of the methods and of Kafka, as frozen and validated pydantic models; no torch."""
 
 from __future__ import annotations
 
-import re
-from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,18 +9,18 @@ from pydantic import (
     AfterValidator,
     BeforeValidator,
     Field,
-    SecretStr,
-    ValidationInfo,
     field_validator,
     model_validator,
 )
 
-from agent.config.base import MAYBE_PATH, Section, Unset
+from agent.config.base import MAYBE_PATH, Section, SourceSection, Unset
+from agent.config.kafka import Kafka, ServeKafka
 from agent.config.methods import Method
 from exporter.precision import FP32, PRECISIONS
 
 
 def _one_slot(prompt: str) -> str:
+    """Accept a prompt with one place for the class name."""
     if prompt.count("{}") != 1:
         raise ValueError(f"got {prompt!r}, expected exactly one {{}} where the class name goes")
     return prompt
@@ -41,224 +39,79 @@ def _one_of(*names: str) -> BeforeValidator:
 
 
 class Model(Section):
-    """Which CLIP is updated."""
+    """This section chooses the CLIP model that learns."""
 
     name: str = "tinyclip"
-    """`tinyclip` (bundled, offline) or any open_clip architecture with transformer towers, e.g. `ViT-B-16`."""
+    """The architecture is `tinyclip` (bundled, works without a network) or any of open_clip with transformer towers,
+    such as `ViT-B-16`."""
     pretrained: Annotated[str, MAYBE_PATH] = ""
-    """open_clip tag (`openai`, `laion400m_e32`), path of a local checkpoint (.safetensors, .pt, .bin), or `random` for
-    random weights (benchmarks). Empty only for tinyclip."""
+    """The weights are named by a tag of open_clip (`openai`, `laion400m_e32`), by the path of a local checkpoint
+    (.safetensors, .pt, .bin), or by `random` (random weights, for benchmarks). Only tinyclip needs none."""
     prompt: Annotated[str, AfterValidator(_one_slot)] = "a good photo of a {}."
-    """Sentence a class name is put into before the text tower reads it."""
+    """The text tower reads every class name inside this sentence, in which one `{}` stands for the name. A state folder
+    is continued only with the prompt it began with."""
     device: str = "auto"
-    """`auto` (CUDA when there is one), `cpu`, `cuda`, `cuda:1`."""
+    """The trainer computes on this device: `auto` (CUDA when there is one, else the CPU), `cpu`, `cuda` or, of several,
+    say `cuda:1`. Where torch has no CUDA device, asking for one stops the start."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Arithmetic of training: `auto` is bf16 autocast on CUDA that has it, `fp32` elsewhere (bitwise reproducible on a
-    CPU); `bf16` and `fp16` force autocast."""
+    """The trainer computes in this arithmetic: `auto` is bf16 (autocast) on a CUDA device that supports it and fp32
+    elsewhere; `fp32` and `bf16` are used wherever it runs. With fp32 on a CPU the same seed and number of threads give
+    the same bits."""
     threads: int = Field(0, ge=0)
-    """CPU threads of the trainer; 0 is all cores."""
-
-
-class SourceSection(Section):
-    """A section below [source], whose name is a value of source.kind."""
-
-    def missing(self) -> str:
-        """What must be set before this kind of source can be used, as `key is ...; expected ...`; empty: nothing."""
-        return ""
+    """The trainer computes with this number of CPU threads; 0 takes all cores."""
 
 
 class Archive(SourceSection):
-    """The embedded stream: a folder or zip of `[split/]class name/image`."""
+    """This source is a folder or zip of `[split/]class name/image`, a stream that needs no broker and has an end."""
 
     path: Literal["bundled"] | Path = "bundled"
-    """Folder or zip; `bundled` is the CIFAR-10 sample that comes with gapstream."""
+    """This folder or zip is read; `bundled` is the sample of CIFAR-10 that comes with gapstream."""
     split: str = ""
-    """Only paths below this first folder are the stream; empty: no split folder (or `train` when there is one)."""
+    """Only images below the top folder of this name are the stream; empty takes the folder `train` where there is one,
+    and otherwise the class folders at the top."""
     order: Literal["classes", "shuffled", "blurry"] = "classes"
-    """`classes`: class after class; `shuffled`: all mixed; `blurry`: class-incremental with `blur` of the records moved
-    to other tasks."""
+    """`classes` brings one group of classes after another, `blurry` does so with a share `blur` of every class's
+    records moved to other groups, and `shuffled` mixes all records."""
     classes_per_task: int = Field(2, ge=1)
-    """With `classes` and `blurry`: so many classes are interleaved before the next ones begin; a boundary mark follows
-    each group."""
+    """With `classes` and `blurry` this number of classes is a group: their records are interleaved, and a boundary mark
+    follows them. The last group has the classes that remain."""
     class_order: tuple[str, ...] = ()
-    """Class names in the order they appear; empty: drawn with `seed`."""
+    """The stream brings the classes in this order, in which every class stands once; empty draws the order with
+    `seed`."""
     class_order_file: Annotated[Path | None, Unset] = None
-    """Text file with one class name a line, or JSON list; instead of `class_order`."""
+    """This file holds the order instead of `class_order`: text with one class name a line, or a JSON list; empty names
+    none."""
     per_class: int = Field(0, ge=0)
-    """Only the first so many images of a class (names sorted as text); 0 is all."""
+    """At most this number of images of each class is read, the first by file name sorted as text; 0 reads all."""
     blur: float = Field(0.1, ge=0, le=1)
-    """With `blurry`: share of the records that come outside their class's task."""
+    """With `blurry`, this share (0 to 1) of every class's records comes in the groups of other classes."""
     seed: int = 0
-    """Draws the class order and the mixing."""
+    """The order of classes and records is drawn with this number; the same number gives the same stream."""
     rate: float = Field(0, ge=0)
-    """Records a second; 0 is as fast as they are taken."""
+    """At most this number of records a second is read; 0 reads as fast as they are taken."""
     on_end: Literal["learn", "keep"] = "learn"
-    """At the end of the archive: learn the unfinished task, or leave its records for a later run."""
-
-
-def _a_start(start: str) -> str:
-    if start not in ("earliest", "latest", "group"):
-        try:
-            datetime.fromisoformat(start)
-        except ValueError:
-            text = f"got {start!r}, expected earliest, latest, group or a time like 2026-11-21T10:00:00Z"
-            raise ValueError(text) from None
-    return start
-
-
-def _places(prefixes: tuple[str, ...]) -> tuple[str, ...]:
-    for prefix in prefixes:
-        scheme, separator, rest = prefix.partition("://")
-        if scheme not in ("https", "http", "s3", "file") or not separator or len(rest) < 2 or not rest.endswith("/"):
-            raise ValueError(f"got {prefix!r}, expected https://host/, http://host/, s3://bucket/ or file:///folder/")
-    return prefixes
-
-
-def _dead_letter_topic(name: str, info: ValidationInfo) -> str:
-    rest = name.replace("{topic}", "")
-    if not re.fullmatch(r"[\w.-]+", rest, re.ASCII):
-        text = "letters, digits, `.`, `_` and `-`, and {topic} for the topic the records came from"
-        raise ValueError(f"got {name!r}, expected a topic's name of its own: {text}")
-    topics = info.data.get("topics", ())
-    if both := [topic for topic in topics if name.replace("{topic}", topic) in topics]:
-        read = name.replace("{topic}", both[0])
-        raise ValueError(f"got {name!r}, so the rejected of {both[0]} would go to {read}, which is read itself")
-    return name
-
-
-class KafkaSecurity(Section):
-    """Who may read, and who we are. A secret comes from the environment, say from
-    GAPSTREAM_SOURCE__KAFKA__SECURITY__PASSWORD, from the file named instead, or from here; it is never printed."""
-
-    protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
-    """With or without TLS, with or without a login."""
-    cafile: Annotated[Path | None, Unset] = None
-    """PEM certificates the brokers' are checked against; empty: the system's."""
-    certfile: Annotated[Path | None, Unset] = None
-    """Our own certificate (PEM), where brokers ask for one."""
-    keyfile: Annotated[Path | None, Unset] = None
-    """Its private key (PEM)."""
-    key_password: Annotated[SecretStr | None, Unset] = None
-    """Of an encrypted private key."""
-    key_password_file: Annotated[Path | None, Unset] = None
-    """File that holds it."""
-    check_hostname: bool = True
-    """The brokers' certificates must name the host connected to."""
-    mechanism: Literal["", "PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "OAUTHBEARER"] = ""
-    """With SASL_PLAINTEXT and SASL_SSL."""
-    username: str = ""
-    """With PLAIN and SCRAM."""
-    password: Annotated[SecretStr | None, Unset] = None
-    """With PLAIN and SCRAM."""
-    password_file: Annotated[Path | None, Unset] = None
-    """File that holds it."""
-    token_file: Annotated[Path | None, Unset] = None
-    """OAUTHBEARER: file with the current token, read at every login. Or, instead:"""
-    token_url: str = ""
-    """OAUTHBEARER: where tokens are given for client credentials."""
-    client_id: str = ""
-    """Sent to `token_url`."""
-    client_secret: Annotated[SecretStr | None, Unset] = None
-    """Sent to `token_url`."""
-    client_secret_file: Annotated[Path | None, Unset] = None
-    """File that holds it."""
-    scope: str = ""
-    """Asked for at `token_url`; empty: its default."""
-
-    @model_validator(mode="after")
-    def _complete(self) -> KafkaSecurity:
-        missing: list[str] = []
-        for name in ("key_password", "password", "client_secret"):
-            if getattr(self, name) is not None and getattr(self, f"{name}_file") is not None:
-                missing.append(f"only one of {name} and {name}_file")
-        if self.protocol.startswith("SASL") != bool(self.mechanism):
-            missing.append("mechanism exactly with the protocols SASL_PLAINTEXT and SASL_SSL")
-        if self.mechanism == "OAUTHBEARER":
-            if bool(self.token_file) == bool(self.token_url):
-                missing.append("with OAUTHBEARER one of token_file and token_url")
-        elif self.mechanism and not (self.username and (self.password or self.password_file)):
-            missing.append(f"with {self.mechanism} username and password (or password_file)")
-        if missing:
-            raise ValueError(f"expected {'; '.join(missing)}")
-        return self
-
-
-class KafkaImages(Section):
-    """Images that records only point at."""
-
-    allowed: Annotated[tuple[str, ...], AfterValidator(_places)] = ()
-    """Where they may be: `https://images.example.com/`, `s3://bucket/path/`, `file:///data/`; empty: nowhere."""
-    timeout_s: float = Field(10, gt=0, le=30)
-    """Of one attempt; there are three."""
-    cafile: Annotated[Path | None, Unset] = None
-    """PEM certificates for https; empty: the system's."""
-    s3_endpoint: str = "https://s3.amazonaws.com"
-    """Where s3:// is; any service that speaks S3."""
-    s3_region: str = "us-east-1"
-    """Requests are signed for it."""
-    s3_access_key: str = ""
-    """Empty: anonymous requests."""
-    s3_secret_key: Annotated[SecretStr | None, Unset] = None
-    """Belongs to `s3_access_key`."""
-    s3_secret_key_file: Annotated[Path | None, Unset] = None
-    """File that holds it."""
-
-
-class Kafka(SourceSection):
-    """Topics of a Kafka cluster, all their partitions. One agent reads them; its position is in its commits."""
-
-    bootstrap_servers: tuple[str, ...] = ("localhost:9092",)
-    """Some of the brokers, `host:port`."""
-    topics: tuple[str, ...] = ()
-    """The topics to read, all their partitions."""
-    group: str = "gapstream"
-    """Consumer group the offsets of commits are copied to, for lag tools; empty: none. Never read back."""
-    start: Annotated[str, AfterValidator(_a_start)] = "earliest"
-    """Where reading begins without a commit: `earliest`, `latest`, `group` (the group's offsets, else earliest) or a
-    time (ISO 8601). It counts until the first commit."""
-    on_lost: Literal["stop", "skip"] = "stop"
-    """When retention deleted what follows the last commit, or the log was truncated or created again: stop, or go on
-    with what there is and count the rest as skipped."""
-    merge_wait_s: float = Field(2, ge=0)
-    """With several partitions, a record waits until no earlier one can come; this long for a producer that is late."""
-    discover_s: float = Field(10, gt=0)
-    """How often new partitions are looked for."""
-    fetch_bytes: int = Field(16 * 2**20, ge=2**16)
-    """Memory for what was fetched and is not on the spool yet, about."""
-    stall_s: float = Field(120, ge=60)
-    """The agent stops when the Kafka client does not come back for so long."""
-    dead_letter_topic: Annotated[str, AfterValidator(_dead_letter_topic)] = Field("{topic}.dlq", validate_default=True)
-    """Where rejected records go; `{topic}` is the topic they came from."""
-    dead_letter_create: bool = True
-    """Create it where it does not exist (one partition, the cluster's defaults)."""
-    breaker_share: float = Field(0.9, gt=0, le=1)
-    """When more than this share of the last 1000 records was rejected, reading pauses and says so; 1: never."""
-    breaker_pause_s: float = Field(60, gt=0)
-    """So long."""
-    security: KafkaSecurity = KafkaSecurity()
-    images: KafkaImages = KafkaImages()
-
-    def missing(self) -> str:
-        return "" if self.topics else 'topics is empty; expected the topics to read, like ["images"]'
+    """At the end of the archive the agent learns the unfinished task (`learn`) or leaves its records for a later run
+    (`keep`)."""
 
 
 class Source(Section):
-    """Where records come from."""
+    """This section says where records come from, and how large they may be."""
 
     kind: str = "archive"
     """`archive` reads [source.archive] and ends with it; `kafka` follows [source.kafka] until it is stopped."""
     archive: Archive = Archive()
     kafka: Kafka = Kafka()
     max_image_bytes: int = Field(16 * 2**20, ge=1)
-    """A larger encoded image is rejected."""
+    """A record whose encoded image has more bytes than this is rejected."""
     max_image_pixels: int = Field(50_000_000, ge=1)
-    """An image with more pixels (read from its header) is rejected before it is decoded."""
+    """A record whose image has more pixels than this, by its header, is rejected before it is decoded."""
     max_label_chars: int = Field(200, ge=1)
-    """A longer class name is rejected."""
+    """A record whose class name has more characters than this is rejected."""
 
     @field_validator("kind")
     @classmethod
     def _has_a_section(cls, kind: str) -> str:
+        # Asked here instead of listed in a Literal, so that a new source is known once it has a section.
         kinds = [name for name, field in cls.model_fields.items() if isinstance(field.default, SourceSection)]
         if kind not in kinds:
             raise ValueError(f"got {kind!r}, expected: {' or '.join(map(repr, kinds))}")
@@ -266,27 +119,31 @@ class Source(Section):
 
     @model_validator(mode="after")
     def _complete(self) -> Source:
+        # Only of the kind that is used: [source.kafka] without topics is no mistake while an archive is read.
         if mistake := getattr(self, self.kind).missing():
             raise ValueError(f"{self.kind}.{mistake}")
         return self
 
 
 class Task(Section):
-    """When a task is cut: at the first of these that holds. 0 switches one off."""
+    """A task is cut at the first of these limits that is reached; 0 (or false) switches one off, and at least one must
+    be on."""
 
     new_classes: int = Field(0, ge=0)
-    """So many classes not learned before are complete: the record that would begin one more starts the next task."""
+    """The task is cut before the record that would begin one more new class than this. A class is new when no task
+    before had it."""
     samples: int = Field(5000, ge=0)
-    """So many samples."""
+    """The task is cut after this number of samples."""
     bytes: int = Field(512 * 2**20, ge=0)
-    """So many bytes of encoded images."""
+    """The task is cut when its encoded images have reached this number of bytes. One that fills the spool alone is cut
+    as well."""
     idle_s: float = Field(0, ge=0)
-    """So long nothing arrived (a task with at least one sample). Depends on the clock: off where runs must repeat
-    exactly."""
+    """The task is cut when nothing has arrived for this number of seconds and it has a sample. This depends on the
+    clock: leave it off where runs must repeat exactly."""
     boundaries: bool = True
-    """Boundary marks in the stream cut."""
+    """The task is cut at a boundary mark in the stream. A mark that says `flush` cuts in any case."""
     on_stop: Literal["keep", "learn"] = "keep"
-    """At a clean stop: leave an unfinished task for the next start, or learn it first."""
+    """At a clean stop the agent leaves an unfinished task for the next start (`keep`) or learns it first (`learn`)."""
 
     @model_validator(mode="after")
     def _some_rule(self) -> Task:
@@ -296,74 +153,81 @@ class Task(Section):
 
 
 class Spool(Section):
-    """The samples of unfinished tasks, on disk as encoded bytes."""
+    """Samples of tasks that are not committed yet wait on disk, as the encoded bytes that came."""
 
     max_bytes: int = Field(2 * 2**30, ge=2**20)
-    """When full, fetching pauses until a task is committed. Must hold at least one task."""
+    """When the samples have reached about this number of bytes (at least 1 MiB), fetching pauses until a task is
+    committed. It should hold a task at least, as one that fills it is cut early."""
 
 
 class Evaluation(Section):
-    """What is scored after every update."""
+    """After every update the model is scored on images that it never learned from, against the untouched model."""
 
     holdout_fraction: float = Field(0.1, ge=0, lt=1)
-    """Share of the stream's samples kept from training to measure accuracy, chosen by hash of the image; 0: none."""
+    """This share (0 to below 1) of the stream's images is held out: kept from training, to measure accuracy. A hash of
+    the image chooses. 0 holds out none. A state folder's share can be lowered later, but not raised."""
     holdout_per_class: int = Field(50, ge=0)
-    """At most so many held-out samples of one class."""
+    """At most this number of images of each class is held out; what would come beyond it is trained on."""
     test_archive: Annotated[Literal["bundled"] | Path | None, Unset] = None
-    """Folder or zip with test images of the stream's classes, scored beside the hold-out."""
+    """This folder or zip has test images of the stream's classes, which are scored beside those held out; `bundled` has
+    those of the bundled stream, and empty means that there are none."""
     test_split: str = ""
-    """Split folder inside `test_archive`; empty: none (or `test`, then `val`, when there is one)."""
+    """Only images below this top folder of `test_archive` are test images; empty takes `test`, then `val`, where there
+    is one, and otherwise the class folders at the top."""
     test_per_class: int = Field(0, ge=0)
-    """Only the first so many test images of a class; 0 is all."""
+    """At most this number of test images of each class is scored, the first by file name; 0 scores all."""
     probe_archive: Annotated[Path | None, Unset] = None
-    """Folder or zip of classes that are never learned: zero-shot retention is measured on it."""
+    """This folder or zip has classes that are never learned: zero-shot retention is measured on its images. Empty
+    measures it on classes of `test_archive` that are not learned yet, where there are any."""
     probe_split: str = ""
-    """Split folder inside `probe_archive`; empty: none (or `test`, then `val`, when there is one)."""
+    """Only images below this top folder of `probe_archive` are probe images; empty takes `test`, then `val`, where
+    there is one, and otherwise the class folders at the top."""
     probe_per_class: int = Field(20, ge=0)
-    """Only the first so many probe images of a class; 0 is all."""
+    """At most this number of probe images of each class is scored, the first by file name; 0 scores all."""
     batch_size: int = Field(256, ge=1)
-    """Images scored at once."""
+    """This number of images is scored at once; more take more memory."""
 
 
 class Triton(Section):
-    """A model repository of the Triton server, with `layout = "triton"`."""
+    """With `release.layout = "triton"` releases go into a model repository of the Triton server as well."""
 
     repository: Annotated[Path | None, Unset] = None
-    """The folder that holds its models; best on the disk of `state.path`, where files are shared instead of copied."""
+    """This folder is the model repository. On the disk of `state.path` files are shared with it instead of copied."""
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")] = "gapstream"
-    """The model's name there."""
+    """The model has this name in the repository."""
     versions: int = Field(3, ge=1)
-    """Newest versions kept; a version has the number of its commit."""
+    """This number of newest versions is kept, and older ones are deleted; a version has the number of its commit."""
 
 
 class Release(Section):
-    """The ONNX model that comes out."""
+    """After every update the model is released as ONNX, once onnxruntime answers as torch does."""
 
     precisions: tuple[Annotated[str, _one_of(*PRECISIONS)], ...] = Field(
         (),
-        description="Smaller forms beside fp32: "
+        description="A release has these smaller forms beside fp32: "
         + ", ".join(f"`{name}` for {form.suits}" for name, form in PRECISIONS.items())
-        + ". One that strays too far from fp32, or answers more\n"
-        "than a point fewer of the hold-out right, is left out, and the release says why.",
+        + ". One that strays too far\nfrom fp32, or answers more than a point fewer of the held-out images right, is "
+        "left out, and release.json says why.",
     )
     text: bool = True
-    """Also release the text tower and its tokenizer, so that names never learned can be scored beside the classes. It
-    takes the tower's size on disk (28 MB for the bundled model, 254 MB for ViT-B-32), most of it only once for all
+    """The text tower and its tokenizer are released too, so that names never learned can be scored beside the classes.
+    They take the tower's size on disk (28 MB for the bundled model, 254 MB for ViT-B-32), most of it only once for all
     releases."""
     layout: Literal["folder", "triton"] = "folder"
-    """`folder`: only in the state folder; `triton`: also as a version in [release.triton]."""
+    """`folder` puts a release into the state folder alone; `triton` makes it a version in [release.triton] as well."""
     triton: Triton = Triton()
 
     opset: int = Field(20, ge=18, le=23)
-    """ONNX operator set of the graph."""
+    """The graph is written in this version of ONNX's operator set (18 to 23)."""
     max_batch: int = Field(64, ge=4)
-    """Largest batch the release is checked with."""
+    """A release is checked with batches of 1, 3 and this number of images (at least 4); Triton is told that it takes no
+    larger ones."""
     parity_atol: float = Field(1e-3, gt=0)
-    """Largest difference between torch and onnxruntime in embeddings and probabilities; a release beyond it is
-    refused."""
+    """A release whose embeddings or probabilities differ between torch and onnxruntime by more than this is refused,
+    and the one before serves on."""
     max_old_class_drop: float = Field(0, ge=0, le=1)
-    """Gate: refuse a release whose accuracy on the classes before the task fell by more than this (0.05 is five
-    points); 0: no gate."""
+    """A release is refused when accuracy on the classes of the one that serves fell by more than this share since then
+    (0.05 is five points); 0 refuses none."""
 
     @model_validator(mode="after")
     def _somewhere(self) -> Release:
@@ -373,104 +237,83 @@ class Release(Section):
 
 
 class State(Section):
-    """Where the agent keeps what it knows."""
+    """The agent keeps all that it must not forget in a folder."""
 
     path: Path = Path("state")
-    """A folder of its own, on a disk of its own where many images pass. One agent at a time works on it."""
+    """This folder belongs to one agent at a time, and to nothing else. Where many images pass, give it a disk of its
+    own."""
     keep_commits: int = Field(3, ge=2)
-    """Newest commits kept; older ones are deleted."""
+    """This number of newest commits is kept (at least 2), and older ones are deleted."""
     dead_letter_bytes: int = Field(256 * 2**20, ge=2**20)
-    """Rejected records of an archive are kept in the folder `dead_letters`, about the newest so many bytes."""
+    """Rejected records of an archive go to the folder `dead_letters`, where about this number of bytes is kept (at
+    least 1 MiB), the newest ones."""
 
 
 class Agent(Section):
-    """The long-running process."""
+    """This section is about the process that runs for months: how it waits, stops and fails."""
 
     poll_timeout_s: float = Field(0.5, gt=0, le=5)
-    """How long one look at the stream waits for records; signals are noticed in between."""
+    """One look at the stream waits at most this number of seconds for records (more than 0, at most 5); a signal is
+    noticed in between."""
     stop_timeout_s: float = Field(5, gt=0)
-    """After SIGTERM or SIGINT the trainer has so long before it is killed (nothing is lost: the task is read again)."""
+    """After SIGTERM or SIGINT the trainer has this number of seconds to end by itself before it is killed. Nothing is
+    lost then: its task is read again."""
     on_task_failure: Literal["stop", "quarantine"] = "stop"
-    """A task that failed twice stops the agent with nothing committed, or is dead-lettered as a whole."""
+    """A task that failed twice ends the agent with nothing of it committed (`stop`), or all its records go to the dead
+    letters and the agent goes on (`quarantine`)."""
     trainer_silent_s: float = Field(600, gt=0)
-    """A trainer that says nothing for so long is killed and the task tried again."""
+    """A trainer that has said nothing for this number of seconds, while it is set up or learns, is killed, and what it
+    did is tried again."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
-    """Of the log on standard error."""
+    """The log on standard error has lines of this level and above."""
 
 
 class Http(Section):
-    """/metrics, /livez, /readyz and the status page."""
+    """The agent serves /metrics, /livez, /readyz and its status page over HTTP."""
 
     host: str = "127.0.0.1"
-    """Address to listen on; `0.0.0.0` is open to the network, without a login."""
+    """The agent listens on this address; `0.0.0.0` is open to the network, without a login."""
     port: int = Field(9187, ge=0, le=65535)
-    """0 picks a free one (logged)."""
+    """The agent listens on this port; 0 takes a free one, which the log names."""
     enabled: bool = True
-    """Whether it listens at all."""
-
-
-class ServeKafka(Section):
-    """`gapstream serve --kafka`: images of topics in, predictions out, beside HTTP. Cluster, security, and where images
-    may be that messages only point at, are those of [source.kafka]."""
-
-    topics: tuple[str, ...] = ()
-    """The topics to answer, in the format the learner reads; class names are not needed."""
-    output: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,249}$")] = "predictions"
-    """Where the predictions go, each under the key of its image."""
-    create: bool = True
-    """Create it where it does not exist, with as many partitions as the largest of `topics`."""
-    group: str = Field("gapstream-serve", min_length=1)
-    """Consumer group: every process of it answers a part of the partitions. Its transactions bear names that begin with
-    it."""
-    start: Literal["earliest", "latest"] = "earliest"
-    """Where the group begins in a partition that it has no offset of. Where retention deleted its next messages, it
-    goes on with the oldest there are."""
-    top: int = Field(5, ge=0)
-    """Classes listed in a prediction; 0 is all."""
-    headers: tuple[str, ...] = ()
-    """Headers of a message that its prediction carries on."""
-    max_records: int = Field(256, ge=1)
-    """Messages answered in one transaction."""
-    fetch_bytes: int = Field(16 * 2**20, ge=2**16)
-    """Memory for what was fetched and not answered yet, about."""
-
-    @model_validator(mode="after")
-    def _no_circle(self) -> ServeKafka:
-        if self.output in self.topics:
-            raise ValueError(f"output is {self.output}, which is one of the topics; expected a topic of its own")
-        return self
+    """With false the agent does not listen at all."""
 
 
 class Serve(Section):
-    """`gapstream serve`: classification over HTTP, a process of its own beside the agent."""
+    """`gapstream serve` classifies over HTTP with the newest release, in a process of its own beside the agent."""
 
     host: str = "127.0.0.1"
-    """Address to listen on; `0.0.0.0` is open to the network, without a login."""
+    """The server listens on this address; `0.0.0.0` is open to the network, without a login."""
     port: int = Field(9188, ge=0, le=65535)
-    """0 picks a free one (logged)."""
+    """The server listens on this port; 0 takes a free one, which the log names."""
     precision: Annotated[str, _one_of(FP32, *PRECISIONS)] = Field(
         FP32,
-        description="Form of the release that answers, see release.precisions; a release without it is served in "
-        f"fp32.\nOne of: {', '.join((FP32, *PRECISIONS))}",
+        description="The server answers with this form of the release, see release.precisions; a release without it is "
+        f"served in
+fp32. One of: {', '.join((FP32, *PRECISIONS))}",
     )
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """`auto` is CUDA when onnxruntime can use it."""
+    """`auto` is CUDA when onnxruntime can use it and else the CPU; `cuda` says so in the log when it cannot."""
     threads: int = Field(0, ge=0)
-    """CPU threads for a batch; 0 is all cores."""
+    """A batch is computed with this number of CPU threads; 0 takes all cores."""
     max_batch: int = Field(64, ge=1)
-    """Images answered at once: those that came while the batch before was answered."""
+    """At most this number of images goes through the model at once: those that came while the batch before was
+    computed."""
     max_images: int = Field(64, ge=1)
-    """Images in one request."""
+    """A request with more images than this is refused (400)."""
     max_request_bytes: int = Field(32 * 2**20, ge=1)
-    """A larger request is refused."""
+    """A request with more bytes than this is refused (413)."""
     max_names: int = Field(64, ge=0)
-    """Names never learned that one request may ask for; each may be as long as source.max_label_chars."""
+    """A request that asks for more names never learned than this is refused (400); each may have
+    `source.max_label_chars` characters."""
     max_requests: int = Field(32, ge=1)
-    """Requests at once; one more is told to come again (503)."""
+    """At most this number of requests is worked on at once; one more is told to come again (503)."""
     kafka: ServeKafka = ServeKafka()
 
 
 class Config(Section):
+    """The whole configuration: every section, each with its defaults."""
+
     model: Model = Model()
     source: Source = Source()
     task: Task = Task()
