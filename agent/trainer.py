@@ -212,7 +212,9 @@ class Trainer:
     def _text(self) -> TextTower | None:
         """The text tower with its tokenizer, to be released beside the image tower; None where that is switched off."""
         # The exporter asks for the tokenizer: one that cannot be released is a reason to leave the text part out.
-        return TextTower(self._method.text_module(), lambda: self._clip.tokenizer) if self._config.release.text else None
+        if not self._config.release.text:
+            return None
+        return TextTower(self._method.text_module(), lambda: self._clip.tokenizer)
 
     def _check_images(self, held: Sequence[Sample]) -> np.ndarray:
         """Images the release is checked on and tested with, float32 [n, 3, H, W]: newly held-out ones, or noise.

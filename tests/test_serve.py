@@ -388,7 +388,7 @@ def test_the_metrics_count_what_was_answered(state):
 def test_every_metric_is_in_the_readme():
     registry = CollectorRegistry()
     ServeMetrics(registry)
-    readme = (TOP / "README.md").read_text(encoding="utf-8")
+    readme = (TOP / "deploy/README.md").read_text(encoding="utf-8")
     for family in registry.collect():
         if family.name.startswith("gapstream_"):
             name = family.name + {"counter": "_total", "info": "_info"}.get(family.type, "")

@@ -27,7 +27,7 @@ from streams.record import Partition, Raw, Reason, Record, Rejected
 from streams.source import StreamError
 from tests.test_runtime import State, Toy, picture, png
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+README = (Path(__file__).parent.parent / "deploy/README.md").read_text(encoding="utf-8")
 PLACE = Partition("images", 1)
 CODEC = Codec(max_image_bytes=10**6, max_image_pixels=10**6, max_label_chars=200, labelled=False)
 SHA256 = "0" * 64

@@ -289,8 +289,7 @@ class Serve(Section):
     precision: Annotated[str, _one_of(FP32, *PRECISIONS)] = Field(
         FP32,
         description="The server answers with this form of the release, see release.precisions; a release without it is "
-        f"served in
-fp32. One of: {', '.join((FP32, *PRECISIONS))}",
+        f"served in\nfp32. One of: {', '.join((FP32, *PRECISIONS))}",
     )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` is CUDA when onnxruntime can use it and else the CPU; `cuda` says so in the log when it cannot."""
