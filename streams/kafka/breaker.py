@@ -1,5 +1,7 @@
-"""A breaker of reading: it opens when nearly everything is rejected, lest a wrong setting empty a topic into its dead
-letters."""
+"""A breaker of reading, which opens when nearly everything is rejected.
+
+Without it a wrong setting would empty a whole topic into its dead letters.
+"""
 
 from __future__ import annotations
 
