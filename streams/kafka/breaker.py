@@ -27,12 +27,14 @@ class Breaker:
         self._seen.append((records, rejected))
         self._records += records
         self._rejected += rejected
+        # Whole calls leave the window, not single records: it is a little longer than asked for.
         while self._records - self._seen[0][0] >= self.window:
             old_records, old_rejected = self._seen.popleft()
             self._records -= old_records
             self._rejected -= old_rejected
         if self._records < self.window or self._rejected <= self.share * self._records:
             return False
+        # Otherwise it would open again with the next record, after a pause that may have mended everything.
         self._seen.clear()
         self._records = self._rejected = 0
         return True
