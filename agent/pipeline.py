@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,7 +21,7 @@ from agent.layout import has_learned
 from agent.values import Commit, Outcome, Progress
 from agent.worker import Worker, WorkerDied
 from streams.buffer import Task, TaskBuffer
-from streams.record import Item, Reason, Rejected
+from streams.record import Item, Partition, Reason, Rejected
 from streams.source import DeadLetterDelayed, DeadLetterError, DeadLetters, PositionError, Source
 from streams.spool import Sample, Spool
 
@@ -30,6 +30,11 @@ log = logging.getLogger(__name__)
 ATTEMPTS = 2
 """A task that failed this number of times is given up. One repetition gets over what passes by itself, such as a kill
 when memory was short; what fails for the task's own sake fails again, and each attempt may take an hour."""
+
+HALVINGS = 64
+"""Times that a task which fails for its data is cut in two, it and its halves together: each guilty sample of n takes
+about log2(n), so these find four in a task of 65,536. Parts that fail after them are set aside whole. Chosen by hand: a
+larger one saves more samples of a task that is bad all through, at an attempt and a start of the trainer each."""
 
 _BUSY_POLL_S = 0.1
 """Longest poll of the source while something is being learned: the end of the update is noticed that much later at
@@ -67,7 +72,7 @@ class Rules:
     learn_at_stop: bool = False
     """At a clean stop, learn what was read before."""
     quarantine: bool = False
-    """Dead-letter a task that was given up, and go on; else stop with TaskFailed."""
+    """Dead-letter the samples for which a task fails, and go on; else stop with TaskFailed."""
     stop_timeout_s: float = 5.0
     """Time the trainer has to end by itself at the end; then it is killed."""
 
@@ -148,6 +153,10 @@ class Pipeline:
 
     _task: Task | None = field(default=None, init=False)
     """The task that the worker has in hand, or that is being settled."""
+    _parts: list[Task] = field(default_factory=list, init=False)
+    """What is left of a task that was cut in two, in order; each part is learned and committed as a task."""
+    _halvings: int = field(default=0, init=False)
+    """Times that the task in hand was cut in two, it and its parts together."""
     _settlement: _Settlement | None = field(default=None, init=False)
     _failures: list[str] = field(default_factory=list, init=False)
     """What the trainer died of since the last commit."""
@@ -210,6 +219,10 @@ class Pipeline:
 
     def _begin_task(self) -> bool:
         """Give the worker the next task, if one is cut; False when none will ever be."""
+        if self._parts:
+            self._submit(self._parts.pop(0))
+            return True
+        self._halvings = 0
         ended = self._draining or self.source.exhausted
         task = self.buffer.cut(self.monotonic())
         if task is None and ended and (self._draining or self.rules.learn_at_end):
@@ -218,9 +231,13 @@ class Pipeline:
             return not ended
         log.info("%s cut (%s): %d classes", _name(task), task.reason, len(task.classes))
         self.metrics.cut(task.reason, len(task.samples), len(task.classes))
-        self.worker.submit(task, self.commits.stage(), self._learned)
-        self._task = task
+        self._submit(task)
         return True
+
+    def _submit(self, task: Task) -> None:
+        # Numbered here: the parts of a task that was cut in two have taken numbers that the buffer knows nothing of.
+        self._task = replace(task, number=(self.commit.tasks if self.commit else 0) + 1)
+        self.worker.submit(self._task, self.commits.stage(), self._learned)
 
     def _listen(self) -> None:
         """Hear from the worker; a task it is through with goes into settlement."""
@@ -264,13 +281,21 @@ class Pipeline:
         return Rejected(sample.partition, sample.offset, reason, why, self.spool.raw(sample))
 
     def _after_failure(self, died: WorkerDied) -> _Settlement | None:
-        """Try the task again; after ATTEMPTS set it aside as dead letters, or stop. Raises AgentError."""
+        """Try the task again, or in two halves when its data are to blame; set aside what remains, or stop.
+
+        Raises AgentError.
+        """
         log.error("trainer failed: %s%s", died, f"\n{died.details}" if died.details else "")
         self.metrics.task_failed(died.kind)
         self._failures.append(str(died))
         task = self._task
         if died.kind == "start":  # a configuration that cannot work: another attempt would end the same way
             raise AgentError(f"the trainer could not be set up: {died}") from died
+        # A broken disk or driver must not empty the whole stream into the dead letters, task by task.
+        quarantined = self.rules.quarantine and died.blames_task
+        if quarantined and task is not None and len(task.samples) > 1 and self._halvings < HALVINGS:
+            self._halve(task)
+            return None
         if len(self._failures) < ATTEMPTS:
             if task is None:
                 self.worker.start(self._learned)
@@ -280,15 +305,27 @@ class Pipeline:
             return None
         if task is None:
             raise AgentError(f"the trainer ended {ATTEMPTS} times before it was set up: {died}") from died
-        # A broken disk or driver must not empty the whole stream into the dead letters, task by task.
-        if not self.rules.quarantine or not died.blames_task:
+        if not quarantined:
+            advice = (
+                "agent.on_task_failure = 'quarantine' would set aside the samples it fails for"
+                if died.blames_task
+                else "its samples are not known to be the reason, so none is set aside"
+            )
             raise TaskFailed(
                 f"{_name(task)} failed {ATTEMPTS} times ({'; '.join(self._failures)}); stopping before it with nothing "
-                "of it committed. The next start tries again; agent.on_task_failure = 'quarantine' would set it aside"
+                f"of it committed. The next start tries again; {advice}"
             ) from died
         log.error("%s failed %d times and is set aside as dead letters", _name(task), ATTEMPTS)
         self.worker.start(self._learned)  # it is set up again while the dead letters go out
         return self._settle_given_up(task, str(died))
+
+    def _halve(self, task: Task) -> None:
+        """Learn `task` as two, the earlier samples first, so that the offsets of each commit pass nothing unsettled."""
+        log.warning("%s fails for its data and is tried in two halves", _name(task))
+        self._parts[:0] = _halves(task)
+        self._halvings += 1
+        self._task = None
+        self._failures.clear()
 
     def _set_aside(self, settlement: _Settlement) -> bool:
         """Send the dead letters, a few in each pass; True once all are acknowledged. A delay holds up only the commit:
@@ -357,6 +394,28 @@ class Pipeline:
         if task is not None:
             totals = counted(totals, task, outcome)
         return Provenance(self.source.fingerprint, task.classes if task else (), totals, self.config)
+
+
+def _halves(task: Task) -> tuple[Task, Task]:
+    """Cut a task of two samples or more in two.
+
+    The offsets after the first half are those of the first samples of the second: what was rejected before them has its
+    dead letters, and these are flushed before any commit. The second ends where the task does.
+    """
+    middle = len(task.samples) // 2
+    first, second = task.samples[:middle], task.samples[middle:]
+    waiting: dict[Partition, int] = {}
+    for sample in second:
+        waiting.setdefault(sample.partition, sample.offset)
+
+    def part(samples: tuple[Sample, ...], **facts: Any) -> Task:
+        classes, size = tuple(dict.fromkeys(s.label for s in samples)), sum(s.length for s in samples)
+        return replace(task, samples=samples, classes=classes, bytes=size, **facts)
+
+    return (
+        part(first, next_offsets=task.next_offsets | waiting, records=len(first), rejected={}),
+        part(second, records=task.records - len(first)),
+    )
 
 
 def _name(task: Task) -> str:
