@@ -14,6 +14,11 @@ finds, and what it does:
     while an old commit is deleted     NNNNNN.pruned                 sweeps it
 
 So learning happens once in effect: state, release, report and offsets become true together, when CURRENT is replaced.
+
+Damage is a file that is missing or has another hash. What learning needs (learner.*, report.json, holdout/trained.zip,
+the manifest) is a file of its own in every commit, so that a flipped bit costs one commit and the one before it is
+intact. Hold-out packs and an unchanged release are hard links in many commits; damaged, they are lost from the next
+commit on, and learning goes on. A disk that refuses to read is no damage: nothing is renamed, the agent stops.
 """
 
 from __future__ import annotations
@@ -27,12 +32,13 @@ import logging
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
+from io import BufferedReader
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from agent.layout import (
     COMMITS,
@@ -48,10 +54,12 @@ from agent.layout import (
     STAGING,
     commit_name,
     commit_number,
+    is_dispensable,
+    is_of_release,
 )
 from agent.scoring.report import Report
 from agent.values import Commit, Outcome
-from exporter.files import link_or_copy, point, sync, sync_folders
+from exporter.files import MISSING, READ_ATTEMPTS, copy, link_or_copy, patiently, point, sync, sync_folders
 from streams.buffer import Task
 from streams.record import Offsets, Partition, Reason
 
@@ -64,6 +72,8 @@ _PACKAGES = (
     "gapstream", "torch", "open_clip_torch", "timm", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy",
 )  # fmt: skip
 """Packages whose versions a manifest notes, as far as they are installed: what learns, and what makes the release."""
+
+_T = TypeVar("_T")
 
 Files = Mapping[str, tuple[int, str]]
 """Path relative to the commit's folder -> (size in bytes, sha256)."""
@@ -137,7 +147,7 @@ def seal(folder: Path) -> dict[str, tuple[int, str]]:
 
 @dataclass(frozen=True)
 class _Verified:
-    """A commit whose files all have the hashes of its manifest."""
+    """A commit, and those of its files that have the hashes of its manifest."""
 
     commit: Commit
     files: Files
@@ -188,11 +198,12 @@ class CommitStore:
             self._lock = None
 
     def current(self) -> Commit | None:
-        """The commit to continue from, every file verified; None in a new folder.
+        """The commit to continue from, every file verified (what learning does without may be `damaged`); None in a
+        new folder.
 
         A damaged commit is set aside and the newest intact one before it becomes current, with its own offsets: what
         was learned since is learned again. Without CURRENT (a copy that lost its symlinks) the newest intact commit is
-        taken. Raises StateError when there are commits and none is intact.
+        taken. Raises StateError when there are commits and none is intact, or when the disk cannot read them.
         """
         numbers = sorted(self._numbers(), reverse=True)
         target = self._target()
@@ -207,6 +218,11 @@ class CommitStore:
                 damaged.append(f"{number:06d}: {reason}")
                 self._set_aside(number)
                 continue
+            if known.commit.damaged:
+                log.error(
+                    "commit %06d is damaged where learning does without: %s is lost",
+                    number, ", ".join(known.commit.damaged),
+                )  # fmt: skip
             if number != target:  # CURRENT has to say so at once, since readers follow it
                 log.warning("continuing from commit %06d; what was learned after it will be learned again", number)
                 with self._writing():
@@ -271,9 +287,9 @@ class CommitStore:
         changed then.
         """
         files = dict(outcome.files)
-        if self._last and not any(_is_of_release(name) for name in files):
+        if self._last and not any(is_of_release(name) for name in files):
             files |= self._link(
-                outcome.staging, {name: file for name, file in self._last.files.items() if _is_of_release(name)}
+                outcome.staging, {name: file for name, file in self._last.files.items() if is_of_release(name)}
             )
         return self._publish(outcome.staging, files, outcome.next_offsets, outcome.task, outcome.classes, provenance)
 
@@ -334,9 +350,9 @@ class CommitStore:
     def _read(self, number: int) -> _Verified:
         folder = self._folder(number)
         try:
-            body = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            body = json.loads(_read_file(folder / MANIFEST, lambda file: file.read()) or b"")
             expected = body.pop("sha256")
-        except (OSError, ValueError, AttributeError, KeyError) as error:
+        except (ValueError, AttributeError, TypeError, KeyError) as error:
             raise _Damaged(f"{MANIFEST}: {error!r}") from error
         if _digest(body) != expected:
             raise _Damaged(f"{MANIFEST} does not have the checksum it carries")
@@ -347,17 +363,20 @@ class CommitStore:
             )
         files = {name: (size, digest) for name, (size, digest) in body["files"].items()}
         # All of them, at every start: a disk that lies about one file is noticed before anything is learned on it.
+        damaged: list[str] = []
         for name, (size, digest) in files.items():
-            try:
-                with (folder / name).open("rb") as file:
-                    found = hashlib.file_digest(file, "sha256").hexdigest()
-            except OSError as error:
-                raise _Damaged(f"{name}: {error.strerror}") from error
-            if found != digest:
-                raise _Damaged(f"{name} has sha256 {found[:12]}..., expected {digest[:12]}... and {size} bytes")
-        return _Verified(self._describe(number, body), files)
+            found = _read_file(folder / name, lambda file: hashlib.file_digest(file, "sha256").hexdigest())
+            if found == digest:
+                continue
+            if not is_dispensable(name):
+                what = "is missing" if found is None else f"has sha256 {found[:12]}..."
+                raise _Damaged(f"{name} {what}, expected {digest[:12]}... and {size} bytes")
+            damaged.append(name)
+        lost = {name for name in files if is_of_release(name)} if any(map(is_of_release, damaged)) else set()
+        intact = {name: file for name, file in files.items() if name not in {*damaged, *lost}}
+        return _Verified(self._describe(number, body | {"files": intact}, tuple(damaged)), intact)
 
-    def _describe(self, number: int, body: Mapping[str, Any]) -> Commit:
+    def _describe(self, number: int, body: Mapping[str, Any], damaged: tuple[str, ...] = ()) -> Commit:
         folder = self._folder(number)
         report = folder / REPORT
         return Commit(
@@ -369,18 +388,19 @@ class CommitStore:
             tasks=body["tasks"],
             totals=body["totals"],
             report=Report.read(report) if REPORT in body["files"] else None,
-            release=folder / RELEASE_IN_COMMIT if any(_is_of_release(name) for name in body["files"]) else None,
+            release=folder / RELEASE_IN_COMMIT if any(is_of_release(name) for name in body["files"]) else None,
             seen=tuple(body["seen"]),
+            damaged=damaged,
         )
 
     def _link(self, staging: Path, files: Files) -> Files:
-        """Put the last commit's `files` into `staging` too: hard links, or copies where the file system has none."""
+        """Put the last commit's `files` into `staging` too: copies of what learning needs, hard links of the rest."""
         assert self._last is not None
         with self._writing():
             for name in files:
                 source, target = self._last.commit.path / name, staging / name
                 target.parent.mkdir(parents=True, exist_ok=True)
-                link_or_copy(source, target)
+                (link_or_copy if is_dispensable(name) else copy)(source, target)
         return files
 
     def _point(self, number: int) -> None:
@@ -438,8 +458,22 @@ class CommitStore:
             ) from error
 
 
-def _is_of_release(name: str) -> bool:
-    return name.startswith(f"{RELEASE_IN_COMMIT}/")
+def _read_file(path: Path, read: Callable[[BufferedReader], _T]) -> _T | None:
+    """Give what `read` makes of a file; None where there is none. Raises StateError when the disk refuses for good."""
+
+    def attempt() -> _T:
+        with path.open("rb") as file:
+            return read(file)
+
+    try:
+        return patiently(attempt)
+    except MISSING:
+        return None
+    except OSError as error:
+        raise StateError(
+            f"cannot read {path}: {error.strerror or error}, tried {READ_ATTEMPTS} times. A disk that refuses is no "
+            "damaged commit, so nothing was changed; mend the disk and start again"
+        ) from error
 
 
 def _check_present(folder: Path, files: Files) -> None:

@@ -251,6 +251,7 @@ class Metrics(Instruments):
         """Show `commit` as the current one. Counters that go on after a restart catch up with its totals."""
         self._commit.set(commit.number)
         self._classes.set(len(commit.classes))
+        self._damaged.set(len(commit.damaged))
         for partition, offset in commit.offsets.items():
             self._offset.labels(partition.topic, str(partition.number)).set(offset)
         for name, counter in (

@@ -222,10 +222,13 @@ def test_memory_gpu_and_disk_blame_no_task(tmp_path, monkeypatch, error):
 def test_a_disk_that_is_full_when_the_learner_is_saved_blames_no_task(tmp_path, monkeypatch):
     bench = Bench(tmp_path)
     learner = Trainer(bench.config, None)
-    staging = bench.store.stage()
-    (staging / "learner.safetensors").symlink_to("/dev/full")
-    with pytest.raises((OSError, SafetensorError)):
-        learner.learn(bench.task(images_of("cat", count=4)), staging, lambda progress: None)
+
+    def full(tensors, path):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("agent.trainer.save_file", full)
+    with pytest.raises(SafetensorError):
+        bench.learn(learner, bench.task(images_of("cat", count=4)))
 
 
 def test_one_sample_of_a_name_never_seen_is_a_task(tmp_path):
