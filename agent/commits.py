@@ -31,7 +31,6 @@ import json
 import logging
 import os
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -60,8 +59,7 @@ from agent.layout import (
 from agent.scoring.report import Report
 from agent.values import Commit, Outcome
 from exporter.files import MISSING, READ_ATTEMPTS, copy, link_or_copy, patiently, point, sync, sync_folders
-from streams.buffer import Task
-from streams.record import Offsets, Partition, Reason
+from streams.record import Offsets, Partition
 
 log = logging.getLogger(__name__)
 
@@ -88,27 +86,9 @@ class Provenance:
     classes: tuple[str, ...]
     """Class names of the task, learned or not."""
     totals: Mapping[str, float]
-    """The counters as they are after the task, see `counted`."""
+    """The counters as they are after the task, see agent.pipeline.counted."""
     config: Mapping[str, Any]
     """The resolved configuration, secrets masked."""
-
-
-def counted(totals: Mapping[str, float], task: Task, outcome: Outcome | None) -> dict[str, float]:
-    """Add `task` to the counters that go on over restarts; `outcome` is None when it was set aside as a whole.
-
-    The counters are `records`, `samples`, `bytes`, `training_samples`, `training_steps` and `rejected_<reason>`.
-    """
-    after = Counter(totals)
-    after.update(records=task.records, samples=len(task.samples), bytes=task.bytes)
-    after.update({f"rejected_{reason}": count for reason, count in task.rejected.items()})
-    if outcome is None:
-        after.update({f"rejected_{Reason.TASK_FAILED}": len(task.samples)})
-    else:
-        after.update(f"rejected_{late.reason}" for late in outcome.rejected)
-        if outcome.update is not None:
-            update = outcome.update
-            after.update(training_samples=update.samples * update.epochs_run, training_steps=update.steps)
-    return dict(after)
 
 
 class StateError(Exception):
@@ -164,6 +144,8 @@ class CommitStore:
         self._keep = keep
         self._lock: IO[str] | None = None
         self._last: _Verified | None = None
+        self._passing = False
+        """True when the last commit did nothing but move the offsets of the one before."""
 
     def lock(self) -> None:
         """Become the only agent on this folder, creating it when needed, until `close` or the end of the process.
@@ -286,6 +268,7 @@ class CommitStore:
         before serves on. Raises StateError when the folder is not what the outcome says or the disk refuses; nothing
         changed then.
         """
+        self._passing = False
         files = dict(outcome.files)
         if self._last and not any(is_of_release(name) for name in files):
             files |= self._link(
@@ -296,11 +279,19 @@ class CommitStore:
     def carry(self, offsets: Offsets, task: int, provenance: Provenance) -> Commit:
         """Commit `offsets` with nothing newly learned: all else is the commit before, linked.
 
-        `task` is the number of the last task that is over, learned or not. Raises StateError when the disk refuses.
+        `task` is the number of the last task that is over, learned or not. Where it is that of the last commit, nothing
+        but the offsets is new; of several such commits in a row the newest is kept. Raises StateError when the disk
+        refuses.
         """
+        last = self._last
+        passing = last is not None and last.commit.tasks == task
+        # Or hours of rejected records would leave nothing but copies of one learner to go back to.
+        replaced = last.commit.number if last is not None and passing and self._passing else None
+        self._passing = passing
         staging = self.stage()
-        files = self._link(staging, self._last.files) if self._last else {}
-        return self._publish(staging, files, offsets, task, self._last.commit.classes if self._last else (), provenance)
+        files = self._link(staging, last.files) if last else {}
+        classes = last.commit.classes if last else ()
+        return self._publish(staging, files, offsets, task, classes, provenance, replaced)
 
     def _publish(
         self,
@@ -310,6 +301,7 @@ class CommitStore:
         tasks: int,
         classes: tuple[str, ...],
         provenance: Provenance,
+        replaced: int | None = None,
     ) -> Commit:
         number = self._next
         seen = dict.fromkeys([*(self._last.commit.seen if self._last else ()), *provenance.classes])
@@ -343,7 +335,7 @@ class CommitStore:
             self._point(number)
             self._last = _Verified(self._describe(number, body), files)
             # After CURRENT has moved: until then the oldest commit may be the only intact one.
-            for old in sorted(self._numbers())[: -self._keep]:
+            for old in sorted(self._numbers())[: -self._keep] if replaced is None else [replaced]:
                 self._delete(old)
         return self._last.commit
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
-from agent.commits import CommitStore, Provenance, counted
+from agent.commits import CommitStore, Provenance
 from agent.layout import has_learned
 from agent.values import Commit, Outcome, Progress
 from agent.worker import Worker, WorkerDied
@@ -47,6 +48,11 @@ at once they would keep the loop from polling and from its heartbeat, and would 
 _FLUSH_S = 0.5
 """Longest wait for the dead letters' acknowledgement, as long as an idle poll. When it is over the loop turns and asks
 again, so a larger one only makes the agent slower to hear a signal."""
+
+
+_PASS_S = 300.0
+"""Seconds after which the offsets of rejected records and marks are committed when nothing else comes: chosen by hand.
+An agent that is killed sets aside again what it rejected in this time at most; a shorter one writes more commits."""
 
 
 class AgentError(Exception):
@@ -160,6 +166,8 @@ class Pipeline:
     _settlement: _Settlement | None = field(default=None, init=False)
     _failures: list[str] = field(default_factory=list, init=False)
     """What the trainer died of since the last commit."""
+    _only_rejected_since: float | None = field(default=None, init=False)
+    """When (`monotonic`) the first record came that only a commit without a task passes; None where there is none."""
     _paused: bool = field(default=False, init=False)
     """True while the source itself does not read."""
     _draining: bool = field(default=False, init=False)
@@ -177,6 +185,7 @@ class Pipeline:
                 if self._task is None and not self._begin_task():
                     break
                 self._read()
+                self._pass_in_time()
                 if self._settlement is None:
                     self._listen()
                 if self._settlement is not None and self._set_aside(self._settlement):
@@ -186,7 +195,10 @@ class Pipeline:
         finally:
             # Also on an error: no trainer may write to the state folder when its lock is let go.
             self.worker.stop(self.rules.stop_timeout_s)
-        self._pass_rejected()
+        try:
+            self._pass_rejected()
+        except DeadLetterError as error:
+            log.warning("what was rejected since the last commit will be read again: %s", error)
         log.info("ended at commit %06d", self.commit.number if self.commit else 0)
         return self.commit
 
@@ -359,18 +371,34 @@ class Pipeline:
         self._task = self._settlement = None
         self._failures.clear()
 
+    def _pass_in_time(self) -> None:
+        """Pass what was rejected while nothing else comes, every _PASS_S: a killed agent does not come to its end."""
+        if not self._only_rejected:
+            self._only_rejected_since = None
+            return
+        now = self.monotonic()
+        if self._only_rejected_since is None:
+            self._only_rejected_since = now
+        elif now - self._only_rejected_since >= _PASS_S:
+            self._only_rejected_since = None
+            try:
+                self._pass_rejected()
+            except DeadLetterDelayed as error:
+                log.error("rejected records cannot be set aside yet, and are not passed: %s", error)
+
+    @property
+    def _only_rejected(self) -> bool:
+        """Whether only rejected records and marks were read since the last commit."""
+        offsets = self.commit.offsets if self.commit else {}
+        return not self.buffer.records and self.buffer.next_offsets != offsets
+
     def _pass_rejected(self) -> None:
-        """At the end, commit the offsets when only rejected records and marks were read since the last commit, so that
-        they are not set aside again at every start."""
-        offsets = self.buffer.next_offsets
-        if self.buffer.records or offsets == (self.commit.offsets if self.commit else {}):
+        """Commit the offsets when only rejected records and marks were read since the last commit, so that they are not
+        set aside again at the next start. Raises DeadLetterError."""
+        if not self._only_rejected:
             return
-        try:
-            self.dead_letters.flush(_FLUSH_S)
-        except DeadLetterError as error:
-            log.warning("what was rejected since the last commit will be read again: %s", error)
-            return
-        tasks = self.commit.tasks if self.commit else 0
+        self.dead_letters.flush(_FLUSH_S)
+        offsets, tasks = self.buffer.next_offsets, self.commit.tasks if self.commit else 0
         self.commit = self.commits.carry(offsets, tasks, self._provenance(None, None))
         self.source.acknowledge(self.commit.offsets)
 
@@ -394,6 +422,24 @@ class Pipeline:
         if task is not None:
             totals = counted(totals, task, outcome)
         return Provenance(self.source.fingerprint, task.classes if task else (), totals, self.config)
+
+
+def counted(totals: Mapping[str, float], task: Task, outcome: Outcome | None) -> dict[str, float]:
+    """Add `task` to the counters that go on over restarts; `outcome` is None when it was set aside as a whole.
+
+    The counters are `records`, `samples`, `bytes`, `training_samples`, `training_steps` and `rejected_<reason>`.
+    """
+    after = Counter(totals)
+    after.update(records=task.records, samples=len(task.samples), bytes=task.bytes)
+    after.update({f"rejected_{reason}": count for reason, count in task.rejected.items()})
+    if outcome is None:
+        after.update({f"rejected_{Reason.TASK_FAILED}": len(task.samples)})
+    else:
+        after.update(f"rejected_{late.reason}" for late in outcome.rejected)
+        if outcome.update is not None:
+            update = outcome.update
+            after.update(training_samples=update.samples * update.epochs_run, training_steps=update.steps)
+    return dict(after)
 
 
 def _halves(task: Task) -> tuple[Task, Task]:

@@ -115,6 +115,8 @@ class Trainer:
         the samples are the reason.
         """
         parent = _parent(staging)
+        if parent is not None:  # commits that learned nothing may have taken the place of the one read from so far
+            self._holdout.moved(parent)
         # Only up to the update: what fails after it fails for the model, the disk or the release, whatever was learned.
         with _blaming_the_task():
             started = time.perf_counter()

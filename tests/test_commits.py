@@ -163,6 +163,17 @@ def test_carrying_moves_only_the_offsets(tmp_path):
     assert reopened(store) == carried
 
 
+def test_commits_that_only_move_offsets_do_not_push_learned_ones_out(tmp_path):
+    store = store_on(tmp_path)
+    for task in (1, 2):
+        committed(store, task)
+    for offset in range(21, 30):
+        last = store.carry({LIST: offset}, 2, facts(2))
+    assert sorted(path.name for path in (tmp_path / "commits").iterdir()) == ["000001", "000002", last.path.name]
+    assert committed(store, 3).number == last.number + 1
+    assert reopened(store).tasks == 3
+
+
 def test_offsets_alone_can_be_carried_before_anything_is_learned(tmp_path):
     store = store_on(tmp_path)
     carried = store.carry({LIST: 5}, 0, facts(0))

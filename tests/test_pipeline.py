@@ -190,6 +190,43 @@ def test_rejected_records_after_the_last_task_are_passed(tmp_path):
     assert (commit.offsets, commit.tasks, learned(commit)) == ({LIST: 4}, 1, [0, 1, 2])
 
 
+def test_a_killed_agent_does_not_set_aside_again_what_it_rejected_long_before(tmp_path):
+    # given a stream of rejected records and marks, one a minute, in which the agent is killed after half an hour
+    class Killed(Exception): ...
+
+    class Minutely(ListSource):
+        minutes = 0
+
+        def poll(self, timeout_s):
+            self.minutes += 1
+            if self.minutes == 30:
+                raise Killed
+            return super().poll(timeout_s)
+
+    items = [*records("a", "b", "c"), *(rejected(n) for n in range(3, 60))]
+    items[20] = Control(LIST, 20, ControlKind.TASK_BOUNDARY)
+    source = Minutely(items, batch=1)
+    letters = MemoryDeadLetters()
+    agent = pipeline(tmp_path, source, dead_letters=letters)
+    agent.monotonic = lambda: 60.0 * source.minutes
+    with pytest.raises(Killed):
+        agent.run()
+    agent.commits.close()
+
+    # when it is started again
+    again = MemoryDeadLetters()
+    commit = pipeline(tmp_path, ListSource(items), dead_letters=again).run()
+
+    # then five minutes' worth is set aside twice at most, and the learned commit is kept beside the newest two
+    first = {letter.offset for letter in letters.waiting + letters.acknowledged}
+    twice = first & {letter.offset for letter in again.acknowledged}
+    assert len(twice) <= 6
+    assert {letter.offset for letter in letters.acknowledged + again.acknowledged} == {*range(3, 60)} - {20}
+    assert (learned(commit), commit.offsets) == ([0, 1, 2], {LIST: 60})
+    assert commit.totals["samples"] == 3
+    assert (tmp_path / "commits" / "000001").is_dir()
+
+
 def test_a_task_that_fails_once_is_tried_again_from_the_commit(tmp_path):
     # given a worker that dies in the first and in the third task
     died = WorkerDied("died", "trainer was killed by SIGKILL")
