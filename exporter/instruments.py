@@ -128,6 +128,9 @@ class Instruments:
         self._commit = make.gauge("commit_number", "Number of the current commit; 0 before the first")
         self._committed = make.measured("commit_timestamp_seconds", "When the last update was committed")
         self._commit_bytes = make.measured("commit_size_bytes", "Size of the last commit")
+        self._damaged = make.gauge(
+            "commit_damaged_files", "Damaged hold-out packs and release files of the current commit"
+        )
         self._offset = make.gauge("committed_offset", "Next offset after everything committed", "topic", "partition")
         self._releases = make.counter("releases", "Releases after an update", "result", ("published", "refused"))
         self._release_s = make.measured("release_timestamp_seconds", "When the current release was made")

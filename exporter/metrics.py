@@ -60,6 +60,9 @@ class Metrics(Instruments):
         self._thumbnails = Thumbnails()
         self._last_poll: float | None = None
         self._heartbeats: dict[str, float] = {}
+        # Beside the time of day that is shown: a clock set forward must not make a watchdog end an agent that is well.
+        # A pipeline that has given no heartbeat yet, since its parts are being opened, counts from the start.
+        self._alive = {"pipeline": time.monotonic()}
         self._skipped_before: dict[str, int] = {}
         """Totals that `skipped` was told last."""
         self._counted = {"tasks": 0.0, "training_samples": 0.0, "training_steps": 0.0}
@@ -201,6 +204,7 @@ class Metrics(Instruments):
         self._heartbeat.labels(loop).set(now)
         with self._lock:
             self._heartbeats[loop] = now
+            self._alive[loop] = time.monotonic()
 
     def readers(self, pinned: Callable[[], int | None]) -> None:
         """Ask `pinned` at every scrape which commit's release readers are held at; it gives None while they follow the
@@ -220,6 +224,7 @@ class Metrics(Instruments):
                 "now": now,
                 "started": self._started,
                 "heartbeats": dict(self._heartbeats),
+                "silent_s": {loop: time.monotonic() - last for loop, last in self._alive.items()},
                 "stream": {
                     **self._consumed,
                     "records_per_s": sum(window) / max(1.0, min(RATE_WINDOW_S, now - self._started)),
@@ -254,6 +259,7 @@ class Metrics(Instruments):
         """Show `commit` as the current one. Counters that go on after a restart catch up with its totals."""
         self._commit.set(commit.number)
         self._classes.set(len(commit.classes))
+        self._damaged.set(len(commit.damaged))
         for partition, offset in commit.offsets.items():
             self._offset.labels(partition.topic, str(partition.number)).set(offset)
         for name, counter in (

@@ -127,7 +127,8 @@ def _state(path: Path, running: str) -> Finding:
 def _told(commit: Commit | None) -> str:
     if commit is None:
         return "none yet, learning begins at the start"
-    return f"{commit.number:06d} is intact: {len(commit.classes)} classes after {commit.tasks} task(s)"
+    intact = f"intact but for {', '.join(commit.damaged)}" if commit.damaged else "intact"
+    return f"{commit.number:06d} is {intact}: {len(commit.classes)} classes after {commit.tasks} task(s)"
 
 
 def _disk(config: Config, commit: Commit | None) -> Finding:
