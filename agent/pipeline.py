@@ -21,7 +21,7 @@ from agent.layout import has_learned
 from agent.values import Commit, Outcome, Progress
 from agent.worker import Worker, WorkerDied
 from streams.buffer import Task, TaskBuffer
-from streams.record import Item, Reason, Rejected
+from streams.record import Item, Offsets, Reason, Rejected
 from streams.source import DeadLetterDelayed, DeadLetterError, DeadLetters, PositionError, Source
 from streams.spool import Sample, Spool
 
@@ -161,6 +161,7 @@ class Pipeline:
 
         Raises AgentError, StateError and StreamError, with the state folder as the last commit left it.
         """
+        self._commit_beginning()
         try:
             self.worker.start(self._learned)  # it loads its model while the first records are read
             self.metrics.state("consuming")
@@ -180,6 +181,19 @@ class Pipeline:
         self._pass_rejected()
         log.info("ended at commit %06d", self.commit.number if self.commit else 0)
         return self.commit
+
+    def _commit_beginning(self) -> None:
+        """Make it durable where a live stream is read from, before anything is taken of it. Without a commit the next
+        start would begin elsewhere: at the newest record there is then, or at the oldest that retention has left."""
+        # An archive begins at the same item at every start, so a commit would say nothing new.
+        if not self.source.live:
+            return
+        known = (self.commit.fingerprint, self.commit.offsets) if self.commit else ("", {})
+        if self.source.positions and (self.source.fingerprint, self.source.positions) != known:
+            self._carry(self.source.positions)
+            assert self.commit is not None
+            log.info("commit %06d holds where reading begins", self.commit.number)
+            self.metrics.restored(self.commit)
 
     def _must_leave(self) -> bool:
         """Begin to stop: True when what was read is to be left for the next start, and not to be learned first."""
@@ -333,6 +347,10 @@ class Pipeline:
         except DeadLetterError as error:
             log.warning("what was rejected since the last commit will be read again: %s", error)
             return
+        self._carry(offsets)
+
+    def _carry(self, offsets: Offsets) -> None:
+        """Commit `offsets` alone."""
         tasks = self.commit.tasks if self.commit else 0
         self.commit = self.commits.carry(offsets, tasks, self._provenance(None, None))
         self.source.acknowledge(self.commit.offsets)

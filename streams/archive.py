@@ -51,6 +51,7 @@ class ArchiveSource:
     """
 
     holding = ""
+    live = False
 
     def __init__(
         self,

@@ -16,6 +16,11 @@ class Source(Protocol):
         """True once nothing will ever follow (an archive's end); a topic never is."""
 
     @property
+    def live(self) -> bool:
+        """True for a stream that goes on without us: where it begins depends on the moment it is asked, and what was
+        there may be gone. Then the first commit is due before the first item is taken."""
+
+    @property
     def fingerprint(self) -> str:
         """Identity of the order of items; a commit's offsets mean something only under the same fingerprint."""
 

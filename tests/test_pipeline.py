@@ -122,6 +122,40 @@ def test_at_the_end_of_the_stream_the_rest_can_be_kept(tmp_path):
     assert commit.offsets == {LIST: 9}
 
 
+class NewestFirst(ListSource):
+    """A live stream that begins at its newest record, wherever that is when it is asked."""
+
+    def seek(self, offsets):
+        super().seek(offsets or {LIST: len(self.items)})
+
+
+def test_where_a_live_stream_begins_is_durable_before_anything_is_taken_of_it(tmp_path):
+    # given an agent that was stopped before it had read anything, and another before it had learned anything
+    source, stop = NewestFirst(records("old"), live=True), threading.Event()
+    stop.set()
+    first = pipeline(tmp_path, source, stop=stop)
+    commit = first.run()
+    assert (commit.number, commit.offsets, commit.tasks, commit.release) == (1, {LIST: 1}, 0, None)
+    assert source.acknowledged == [{LIST: 1}] and first.metrics.status()["commit"]["tasks"] == 0
+    first.commits.close()
+
+    # when more has come since
+    stop = threading.Event()
+    source = NewestFirst(records("old", "a", "b", "c"), live=True)
+    second = pipeline(tmp_path, source, OneTaskWorker(stop), stop=stop)
+
+    # then it is learned, and no commit was made that says what the one before did
+    assert learned(second.run()) == [1, 2, 3]
+    assert second.commit.number == 2
+
+
+def test_an_archive_has_no_commit_before_something_is_learned(tmp_path):
+    source = ListSource(records(*TEN))
+    agent = pipeline(tmp_path, source)
+    source.positions = {LIST: 0}
+    assert agent.run().number == 4
+
+
 def test_rejected_records_are_dead_lettered_before_the_commit_that_passes_them(tmp_path):
     # given records rejected at intake and in the trainer
     letters = MemoryDeadLetters()

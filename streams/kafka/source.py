@@ -76,6 +76,7 @@ class KafkaSource:
     """
 
     exhausted = False
+    live = True
 
     def __init__(
         self,

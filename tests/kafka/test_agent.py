@@ -9,6 +9,7 @@ import threading
 import time
 import urllib.request
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from kafka import KafkaProducer
 from kafka.admin import KafkaAdminClient
 
 from agent.config import Config
+from agent.pipeline import Pipeline
 from streams.buffer import CutRule
 from streams.dead_letter_format import original
 from streams.formats import Codec
@@ -29,6 +31,7 @@ from tests.bad_images import OddImage, all_images, encoded, picture
 from tests.fakes import InlineWorker, pipeline
 from tests.kafka.agents import Agent, current, model, wait_until
 from tests.kafka.broker import start_broker
+from tests.kafka.records import send
 
 MAX_PIXELS = MAX_BYTES = 10**6
 
@@ -112,6 +115,38 @@ def test_of_a_poisoned_stream_the_good_is_learned_and_the_bad_set_aside_with_its
             assert letter.origin.reason == reason, letter.origin.detail
         else:
             assert letter.origin.reason in (Reason.TRUNCATED, Reason.UNDECODABLE)
+
+
+def test_an_agent_that_is_stopped_before_its_first_commit_goes_on_where_it_began(
+    bootstrap: str, new_topic: Any, producer: KafkaProducer, tmp_path: Path
+) -> None:
+    # given an agent that began at the newest record, and was stopped before it had learned any
+    topic = new_topic()
+    send(producer, topic, ["old"] * 3)
+
+    def run(until: Callable[[Pipeline], Any], **rule: int) -> None:
+        codec = Codec(max_image_bytes=MAX_BYTES, max_image_pixels=MAX_PIXELS, max_label_chars=200)
+        source = KafkaSource(Connection([bootstrap]), [topic], codec, group="", start="latest")
+        agent = pipeline(
+            tmp_path, source, InlineWorker(Config(), "tests.kafka.agents:DecodingLearner"), rule=CutRule(**rule),
+            stop=threading.Event(),
+        )  # fmt: skip
+        running = threading.Thread(target=agent.run)
+        running.start()
+        try:
+            send(producer, topic, ["new"] * 6)
+            wait_until(lambda: until(agent), 30)
+        finally:
+            agent.stop.set()
+            running.join()
+            source.close()
+            agent.commits.close()
+
+    run(lambda agent: agent.buffer.records == 6, samples=100)
+    # when more came before the next start
+    run(lambda agent: agent.commit and agent.commit.tasks, samples=12)
+    # then all since the beginning is learned
+    assert [place[2] for place in json.loads(model(tmp_path))["learned"]] == list(range(3, 15))
 
 
 def play(producer: KafkaProducer, topic: str, partitions: int, count: int, pause_s: float, start: int = 0) -> None:
@@ -220,7 +255,8 @@ def test_a_stop_takes_no_ten_seconds_however_long_the_broker_is_away(tmp_path: P
             # then it does, and says nothing of a failure
             assert time.monotonic() - began < 10
             assert status == 0 and "Traceback" not in agent.log.read_text().rpartition("stopping")[2]
-            assert current(tmp_path / "state") is None
+            commit = current(tmp_path / "state")
+            assert commit and (commit.tasks, commit.offsets) == (0, {Partition("t", 0): 0})
     finally:
         broker.kill()
 
@@ -251,7 +287,8 @@ def test_an_update_of_minutes_holds_up_neither_the_stream_nor_the_metrics(
                 assert answer.status == 200
             time.sleep(0.5)
         playing.join()
-        assert current(tmp_path) is None and agent.process.poll() is None
+        commit = current(tmp_path)
+        assert commit and commit.tasks == 0 and not any(commit.offsets.values()) and agent.process.poll() is None
         wait_until(lambda: (commit := current(tmp_path)) and sum(commit.offsets.values()) >= 1100, 120)
         assert agent.stop() == 0
         assert slowest < 0.5
