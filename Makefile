@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 UV := $(BIN)/uv pip
 
-.PHONY: demo install test test-slow test-gpu lint lock system-packages clean
+.PHONY: demo install test test-slow lint lock system-packages clean
 
 demo: .venv/run.stamp
 	$(BIN)/gapstream demo
@@ -16,9 +16,6 @@ test: .venv/test.stamp system-packages
 
 test-slow: .venv/test.stamp system-packages
 	$(BIN)/pytest -m slow
-
-test-gpu: .venv/test.stamp
-	$(BIN)/pytest -m gpu
 
 lint: .venv/test.stamp
 	$(BIN)/ruff check

@@ -76,13 +76,14 @@ class Batcher:
                     one = self._waiting.get_nowait()
                 except queue.Empty:
                     break
-            else:
+            else:  # the None of `close`, which comes after everything submitted before it
                 ended = True
             if batch:
                 self._answer(batch)
 
     def _answer(self, batch: Sequence[_Submitted]) -> None:
         images = [image for one in batch for image in one.images]
+        # The largest `top` of all: each request's own is cut from its answers below.
         top = 0 if any(one.top == 0 for one in batch) else max(one.top for one in batch)
         self._observe(len(images))
         try:

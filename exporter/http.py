@@ -122,6 +122,8 @@ class _MetricsRoute:
 
 
 class _Server(ThreadingHTTPServer):
+    """Python's own server with a thread for every connection: one that is slow holds up no other."""
+
     daemon_threads = True  # a client that hangs does not keep the process from ending
     heartbeat: Callable[[str, float], None] | None = None
 
@@ -136,12 +138,15 @@ class _Server(ThreadingHTTPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
+    """Answers the requests of one connection by `routes`: path -> what makes status, content type and body."""
+
     routes: dict[str, Callable[[str], tuple[int, str, bytes]]]
     timeout = _CLIENT_S
     server_version = "gapstream"
     sys_version = ""  # which Python runs is nobody's business
 
     def do_GET(self) -> None:
+        """Answer GET and HEAD; http.server refuses every other verb with 501."""
         route = self.routes.get(self.path.partition("?")[0])
         if route is None:
             self._answer(HTTPStatus.NOT_FOUND, JSON, _json({"error": "not found", "paths": list(self.routes)}))
@@ -159,7 +164,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(code)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
-        self.send_header("Cache-Control", "no-store")
+        self.send_header("Cache-Control", "no-store")  # all of it is about now
         self.send_header("X-Content-Type-Options", "nosniff")
         # The page shows text and pictures from the stream, which anybody may have written: nothing is fetched for them.
         self.send_header("Content-Security-Policy", "default-src 'self' 'unsafe-inline' data:")
@@ -168,6 +173,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def log_message(self, format: str, *args: Any) -> None:
+        """Without this, every request would be a line on standard error."""
         log.debug(format, *args)
 
 

@@ -56,7 +56,7 @@ class Instruments:
     def __init__(self, registry: CollectorRegistry) -> None:
         """Put every metric on `registry`, with all known label values at 0, so that `rate()` and alerts work from the
         first scrape on. Raises ValueError when the registry already has them."""
-        ProcessCollector(registry=registry)
+        ProcessCollector(registry=registry)  # a registry of one's own lacks CPU, memory and open files
         # In the order of an update, which is the order of /metrics.
         make = _Maker(registry)
         self._add_process(make)
@@ -155,6 +155,7 @@ class _Maker:
         return made
 
     def gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        """A gauge; without labels it is 0 until it is set."""
         return Gauge(name, text, labels, **self._common)
 
     def measured(self, name: str, text: str, label: str = "", values: tuple[str, ...] = ()) -> Gauge:
@@ -165,22 +166,26 @@ class _Maker:
         return made
 
     def histogram(self, name: str, text: str, buckets: list[float], *labels: str) -> Histogram:
+        """A histogram with these upper bounds of its buckets; the last, infinity, is added."""
         return Histogram(name, text, labels, buckets=buckets, **self._common)
 
     def info(self, name: str, text: str) -> Info:
+        """Labels that are shown as a series of value 1; only the newest set of them exists."""
         return Info(name, text, **self._common)
 
     def states(self, name: str, text: str, states: tuple[str, ...]) -> Enum:
+        """A series for each state, of which one is 1 and the others are 0."""
         return Enum(name, text, states=states, **self._common)
 
 
 def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
+    # Asked of the packages, not the modules: this process must not import torch.
     for label, names in {
         "version": ("gapstream",),
         "torch": ("torch",),
         "open_clip": ("open_clip_torch",),
-        "onnxruntime": ("onnxruntime-gpu", "onnxruntime"),
+        "onnxruntime": ("onnxruntime-gpu", "onnxruntime"),  # two packages of one module
     }.items():
         for name in names:
             try:

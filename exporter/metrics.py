@@ -96,6 +96,7 @@ class Metrics(Instruments):
         with self._lock:
             self._consumed["records"] += 1
             self._consumed["bytes"] += size
+            # One number a second, not one time stamp a record: thousands may come in a second.
             if self._seconds and self._seconds[-1][0] == int(now):
                 self._seconds[-1][1] += 1
             else:
@@ -183,6 +184,7 @@ class Metrics(Instruments):
             self._consumed["rejected"] += 1
             number = entry["number"] = self._consumed["rejected"]
             self._last_rejected.append(entry)
+            # A record whose batch could not even be unpacked has no bytes to look at.
             if item.raw is not None and item.raw.value:
                 self._thumbnails.add(number, item.raw.value)
 
@@ -212,6 +214,7 @@ class Metrics(Instruments):
         readers = {"commit": self._served(), "pinned": self._pinned() is not None}
         with self._lock:
             window = [count for second, count in self._seconds if second > now - RATE_WINDOW_S]
+            # A copy made under the lock: a request thread writes it out later, while events go on.
             return {
                 **self._status,
                 "now": now,
@@ -259,6 +262,7 @@ class Metrics(Instruments):
             ("training_steps", self._steps),
         ):
             total = commit.tasks if name == "tasks" else commit.totals.get(name, 0)
+            # A counter must not fall, which Prometheus would take for a restart.
             counter.inc(max(0.0, total - self._counted[name]))
             self._counted[name] = max(total, self._counted[name])
         if commit.report is not None:

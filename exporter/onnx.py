@@ -111,6 +111,7 @@ class OnnxExporter:
         size = preprocess.size
         if check_images.ndim != 4 or not len(check_images) or check_images.shape[1:] != (3, size, size):
             raise ValueError(f"got check images of shape {check_images.shape}, expected [n >= 1, 3, {size}, {size}]")
+        # In the model's file too, for readers that have nothing but that.
         metadata = {
             "classes": json.dumps(module.classes, ensure_ascii=False),
             "preprocess": json.dumps(preprocess.to_dict()),
@@ -206,6 +207,7 @@ class OnnxExporter:
             if holdout:
                 accuracy = _accuracy(session, holdout)
                 accuracy_fp32 = _accuracy(Session(folder / MODEL, device=device, threads=self._threads), holdout)
+            # After the accuracy, so that release.json has it also for a variant that is left out.
             judge(parity, form.tolerance)
             if accuracy is not None and accuracy_fp32 is not None and accuracy_fp32 - accuracy > MAX_ACCURACY_DROP:
                 refused = f"accuracy on the hold-out is {accuracy:.1%}, and {accuracy_fp32:.1%} in fp32"

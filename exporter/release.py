@@ -179,6 +179,7 @@ class Release:
     @property
     def id(self) -> str:
         """Twelve hex digits that name what answers (the model in fp32 and the text part): equal content, equal id."""
+        # Without the smaller precisions and the golden answers, which follow from the model.
         names = sorted([*(name for name in self.files if name.startswith(MODEL)), *self.text_files])
         digests = [f"{name} {self.files[name][1]}" for name in names]
         return hashlib.sha256("\n".join(digests).encode()).hexdigest()[:12]
@@ -190,6 +191,7 @@ class Release:
         """
         for name in self.files if names is None else names:
             expected = self.files[name]
+            # Sizes and hashes, not times: a copy by rsync or into a container is still the same release.
             try:
                 found = digest(self.path / name)
             except OSError as error:
@@ -243,7 +245,7 @@ def read(folder: Path) -> Release:
                 "files": {name: (size, sha256) for name, (size, sha256) in values["files"].items()},
             }
         )
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # what JSON of any other shape leads to
         found = f"{type(error).__name__}: {error}"
         raise ReleaseError(f"release {folder}: {MANIFEST} is not a release of format {FORMAT} ({found})") from error
 
@@ -262,8 +264,10 @@ def current(path: Path) -> Path:
 
 
 def _current(path: Path) -> Path:
+    # Links are resolved at once: the caller reads many files, and all must be of one release.
     if (path / MANIFEST).exists():
         return path.resolve()
+    # A pinned release may be older than the current commit, so this link goes first.
     pointer = path / RELEASE
     if pointer.is_symlink() and pointer.exists():
         return pointer.resolve()

@@ -173,7 +173,7 @@ class Classifier:
         served = self._served
         names = self.check_names(extra)
         prepared = Prepared(self._pixels(image, served.release.preprocess), served.release.preprocess, names)
-        self.encode_names(names)
+        self.encode_names(names)  # after the pixels: an image that is none costs no run of the text tower
         return prepared
 
     def encode_names(self, extra: Sequence[str]) -> None:
@@ -198,16 +198,18 @@ class Classifier:
         Raises ImageError for the first unusable image, NamesError as `check_names` does, and ReleaseError for an image
         that was prepared for a release with another preprocessing, or with names where the new one scores none.
         """
-        served = self._served
+        served = self._served  # read once: `refresh` may replace it while this call runs
         extra = self.check_names(extra)
         predictions: list[Prediction] = []
         for start in range(0, len(images), self._max_batch):
             part = images[start : start + self._max_batch]
             answers = served.session.run(np.stack([self._pixels(image, served.release.preprocess) for image in part]))
             asked = [image.extra if isinstance(image, Prepared) else extra for image in part]
+            # Requests of a batch often ask for the same names, which are then looked up once.
             rows = {names: _rows(served, names) for names in {*asked} if names}
             for names, embedding, probabilities in zip(asked, answers.embedding, answers.probabilities, strict=True):
                 labels, scores = _scores(served.release, embedding, probabilities, rows.get(names))
+                # Stable: classes of equal scores stay in their order, whatever `top` is.
                 order = np.argsort(-scores, kind="stable")[: top or None]
                 predictions.append(
                     Prediction(tuple(labels[i] for i in order), tuple(scores[order].tolist()), served.release.id)
@@ -224,7 +226,7 @@ class Classifier:
             folder = releases.current(self._path)
             if folder == self._seen:
                 return False
-            self._seen = folder
+            self._seen = folder  # noted first: one that cannot be used would else be read again every second
             release = releases.read(folder)
             if release.id == self.release.id:  # a commit that kept its predecessor's release
                 return False
@@ -303,6 +305,7 @@ def _scores(
         return release.classes, probabilities
     names, rows = extra
     similarity = release.text.scale * rows @ embedding
+    # The largest is taken off first: exp() of a similarity of a hundred is more than float32 holds.
     shares = np.exp(similarity - similarity.max())
     shares = shares[len(probabilities) :] / shares.sum()
     return (*release.classes, *names), np.concatenate([probabilities * (1 - shares.sum()), shares])

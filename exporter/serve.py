@@ -129,6 +129,7 @@ class Server:
         self._why_not = "the release is being opened"
         self._stopping = threading.Event()
         self._batcher = Batcher(self._classify, max_batch, self._metrics.batch.observe)
+        # Pillow releases the interpreter's lock while it decodes and resizes, so threads use all cores.
         self._decoders = ThreadPoolExecutor(os.cpu_count(), "decoder")
         # A thread per request: those with new names wait for each other, and with fewer threads would hold up requests
         # whose names are known.
@@ -143,10 +144,10 @@ class Server:
         self._uvicorn = uvicorn.Server(
             uvicorn.Config(
                 Starlette(routes=routes),
-                log_config=None,
-                access_log=False,
+                log_config=None,  # or uvicorn would set up logging anew
+                access_log=False,  # nothing is logged per request: /metrics counts them
                 server_header=False,
-                proxy_headers=False,
+                proxy_headers=False,  # who asks is never looked at, so nobody's word is needed for it
                 lifespan="off",  # Starlette has nothing to set up; what is open here is closed in `run`
                 timeout_graceful_shutdown=DRAIN_S,
             )
@@ -266,6 +267,7 @@ class Server:
         usable = [image for image in prepared if isinstance(image, Prepared)]
         self._metrics.images.labels("ok").inc(len(usable))
         self._metrics.images.labels("rejected").inc(len(prepared) - len(usable))
+        # One image that cannot be used is an error in its place of the answer, not the end of the request.
         answers: Iterator[Prediction] = iter(())
         if usable:
             found = await asyncio.wrap_future(self._batcher.submit(usable, int(top)))

@@ -49,6 +49,7 @@ def _cuda_usable() -> bool:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
         return False
+    # A driver may be installed where no device is, as in a container that was given none.
     count = ctypes.c_int(0)
     if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or not count.value:
         return False

@@ -55,9 +55,10 @@ def clip_tokenizer(
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(_WORDS), "removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),  # the words are split above
         ]
     )
+    # Not normalized: a name that spells such a token out has that token, as in open_clip.
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in (start, end)])
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{start} $A {end}", special_tokens=[(token, vocabulary[token]) for token in (start, end)]
@@ -164,7 +165,7 @@ class NameEmbeddings:
                 new = dict(zip(missing, encode([asked[text] for text in missing]), strict=True)) if missing else {}
             with self._lock:
                 self._kept.update(new)
-                while len(self._kept) > KEPT_NAMES:
+                while len(self._kept) > KEPT_NAMES:  # from the one that was used longest ago
                     self._kept.popitem(last=False)
             found |= new
         return list(asked.values()), np.concatenate([self._rows, *(found[text][None] for text in asked)])
@@ -207,6 +208,8 @@ def name_encoder(folder: Path, prompt: str, clean: str, device: Device, threads:
 
     def encode(names: Sequence[str]) -> NDArray[np.float32]:
         found = [tokenizer.encode(CLEANUPS[clean](prompt.format(name))).ids for name in names]
+        # The zeros after the end of a shorter text change nothing: a causal tower answers at its end token, which does
+        # not see what comes later, and for any other tower the tokenizer has filled up every text by itself.
         ids = np.zeros((len(found), max(map(len, found))), np.int64)
         for row, one in zip(ids, found, strict=True):
             row[: len(one)] = one

@@ -101,6 +101,7 @@ class TaskBuffer:
         if item.offset < self._next_offsets.get(item.partition, 0):
             return
         self._quiet_since = None
+        # Before its offset counts: a record that begins the next task must not be among what this one has passed.
         if isinstance(item, Record):
             self._add_sample(item)
         self._next_offsets[item.partition] = item.offset + 1
@@ -149,6 +150,7 @@ class TaskBuffer:
         self._rejected: Counter[str] = Counter()
 
     def _add_sample(self, record: Record) -> None:
+        # One class for all spellings: `Cat` and `cat` as two would compete for the same images.
         label = self._spelling.setdefault(record.label.casefold(), record.label)
         if label != record.label:
             record = replace(record, label=label)
@@ -165,6 +167,7 @@ class TaskBuffer:
         self._samples_held += 1
 
     def _end_task(self, reason: str) -> None:
+        # The trainer is another process: it must find every byte. And a segment of this task alone goes when it does.
         self._spool.end_segment()
         task = Task(
             number=self._number,
@@ -178,5 +181,6 @@ class TaskBuffer:
         )
         self._cut_tasks.append(task)
         self._number += 1
+        # Also if nothing of it will be learned: read again, the stream must be cut at the same places.
         self._known |= self._classes.keys()
         self._begin()

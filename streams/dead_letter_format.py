@@ -24,11 +24,11 @@ CONNECT_MESSAGE = "__connect.errors.exception.message"
 
 # Ours: why, and what `original` needs to give the message back as it was.
 REASON = "gapstream.errors.reason"
-OWN_HEADERS = "gapstream.errors.headers"
-NULL_HEADERS = "gapstream.errors.null-headers"
-NULL_KEY = "gapstream.errors.null-key"
-DROPPED = "gapstream.errors.dropped"
-VALUE_BYTES = "gapstream.errors.value-bytes"
+OWN_HEADERS = "gapstream.errors.headers"  # how many of the first headers are the record's own
+NULL_HEADERS = "gapstream.errors.null-headers"  # which of them had no value
+NULL_KEY = "gapstream.errors.null-key"  # the key was made up, as there was neither key nor value
+DROPPED = "gapstream.errors.dropped"  # what was too large to be kept
+VALUE_BYTES = "gapstream.errors.value-bytes"  # of a value that was dropped, like the next
 VALUE_SHA256 = "gapstream.errors.value-sha256"
 
 _DETAIL_BYTES = 4096

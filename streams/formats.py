@@ -52,6 +52,7 @@ _CE_VERSION = "1.0"
 """What CloudEvents of version 1.0 and its corrections say; another version may mean anything, so it is rejected."""
 
 _SHA256 = re.compile(r"[0-9a-fA-F]{64}")
+"""A digest as producers write it, in either case."""
 
 _ENVELOPE_EXTRA = 2**16
 """Bytes that an envelope may have beside its image in base64: label, URL, fields of others. Chosen by hand; it bounds

@@ -64,12 +64,13 @@ class Merge(Generic[Entry]):
             only.clear()
             return entries
         taken: list[Entry] = []
+        # A Partition is a tuple, so equal times go by topic and number: the order never depends on what came first.
         heads = [(queue[0][0], partition) for partition, queue in self._waiting.items() if queue]
         heapq.heapify(heads)
         certain = float("inf") if uncertain else self._certain_ms()
         while heads:
             timestamp, first = heads[0]
-            if timestamp >= certain:
+            if timestamp >= certain:  # also when equal: a partition that goes before may still bring one of this time
                 break
             queue = self._waiting[first]
             taken.append(queue.popleft()[1])

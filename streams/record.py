@@ -122,6 +122,7 @@ class Control:
 
 
 Item = Record | Rejected | Control
+"""What a source hands out."""
 
 
 class Unusable(Exception):

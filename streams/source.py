@@ -81,24 +81,30 @@ class StreamError(Exception):
     """The stream cannot go on. Subclasses and messages say what was got, what was expected, what happens next.
 
     StreamError
-    ├── ArchiveError        unreadable, empty or unsafe archive
-    ├── PositionError       a commit's offsets do not fit this stream (another archive, order, topic, retention)
-    ├── SpoolError          samples cannot be kept on disk (full, read-only)
-    └── DeadLetterError     a rejected record could not be set aside
-        └── DeadLetterDelayed       not yet: what holds it up may pass, and `flush` may be called again
+    ├── ArchiveError
+    ├── PositionError       (another archive, order or topic; retention)
+    ├── SpoolError          (the disk is full or read-only)
+    ├── TopicMissing        (streams.kafka.exchange)
+    └── DeadLetterError
+        └── DeadLetterDelayed
     """
 
 
-class ArchiveError(StreamError): ...
+class ArchiveError(StreamError):
+    """The archive is unreadable, empty or unsafe, or its class order does not fit."""
 
 
-class PositionError(StreamError): ...
+class PositionError(StreamError):
+    """A commit's offsets do not fit this stream; reading on from anywhere else is for somebody to decide."""
 
 
-class SpoolError(StreamError): ...
+class SpoolError(StreamError):
+    """The disk does not take samples, or does not give them back."""
 
 
-class DeadLetterError(StreamError): ...
+class DeadLetterError(StreamError):
+    """A rejected record could not be set aside; the commit that passes it must not happen."""
 
 
-class DeadLetterDelayed(DeadLetterError): ...
+class DeadLetterDelayed(DeadLetterError):
+    """What holds the dead letters up may pass: `flush` may be called again."""

@@ -52,7 +52,7 @@ class Spool:
         self._bytes = 0
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            for left in folder.glob("*.segment"):
+            for left in folder.glob("*.segment"):  # no others: the folder may be somebody's own
                 left.unlink()
         except OSError as error:
             raise self._error(error) from error
@@ -72,6 +72,7 @@ class Spool:
 
         The bytes are on disk for other processes after `end_segment`. Raises SpoolError when the disk takes no more.
         """
+        # On disk and not in memory, as a task may take an hour and its messages may have large headers.
         around = _NOTHING if record.raw is None else _pack(record.raw, record.image)
         try:
             segment = self._open
@@ -91,6 +92,7 @@ class Spool:
 
     def end_segment(self) -> None:
         """Hand everything appended to the operating system; the next sample begins a new segment."""
+        # Closed and not fsynced: after a crash of the machine nothing here is used, and the stream is read again.
         segment, self._open = self._open, None
         if segment is not None:
             try:
@@ -122,6 +124,7 @@ class Spool:
         self.end_segment()
         self._number += 1  # never used twice: a name stands for the same bytes as long as somebody knows it
         path = self._folder / f"{self._number:08d}.segment"
+        # A write for every MiB instead of the usual 8 KiB: images of 20 kB would be a call each.
         self._open = self._segments[path] = _Segment(path, path.open("wb", buffering=2**20))
         return self._open
 

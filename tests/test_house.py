@@ -115,7 +115,7 @@ def test_no_module_has_more_than_500_lines():
 
 
 def test_no_function_has_more_than_80_lines():
-    straight = {"agent/run.py run_agent", "exporter/metrics.py __init__", "agent/methods/seca.py update"}
+    straight = {"agent/run.py run_agent", "agent/methods/seca.py update"}
     for path, tree in TREES.items():
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):

@@ -75,6 +75,7 @@ Finished runs are kept in DIR/runs and not run again while all their settings st
 
 
 def _numbers(text: str) -> tuple[int, ...]:
+    """Read numbers with commas between them; what is none becomes argparse's error through ValueError."""
     return tuple(int(part) for part in text.split(","))
 
 

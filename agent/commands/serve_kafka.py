@@ -34,16 +34,30 @@ from streams.source import StreamError
 log = logging.getLogger(__name__)
 
 STALLED_S = 300
-"""The thread that answers is not alive when it was silent for so long."""
+"""/livez fails when the thread that answers was silent for this number of seconds. It says something after every batch,
+and the slowest fetches images, each in three attempts of at most 30 s, and then waits for a commit; with less, an image
+store in trouble would restart the process, which does not help it. 300 s is also when Kafka itself gives up a consumer
+that does not poll (max.poll.interval.ms of the client)."""
 _POLL_S = 0.5
+"""Seconds of one look for messages, or for the first release; a stop is noticed that much later."""
 _BATCH_S = 30
+"""After this number of seconds of answering, what is answered is committed and the rest is taken again. A consumer must
+poll once in 300 s or loses its partitions, and a slow model would not get through `max_records` images by then."""
 _STOP_S = 8
+"""Seconds that the thread gets to end once HTTP has ended. A commit that the brokers do not answer takes longer and is
+left behind: `docker stop` kills after 10 s, and what is not committed is taken again."""
 _WAIT_S = (0.5, 30)
+"""Seconds between attempts, the first and the longest: they double, so that brokers in trouble are asked less and less.
+Chosen by hand; a larger longest wait delays the first answers after the brokers are back by as much."""
 _FETCHES = 8
+"""Images fetched at once, as many as the learner's source fetches; chosen by hand. More ask more of the image store,
+and all of them are in memory, each up to source.max_image_bytes."""
 _OVERHEAD = 256
+"""Bytes left free in a message for what `message_size` does not count: lengths, the time, and the head of the batch it
+is sent in, which take about a hundred. A prediction that does not fit is answered by an error that does."""
 
 Unusable = tuple[str, str]
-"""Reason and detail."""
+"""The reason why a message has no prediction (streams.record.Reason), and the detail."""
 
 
 @contextlib.contextmanager
@@ -79,7 +93,11 @@ def beside(config: Config, server: Server) -> Iterator[None]:
 
 
 class Responder:
-    """Takes messages, classifies their images and gives the answers back, in a thread of its own."""
+    """Takes messages, classifies their images and gives the answers back, in a thread of its own.
+
+    It is what `Server.watch` asks about its health. A failure of whatever kind is logged and tried again: the messages
+    come back, since nothing of their transaction was committed.
+    """
 
     def __init__(
         self,
@@ -93,8 +111,9 @@ class Responder:
         headers: Sequence[str] = (),
         max_batch: int = 64,
     ) -> None:
-        """`classifier` None: nothing is taken yet. `fetch`: gets the image of a message that only points at one. `top`:
-        classes in a prediction, 0 for all. `headers`: names of those that are carried on."""
+        """`classifier` gives what answers; while it gives None nothing is taken. `stopping` says when to end. `fetch`
+        gets the image of a message that only points at one. A prediction lists `top` classes (0: all) and carries the
+        message's headers of the names in `headers`. `max_batch` images go through the model at once."""
         self._exchange = exchange
         self._classifier = classifier
         self._metrics = metrics
@@ -104,12 +123,13 @@ class Responder:
         self._headers = frozenset(headers)
         self._max_batch = max_batch
         self._failure = ""
-        self._beat = time.monotonic()
+        self._beat = time.monotonic()  # written by the thread, read by /livez; a float is one assignment
         self._shown: set[Partition] = set()
         self._decoders = ThreadPoolExecutor(os.cpu_count(), "kafka-decoder")
         self._thread = threading.Thread(target=self._run, name="kafka-responder", daemon=True)
 
     def start(self) -> None:
+        """Begin to answer."""
         self._thread.start()
 
     def join(self) -> None:
@@ -119,10 +139,12 @@ class Responder:
             log.warning("Kafka did not answer within %d s and is left behind; nothing is lost", _STOP_S)
 
     def why_not_alive(self) -> list[str]:
+        """Reasons why the process should be started anew; empty when all is well."""
         silent = time.monotonic() - self._beat
         return [f"the Kafka thread was last seen {silent:.0f} s ago"] if silent > STALLED_S else []
 
     def why_not_ready(self) -> list[str]:
+        """Reasons why nothing is answered at present; empty when all is well."""
         if self._failure:
             return [self._failure]
         return [] if self._exchange.joined else ["the consumer group has not been joined yet"]
@@ -140,7 +162,7 @@ class Responder:
                     failures = 0
                 self._failure = ""
                 self._show_lag()
-            except Exception as error:
+            except Exception as error:  # the thread must outlive whatever happens: nobody would start it again
                 failures += 1
                 wait = min(_WAIT_S[0] * 2 ** (failures - 1), _WAIT_S[1])
                 self._failure = f"{error}; tried again in {wait:.1f} s"
@@ -150,12 +172,13 @@ class Responder:
         self._decoders.shutdown()
 
     def _sleep(self, seconds: float) -> None:
+        """Wait, but not for a stop."""
         until = time.monotonic() + seconds
         while time.monotonic() < until and not self._stopping():
             time.sleep(min(0.2, seconds))
 
     def _answer(self, arrivals: Sequence[Arrival], classifier: Classifier) -> None:
-        """All of them in one transaction, or the first, where it takes long or the end has come."""
+        """Answer all of them in one transaction, or only the first where it takes long or the end has come."""
         began = time.monotonic()
         answers: list[Prediction | Unusable | None] = []
         while len(answers) < len(arrivals) and not (self._stopping() or time.monotonic() - began > _BATCH_S):
@@ -172,7 +195,7 @@ class Responder:
                 rejected[reason] += 1
         try:
             self._exchange.commit(done, replies)
-        except StreamError:
+        except StreamError:  # only transactions count it; messages count when they are committed
             self._metrics.transactions.labels("aborted").inc()
             raise
         self._metrics.transactions.labels("committed").inc()
@@ -184,7 +207,7 @@ class Responder:
             self._metrics.rejected.labels(reason).inc(count)
 
     def _classified(self, arrivals: Sequence[Arrival], classifier: Classifier) -> list[Prediction | Unusable | None]:
-        """What is to be said to each; None for marks, to which nothing is."""
+        """Find what is to be said to each message; None for marks, which are passed without an answer."""
         waiting = [
             in_background(partial(self._fetch, arrival.item), "image-fetch")
             if isinstance(arrival.item, Claim)
@@ -203,7 +226,7 @@ class Responder:
             return [next(predictions) if isinstance(image, Prepared) else image for image in found]
 
     def _part(self, arrivals: Sequence[Arrival]) -> Sequence[Arrival]:
-        """The first, to be answered together: a batch of images, or fewer where some are still to be fetched."""
+        """Choose the first, to be answered together: a batch of images, or fewer where _FETCHES have to be fetched."""
         fetches = 0
         for number, arrival in enumerate(arrivals[: self._max_batch], 1):
             fetches += isinstance(arrival.item, Claim)
@@ -212,7 +235,11 @@ class Responder:
         return arrivals[: self._max_batch]
 
     def _reply(self, arrival: Arrival, answer: Prediction | Unusable) -> tuple[Reply, str]:
-        """The message, and the reason why it has no prediction (empty when it has)."""
+        """Write the reply to a message; gives it with the reason why it has no prediction (empty when it has one).
+
+        What is too long for the output topic becomes an error, at last without key and headers: one reply that cannot
+        be sent would hold up the partition for ever.
+        """
         most = self._exchange.max_reply_bytes - _OVERHEAD
         topic, partition = arrival.item.partition
         place = {"topic": topic, "partition": partition, "offset": arrival.item.offset}
@@ -236,6 +263,7 @@ class Responder:
         return reply, reason
 
     def _show_lag(self) -> None:
+        """Set the lag of the partitions held now; those that went to another process are its to show."""
         lag = self._exchange.lag()
         for where in self._shown - lag.keys():
             self._metrics.lag.remove(*where)
@@ -245,6 +273,7 @@ class Responder:
 
 
 def _prepared(item: Record | Rejected | Control, classifier: Classifier) -> Prepared | Unusable | None:
+    """Decode an image for the model, or say why it cannot be; None for a mark."""
     if isinstance(item, Record):
         try:
             return classifier.prepare(item.image)
@@ -254,5 +283,6 @@ def _prepared(item: Record | Rejected | Control, classifier: Classifier) -> Prep
 
 
 def _message(key: bytes | None, headers: list[tuple[str, bytes]], body: dict[str, Any]) -> Reply:
+    # Text out of a message may hold half a surrogate pair, which JSON can spell and UTF-8 cannot.
     value = json.dumps(body, ensure_ascii=False).encode("utf-8", "backslashreplace")
     return Reply(key, value, [*headers, (CONTENT_TYPE, JSON.encode())])

@@ -303,8 +303,8 @@ class Serve(Section):
     max_request_bytes: int = Field(32 * 2**20, ge=1)
     """A request with more bytes than this is refused (413)."""
     max_names: int = Field(64, ge=0)
-    """A request that asks for more names never learned than this is refused (400); each may have
-    `source.max_label_chars` characters."""
+    """A request that asks for more names never learned than this is refused (400); each may have at
+    most `source.max_label_chars` characters."""
     max_requests: int = Field(32, ge=1)
     """At most this number of requests is worked on at once; one more is told to come again (503)."""
     kafka: ServeKafka = ServeKafka()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,10 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from agent.model.clip import Clip
-from agent.values import Progress, Update
-
-OnProgress = Callable[[Progress], None]
-"""Is told how far an update is, at least once a step."""
+from agent.values import OnProgress, Update
 
 
 class Tokens(Protocol):

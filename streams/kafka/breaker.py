@@ -1,5 +1,7 @@
-"""A breaker of reading: it opens when nearly everything is rejected, lest a wrong setting empty a topic into its dead
-letters."""
+"""A breaker of reading, which opens when nearly everything is rejected.
+
+Without it a wrong setting would empty a whole topic into its dead letters.
+"""
 
 from __future__ import annotations
 
@@ -25,12 +27,14 @@ class Breaker:
         self._seen.append((records, rejected))
         self._records += records
         self._rejected += rejected
+        # Whole calls leave the window, not single records: it is a little longer than asked for.
         while self._records - self._seen[0][0] >= self.window:
             old_records, old_rejected = self._seen.popleft()
             self._records -= old_records
             self._rejected -= old_rejected
         if self._records < self.window or self._rejected <= self.share * self._records:
             return False
+        # Otherwise it would open again with the next record, after a pause that may have mended everything.
         self._seen.clear()
         self._records = self._rejected = 0
         return True

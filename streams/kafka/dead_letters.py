@@ -103,6 +103,7 @@ class KafkaDeadLetters:
             )
         size = _memory_bytes(rejected)
         self._waiting_bytes += size
+        # Always by way of the queue, so that letters keep their order.
         self._unsent.append((rejected, size))
         if time.monotonic() >= self._retry_at:
             self._send_all(time.monotonic() + _PUT_S)
@@ -194,6 +195,7 @@ class KafkaDeadLetters:
         """A producer, made in a thread of its own where there is none; None when it is not there by `deadline`."""
         if self._producer is not None:
             return self._producer
+        # In the background, as kafka-python blocks until it has found a broker.
         if self._connecting is None:
             self._connecting = in_background(self._new_producer, "dead-letters")
         try:
@@ -228,6 +230,7 @@ class KafkaDeadLetters:
                 )
             for name in missing:
                 log.info("creating dead-letter topic %s", name)
+                # `delete`, as compaction would keep only the newest letter of a key; one partition, like Kafka Connect.
                 with contextlib.suppress(TopicAlreadyExistsError):  # somebody was faster
                     admin.create_topics({name: {"num_partitions": 1, "configs": {"cleanup.policy": "delete"}}})
             if missing:

@@ -31,7 +31,7 @@ acknowledged by itself."""
 
 @dataclass
 class Played:
-    """What has been acknowledged so far, and what was left out."""
+    """What has been acknowledged until now, and what was left out."""
 
     records: int = 0
     bytes: int = 0
@@ -112,7 +112,7 @@ def play(
             if isinstance(item, Rejected):
                 played.skipped[item.reason] += 1
                 continue
-            last_ms = max(last_ms, int(now * 1000))
+            last_ms = max(last_ms, int(now * 1000))  # clocks are set back at times; the joint order must not be
             slots.acquire()
             if isinstance(item, Record):
                 value, headers = encode_image(item.label, item.image)
@@ -125,6 +125,7 @@ def play(
                     stop.wait(ahead)
             else:
                 _, marks = encode_control(item.kind)
+                # Alone with its time: later than all records before it and earlier than all after it.
                 future = producer.send(topic, None, b"mark", marks, timestamp_ms=last_ms + 1)
                 future.add_callback(acknowledged, boundary=True)
                 last_ms += 2
@@ -137,7 +138,7 @@ def play(
             f"playing into {topic} on {connection} stopped after {played.records} acknowledged records: {error}"
         ) from error
     finally:
-        producer.close()
+        producer.close()  # waits for what was sent, so that `played` is final
     on_progress(played)
     return played
 

@@ -58,7 +58,7 @@ class Topics:
 
         A topic that was deleted and created again raises PositionError, or begins anew where `on_lost` is skip.
         """
-        kind, *topics = fingerprint.split(" ")
+        kind, *topics = fingerprint.split(" ")  # an archive's fingerprint is one word
         if kind != "kafka":
             return False
         known = dict(topic.rsplit("=", 1) for topic in topics)
@@ -115,6 +115,7 @@ class Topics:
     def within_log(self, client: Client, offsets: Offsets) -> dict[Partition, int]:
         """The offsets, those that are no longer in the log moved to where it begins or ends. Raises PositionError."""
         begins, ends = client.beginnings(offsets), client.ends(offsets)
+        # Beyond the end is as bad as before the beginning: what follows there will be other records.
         placed = {
             partition: min(max(offset, begins[partition]), ends[partition]) for partition, offset in offsets.items()
         }
@@ -150,8 +151,9 @@ class Topics:
         if self._start == "latest":
             return client.ends(partitions)
         if self._start == "group":
-            of_group = client.committed(partitions)
+            of_group = client.committed(partitions)  # perhaps years old, so it may be gone from the log as well
             return self.within_log(client, of_group) | client.beginnings(set(partitions) - of_group.keys())
+        # A time without a zone is UTC, not this machine's: another machine must begin at the same place.
         moment = datetime.fromisoformat(self._start)
         return client.at_time(partitions, moment if moment.tzinfo else moment.replace(tzinfo=UTC))
 
