@@ -39,9 +39,9 @@ _DEAD_LETTERS_A_PASS = 200
 """Dead letters of a task that go out between two polls: chosen by hand. A task set aside may have many thousands; all
 at once they would keep the loop from polling and from its heartbeat, and would be in memory together."""
 
-_FLUSH_S = 0.5
-"""Longest wait for the dead letters' acknowledgement, as long as an idle poll. When it is over the loop turns and asks
-again, so a larger one only makes the agent slower to hear a signal."""
+_SETTLE_S = 0.5
+"""Longest wait for the dead letters' acknowledgement, and for the source to vouch; as long as an idle poll. When it is
+over the loop turns and asks again, so a larger one only makes the agent slower to hear a signal."""
 
 
 class AgentError(Exception):
@@ -305,8 +305,8 @@ class Pipeline:
         return self._settle_given_up(task, str(died))
 
     def _set_aside(self, settlement: _Settlement) -> bool:
-        """Send the dead letters, a few in each pass; True once all are acknowledged. A delay holds up only the commit:
-        reading goes on."""
+        """Send the dead letters, a few in each pass; True once all are acknowledged and the source vouches for the
+        offsets. A delay holds up only the commit: reading goes on. Raises PositionError."""
         sent = list(islice(settlement.dead_letters, _DEAD_LETTERS_A_PASS))
         for rejected in sent:
             self.dead_letters.put(rejected)
@@ -315,14 +315,14 @@ class Pipeline:
         if sent:  # even if these were all: the flush, which may wait, is for a pass of its own
             return False
         try:
-            self.dead_letters.flush(_FLUSH_S)
+            self.dead_letters.flush(_SETTLE_S)
         except DeadLetterDelayed as error:
             if not settlement.delayed:
                 log.error("rejected records cannot be set aside; nothing is committed until they can: %s", error)
                 self.metrics.dead_lettered(False)
             settlement.delayed = True
             return False
-        return True
+        return self.source.vouches(_SETTLE_S)
 
     def _conclude(self, settlement: _Settlement) -> None:
         """Commit the settled task. The commit comes first, and is the truth; whoever is told later may miss it."""
@@ -343,9 +343,12 @@ class Pipeline:
         if self.buffer.records or offsets == (self.commit.offsets if self.commit else {}):
             return
         try:
-            self.dead_letters.flush(_FLUSH_S)
+            self.dead_letters.flush(_SETTLE_S)
         except DeadLetterError as error:
             log.warning("what was rejected since the last commit will be read again: %s", error)
+            return
+        if not self.source.vouches(_SETTLE_S):
+            log.warning("what was rejected since the last commit will be read again: the stream cannot be asked")
             return
         self._carry(offsets)
 

@@ -40,6 +40,15 @@ class Source(Protocol):
     def throttle(self, full: bool) -> None:
         """While `full` nothing new is fetched; polling goes on."""
 
+    def vouches(self, timeout_s: float) -> bool:
+        """Whether the offsets of all that was handed out still mean what they meant when it was read.
+
+        It is asked before every commit. False when that could not be found out within `timeout_s` seconds, and the
+        commit has to wait.
+
+        Raises PositionError when they mean something else, so that nothing of it may be committed.
+        """
+
     def acknowledge(self, offsets: Offsets) -> None:
         """Tell the outside (lag tools) what is committed. It is never read back; a failure is logged, not fatal."""
 

@@ -191,6 +191,9 @@ class ListSource:
     def throttle(self, full: bool) -> None:
         self.throttled = full
 
+    def vouches(self, timeout_s: float) -> bool:
+        return True
+
     def acknowledge(self, offsets: Offsets) -> None:
         self.acknowledged.append(dict(offsets))
 

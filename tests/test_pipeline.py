@@ -156,6 +156,26 @@ def test_an_archive_has_no_commit_before_something_is_learned(tmp_path):
     assert agent.run().number == 4
 
 
+def test_nothing_is_committed_before_the_source_vouches_for_it(tmp_path):
+    # given a source that is asked twice before it knows, and then says that it is another stream
+    answers = [False, True, False, PositionError("created again")]
+
+    class Another(ListSource):
+        def vouches(self, timeout_s):
+            answer = answers.pop(0)
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+    # when
+    agent = pipeline(tmp_path, Another(records(*TEN)))
+    with pytest.raises(PositionError, match="created again"):
+        agent.run()
+
+    # then
+    assert learned(agent.commits.current()) == [0, 1, 2] and answers == []
+
+
 def test_rejected_records_are_dead_lettered_before_the_commit_that_passes_them(tmp_path):
     # given records rejected at intake and in the trainer
     letters = MemoryDeadLetters()

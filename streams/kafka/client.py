@@ -27,6 +27,15 @@ _LAST_COMMIT_MS = 1500
 """Time that the copy of the last commit may take at the end; only lag tools miss it."""
 
 
+def describe_topics(connection: Connection, topics: Iterable[str]) -> list[dict[str, Any]]:
+    """What the cluster says of topics, asked over a connection of its own: see Client.describe."""
+    admin = KafkaAdminClient(**connection.settings(), request_timeout_ms=REQUEST_MS)
+    try:
+        return admin.describe_topics(list(topics))
+    finally:
+        admin.close()
+
+
 class Client:
     """One connection to a cluster: a consumer with partitions assigned by hand, and an admin client.
 

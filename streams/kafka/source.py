@@ -13,7 +13,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from itertools import islice
 from typing import Literal
 
@@ -116,6 +116,8 @@ class KafkaSource:
         # What decoding finds is counted apart: the same records would count twice, and as good the first time.
         self._late_breaker = Breaker(self._breaker.share, self._breaker.window, self._breaker.pause_s)
         self._late_breaker_opened = False
+        self._vouching: Future[bool] | None = None
+        self._unvouched = False
         self._merge: Merge[tuple[Item | Claim, int]] = Merge(merge_wait_s)
         self._positions: dict[Partition, int] = {}
         self._ends: dict[Partition, int] = {}
@@ -180,6 +182,29 @@ class KafkaSource:
     def throttle(self, full: bool) -> None:
         """While `full` nothing is handed out, and nothing fetched beyond `fetch_bytes`."""
         self._handover.throttle(full)
+
+    def vouches(self, timeout_s: float) -> bool:
+        """Whether the cluster still has the topics that were read, asked anew; False when it gave no answer in time.
+
+        A topic created again would be read on as if it were the one before, up to `discover_s` seconds. Raises
+        PositionError for it, and for a topic that stays away.
+        """
+        # In a thread of its own: the reader's may be waiting for room that only this commit can make.
+        if self._vouching is None:
+            self._vouching = in_background(self._topics.vouch, "kafka-vouch")
+        if not wait([self._vouching], timeout_s).done:
+            return False
+        answer, self._vouching = self._vouching, None
+        try:
+            vouched = answer.result()
+        except StreamError:
+            raise
+        except Exception as error:
+            if not self._unvouched:
+                log.warning("nothing is committed until %s answers again: %s", self._connection, describe_error(error))
+            vouched = False
+        self._unvouched = not vouched
+        return vouched
 
     def acknowledge(self, offsets: Offsets) -> None:
         """Copy a commit's offsets to the group, soon; only the newest ones count."""

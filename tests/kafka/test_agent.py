@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import random
 import threading
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 from kafka import KafkaProducer
 from kafka.admin import KafkaAdminClient
+from kafka.errors import TopicAlreadyExistsError
 
 from agent.config import Config
 from agent.pipeline import Pipeline
@@ -27,6 +29,7 @@ from streams.kafka.dead_letters import KafkaDeadLetters
 from streams.kafka.replay import dead_letters
 from streams.kafka.source import KafkaSource
 from streams.record import Partition, Reason
+from streams.source import PositionError
 from tests.bad_images import OddImage, all_images, encoded, picture
 from tests.fakes import InlineWorker, pipeline
 from tests.kafka.agents import Agent, current, model, wait_until
@@ -147,6 +150,61 @@ def test_an_agent_that_is_stopped_before_its_first_commit_goes_on_where_it_began
     run(lambda agent: agent.commit and agent.commit.tasks, samples=12)
     # then all since the beginning is learned
     assert [place[2] for place in json.loads(model(tmp_path))["learned"]] == list(range(3, 15))
+
+
+def test_of_a_topic_created_again_nothing_is_learned_twice(
+    bootstrap: str, new_topic: Any, producer: KafkaProducer, admin: KafkaAdminClient, tmp_path: Path
+) -> None:
+    # given an agent that looks at the topic's identity once an hour, and has learned ten records
+    topic = new_topic()
+    send(producer, topic, ["old"] * 10)
+    agents: list[Pipeline] = []
+
+    def start() -> threading.Thread:
+        codec = Codec(max_image_bytes=MAX_BYTES, max_image_pixels=MAX_PIXELS, max_label_chars=200)
+        source = KafkaSource(Connection([bootstrap]), [topic], codec, group="", on_lost="skip", discover_s=3600)
+        worker = InlineWorker(Config(), "tests.kafka.agents:DecodingLearner")
+        agents.append(pipeline(tmp_path, source, worker, rule=CutRule(samples=10)))
+
+        def run() -> None:
+            with contextlib.suppress(PositionError):
+                agents[-1].run()
+            source.close()
+            agents[-1].commits.close()
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        return thread
+
+    def learned() -> list[int]:
+        return [place[2] for place in json.loads(model(tmp_path) or '{"learned": []}')["learned"]]
+
+    before = start()
+    try:
+        wait_until(lambda: len(learned()) == 10, 30)
+        # when the topic is deleted and created again, and soon has more records than before
+        admin.delete_topics([topic])
+        create_again(new_topic, topic)
+        send(producer, topic, ["new"] * 50)
+        # then the agent stops without a commit of what it read of it
+        before.join(30)
+        assert not before.is_alive() and learned() == list(range(10))
+        # and the next start learns all of it, once
+        before = start()
+        wait_until(lambda: len(learned()) >= 60, 30)
+        assert learned() == [*range(10), *range(50)]
+    finally:
+        agents[-1].stop.set()
+        before.join()
+
+
+def create_again(new_topic: Any, topic: str) -> None:
+    while True:  # the broker takes a moment to delete it
+        try:
+            new_topic(name=topic)
+            return
+        except TopicAlreadyExistsError:
+            time.sleep(0.05)
 
 
 def play(producer: KafkaProducer, topic: str, partitions: int, count: int, pause_s: float, start: int = 0) -> None:
