@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -252,7 +252,8 @@ class Pipeline:
         """Settle a task that was learned."""
 
         def commit() -> Commit:
-            made = self.commits.commit(outcome, self._provenance(task, outcome))
+            learned = replace(outcome, next_offsets=self.source.past_marks(outcome.next_offsets))
+            made = self.commits.commit(learned, self._provenance(task, outcome))
             self.metrics.committed(made, outcome)
             return made
 
@@ -268,7 +269,8 @@ class Pipeline:
         """Settle a task that was given up: all of it is set aside, and only its offsets are committed."""
 
         def commit() -> Commit:
-            made = self.commits.carry(task.next_offsets, task.number, self._provenance(task, None))
+            offsets = self.source.past_marks(task.next_offsets)
+            made = self.commits.carry(offsets, task.number, self._provenance(task, None))
             self.metrics.restored(made)
             return made
 
@@ -339,7 +341,7 @@ class Pipeline:
     def _pass_rejected(self) -> None:
         """At the end, commit the offsets when only rejected records and marks were read since the last commit, so that
         they are not set aside again at every start."""
-        offsets = self.buffer.next_offsets
+        offsets = self.source.past_marks(self.buffer.next_offsets)
         if self.buffer.records or offsets == (self.commit.offsets if self.commit else {}):
             return
         try:

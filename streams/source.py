@@ -49,6 +49,9 @@ class Source(Protocol):
         Raises PositionError when they mean something else, so that nothing of it may be committed.
         """
 
+    def past_marks(self, offsets: Offsets) -> Offsets:
+        """The offsets to commit for `offsets`: the same place, behind what the stream has there that is no item."""
+
     def acknowledge(self, offsets: Offsets) -> None:
         """Tell the outside (lag tools) what is committed. It is never read back; a failure is logged, not fatal."""
 

@@ -194,6 +194,9 @@ class ListSource:
     def vouches(self, timeout_s: float) -> bool:
         return True
 
+    def past_marks(self, offsets: Offsets) -> Offsets:
+        return offsets
+
     def acknowledge(self, offsets: Offsets) -> None:
         self.acknowledged.append(dict(offsets))
 

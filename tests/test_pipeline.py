@@ -176,6 +176,17 @@ def test_nothing_is_committed_before_the_source_vouches_for_it(tmp_path):
     assert learned(agent.commits.current()) == [0, 1, 2] and answers == []
 
 
+def test_a_commit_is_behind_the_marks_that_follow_its_last_record(tmp_path):
+    class Marked(ListSource):
+        def past_marks(self, offsets):
+            return {partition: offset + 1 for partition, offset in offsets.items()}
+
+    source = Marked(records("a", "b", "c", "raise"))
+    agent = pipeline(tmp_path, source, quarantine=True)
+    assert agent.run().number == 2
+    assert source.acknowledged == [{LIST: 4}, {LIST: 5}]
+
+
 def test_rejected_records_are_dead_lettered_before_the_commit_that_passes_them(tmp_path):
     # given records rejected at intake and in the trainer
     letters = MemoryDeadLetters()

@@ -99,6 +99,12 @@ class Client:
         self._consumer.pause(*(TopicPartition(*partition) for partition in wanted - paused))
         self._consumer.resume(*(TopicPartition(*partition) for partition in paused - wanted))
 
+    def reached(self) -> dict[Partition, int]:
+        """`position` of every partition, as far as it is known, at the cost of no request."""
+        # Not KafkaConsumer.position, each call of which goes through all partitions and may wait for the network.
+        assignment = self._consumer._subscription.assignment
+        return {Partition(*where): state.position.offset for where, state in assignment.items() if state.position}
+
     def position(self, partition: Partition) -> int:
         """The offset that the next poll begins with; the fetched and not yet polled lie behind it."""
         return self._consumer.position(TopicPartition(*partition), timeout_ms=REQUEST_MS) or 0

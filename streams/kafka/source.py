@@ -13,7 +13,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from itertools import islice
 from typing import Literal
 
@@ -30,6 +30,7 @@ from streams.formats import Claim, Codec
 from streams.kafka.breaker import Breaker
 from streams.kafka.client import Client
 from streams.kafka.connection import NOTHING_LOST, Connection, connecting, describe_error
+from streams.kafka.gaps import Gaps
 from streams.kafka.handover import Handover
 from streams.kafka.record_batches import Message, Unreadable, rejections
 from streams.kafka.topics import Topics, named
@@ -116,11 +117,10 @@ class KafkaSource:
         # What decoding finds is counted apart: the same records would count twice, and as good the first time.
         self._late_breaker = Breaker(self._breaker.share, self._breaker.window, self._breaker.pause_s)
         self._late_breaker_opened = False
-        self._vouching: Future[bool] | None = None
-        self._unvouched = False
         self._merge: Merge[tuple[Item | Claim, int]] = Merge(merge_wait_s)
         self._positions: dict[Partition, int] = {}
         self._ends: dict[Partition, int] = {}
+        self._gaps = Gaps()
         self._merging_bytes: Counter[Partition] = Counter()
         self._fetched_again: set[tuple[Partition, int]] = set()
         self._held_back_since = 0.0
@@ -154,6 +154,7 @@ class KafkaSource:
         try:
             self._positions, unread = self._topics.first_positions(self._client, offsets)
             self._merge.track(self._positions)
+            self._gaps.begin(self._positions)
             self._client.assign(self._positions)
         except StreamError:
             raise
@@ -184,27 +185,12 @@ class KafkaSource:
         self._handover.throttle(full)
 
     def vouches(self, timeout_s: float) -> bool:
-        """Whether the cluster still has the topics that were read, asked anew; False when it gave no answer in time.
+        """Whether the cluster still has the topics that were read, see Topics.vouches. Raises PositionError."""
+        return self._topics.vouches(timeout_s)
 
-        A topic created again would be read on as if it were the one before, up to `discover_s` seconds. Raises
-        PositionError for it, and for a topic that stays away.
-        """
-        # In a thread of its own: the reader's may be waiting for room that only this commit can make.
-        if self._vouching is None:
-            self._vouching = in_background(self._topics.vouch, "kafka-vouch")
-        if not wait([self._vouching], timeout_s).done:
-            return False
-        answer, self._vouching = self._vouching, None
-        try:
-            vouched = answer.result()
-        except StreamError:
-            raise
-        except Exception as error:
-            if not self._unvouched:
-                log.warning("nothing is committed until %s answers again: %s", self._connection, describe_error(error))
-            vouched = False
-        self._unvouched = not vouched
-        return vouched
+    def past_marks(self, offsets: Offsets) -> Offsets:
+        """The offsets, moved behind marks of transactions and other offsets that hold no record."""
+        return self._gaps.past(offsets)
 
     def acknowledge(self, offsets: Offsets) -> None:
         """Copy a commit's offsets to the group, soon; only the newest ones count."""
@@ -310,6 +296,7 @@ class KafkaSource:
         with _no_record_lost():
             for partition, messages in fetched.items():
                 self._add(partition, messages)
+            self._pass_marks()
         self._ask_for_ends()
         with _no_record_lost():
             self._hand_over(self._merge.take(self._held_back_too_long()))
@@ -333,6 +320,7 @@ class KafkaSource:
                 # Without a time of its own a record goes before all others: nothing waits for it.
                 entries += [(0, (rejected, MESSAGE_OVERHEAD)) for rejected in lost]
                 total += MESSAGE_OVERHEAD * len(lost)
+                self._gaps.read(partition, message.offset, message.next_offset)
                 self._positions[partition] = message.next_offset
                 continue
             offset, timestamp_ms, key, value, headers = message
@@ -341,12 +329,20 @@ class KafkaSource:
             total += size
             item = decode(partition, offset, raw, timestamp_ms / 1000 if timestamp_ms >= 0 else None)
             entries.append((timestamp_ms, (item, size)))
+            self._gaps.read(partition, offset, offset + 1)
             self._positions[partition] = offset + 1
         self._merging_bytes[partition] += total
         self._merge.add(partition, entries)
         end = self._client.end(partition)
         if end is not None:
             self._ends[partition] = end
+
+    def _pass_marks(self) -> None:
+        """Move behind what holds no record, where the client has: no message will ever say so."""
+        for partition, position in self._client.reached().items():
+            if position > self._positions.get(partition, position):
+                self._gaps.nothing_before(partition, position)
+                self._positions[partition] = position
 
     def _ask_for_ends(self) -> None:
         """While partitions wait for others, ask for the ends: what is read up to its end was quiet until now."""
@@ -441,6 +437,7 @@ class KafkaSource:
 
     def _copy_commit(self, wait: bool = False) -> None:
         offsets = self._handover.acknowledged()
+        self._gaps.forget(offsets or {})
         if offsets and self._group:
             # Not those of topics that are kept for later: the group would seem to read them.
             ours = {partition: offset for partition, offset in offsets.items() if partition in self._positions}
@@ -456,6 +453,7 @@ class KafkaSource:
             log.info("new partitions: %s", named(new))
             begins = self._client.beginnings(new)
             self._merge.track(new)
+            self._gaps.begin(begins)
             self._positions.update(begins)
             self._client.assign(self._positions)
         with contextlib.suppress(KafkaTimeoutError):

@@ -10,11 +10,13 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from concurrent.futures import Future, wait
 from datetime import UTC, datetime
 from typing import Any, Literal
 
+from streams.background import in_background
 from streams.kafka.client import Client, describe_topics
-from streams.kafka.connection import NOTHING_LOST, UNKNOWN_TOPIC, Connection
+from streams.kafka.connection import NOTHING_LOST, UNKNOWN_TOPIC, Connection, describe_error
 from streams.record import Offsets, Partition
 from streams.source import PositionError, StreamError
 
@@ -47,6 +49,8 @@ class Topics:
         self._recreated: frozenset[str] = frozenset()
         self._no_longer_read: dict[str, str] = {}
         self._missing_since = 0.0
+        self._vouching: Future[list[dict[str, Any]]] | None = None
+        self._unvouched = False
         self.skipped: Counter[str] = Counter()
         """Records by topic that were gone before they were read, where `on_lost` is skip."""
         self._ids, self._partitions = self._describe(client.describe(self._names))
@@ -103,16 +107,29 @@ class Topics:
         not know of it yet. Raises PositionError when it stays away, or was deleted and created again."""
         return self._again(client.describe(self._names))
 
-    def vouch(self) -> bool:
-        """Ask anew whether the topics are still those that were read; False when one is not there, for once.
+    def vouches(self, timeout_s: float) -> bool:
+        """Whether the cluster still has the topics that were read, asked anew; False when it gave no answer in time.
 
-        Safe in any thread, as it takes no client. Raises what `look_again` raises, and any error of the client library
-        when nobody answers.
+        Raises PositionError for a topic that was created again or stays away.
         """
-        # By asking, since a fetch of kafka-python 3.0 names its topic and carries no identity: brokers answer it from a
-        # topic created again as if it were the one before. An identity never comes back, so what was read before this
-        # answer was read of the topics it names.
-        return self._again(describe_topics(self._connection, self._names)) is not None
+        # In a thread of its own: the reader's may be waiting for room that only this commit can make. Asked by name, as
+        # a fetch of kafka-python 3.0 is: brokers answer that from a topic created again as if it were the one before.
+        # An identity never comes back, so what was read before the answer was read of the topics that it names.
+        if self._vouching is None:
+            self._vouching = in_background(lambda: describe_topics(self._connection, self._names), "kafka-vouch")
+        if not wait([self._vouching], timeout_s).done:
+            return False
+        answer, self._vouching = self._vouching, None
+        try:
+            vouched = self._again(answer.result()) is not None
+        except StreamError:
+            raise
+        except Exception as error:
+            if not self._unvouched:
+                log.warning("nothing is committed until %s answers again: %s", self._connection, describe_error(error))
+            vouched = False
+        self._unvouched = not vouched
+        return vouched
 
     def within_log(self, client: Client, offsets: Offsets) -> dict[Partition, int]:
         """The offsets, those that are no longer in the log moved to where it begins or ends. Raises PositionError."""
