@@ -22,7 +22,7 @@ from agent.layout import has_learned
 from agent.values import Commit, Outcome, Progress
 from agent.worker import Worker, WorkerDied
 from streams.buffer import Task, TaskBuffer
-from streams.record import Item, Partition, Reason, Rejected
+from streams.record import Item, Offsets, Partition, Reason, Rejected
 from streams.source import DeadLetterDelayed, DeadLetterError, DeadLetters, PositionError, Source
 from streams.spool import Sample, Spool
 
@@ -45,9 +45,9 @@ _DEAD_LETTERS_A_PASS = 200
 """Dead letters of a task that go out between two polls: chosen by hand. A task set aside may have many thousands; all
 at once they would keep the loop from polling and from its heartbeat, and would be in memory together."""
 
-_FLUSH_S = 0.5
-"""Longest wait for the dead letters' acknowledgement, as long as an idle poll. When it is over the loop turns and asks
-again, so a larger one only makes the agent slower to hear a signal."""
+_SETTLE_S = 0.5
+"""Longest wait for the dead letters' acknowledgement, and for the source to vouch; as long as an idle poll. When it is
+over the loop turns and asks again, so a larger one only makes the agent slower to hear a signal."""
 
 
 _PASS_S = 300.0
@@ -178,6 +178,7 @@ class Pipeline:
 
         Raises AgentError, StateError and StreamError, with the state folder as the last commit left it.
         """
+        self._commit_beginning()
         try:
             self.worker.start(self._learned)  # it loads its model while the first records are read
             self.metrics.state("consuming")
@@ -201,6 +202,19 @@ class Pipeline:
             log.warning("what was rejected since the last commit will be read again: %s", error)
         log.info("ended at commit %06d", self.commit.number if self.commit else 0)
         return self.commit
+
+    def _commit_beginning(self) -> None:
+        """Make it durable where a live stream is read from, before anything is taken of it. Without a commit the next
+        start would begin elsewhere: at the newest record there is then, or at the oldest that retention has left."""
+        # An archive begins at the same item at every start, so a commit would say nothing new.
+        if not self.source.live:
+            return
+        known = (self.commit.fingerprint, self.commit.offsets) if self.commit else ("", {})
+        if self.source.positions and (self.source.fingerprint, self.source.positions) != known:
+            self._carry(self.source.positions)
+            assert self.commit is not None
+            log.info("commit %06d holds where reading begins", self.commit.number)
+            self.metrics.restored(self.commit)
 
     def _must_leave(self) -> bool:
         """Begin to stop: True when what was read is to be left for the next start, and not to be learned first."""
@@ -267,7 +281,8 @@ class Pipeline:
         """Settle a task that was learned."""
 
         def commit() -> Commit:
-            made = self.commits.commit(outcome, self._provenance(task, outcome))
+            learned = replace(outcome, next_offsets=self.source.past_marks(outcome.next_offsets))
+            made = self.commits.commit(learned, self._provenance(task, outcome))
             self.metrics.committed(made, outcome)
             return made
 
@@ -283,7 +298,8 @@ class Pipeline:
         """Settle a task that was given up: all of it is set aside, and only its offsets are committed."""
 
         def commit() -> Commit:
-            made = self.commits.carry(task.next_offsets, task.number, self._provenance(task, None))
+            offsets = self.source.past_marks(task.next_offsets)
+            made = self.commits.carry(offsets, task.number, self._provenance(task, None))
             self.metrics.restored(made)
             return made
 
@@ -340,8 +356,8 @@ class Pipeline:
         self._failures.clear()
 
     def _set_aside(self, settlement: _Settlement) -> bool:
-        """Send the dead letters, a few in each pass; True once all are acknowledged. A delay holds up only the commit:
-        reading goes on."""
+        """Send the dead letters, a few in each pass; True once all are acknowledged and the source vouches for the
+        offsets. A delay holds up only the commit: reading goes on. Raises PositionError."""
         sent = list(islice(settlement.dead_letters, _DEAD_LETTERS_A_PASS))
         for rejected in sent:
             self.dead_letters.put(rejected)
@@ -350,14 +366,14 @@ class Pipeline:
         if sent:  # even if these were all: the flush, which may wait, is for a pass of its own
             return False
         try:
-            self.dead_letters.flush(_FLUSH_S)
+            self.dead_letters.flush(_SETTLE_S)
         except DeadLetterDelayed as error:
             if not settlement.delayed:
                 log.error("rejected records cannot be set aside; nothing is committed until they can: %s", error)
                 self.metrics.dead_lettered(False)
             settlement.delayed = True
             return False
-        return True
+        return self.source.vouches(_SETTLE_S)
 
     def _conclude(self, settlement: _Settlement) -> None:
         """Commit the settled task. The commit comes first, and is the truth; whoever is told later may miss it."""
@@ -390,15 +406,22 @@ class Pipeline:
     def _only_rejected(self) -> bool:
         """Whether only rejected records and marks were read since the last commit."""
         offsets = self.commit.offsets if self.commit else {}
-        return not self.buffer.records and self.buffer.next_offsets != offsets
+        return not self.buffer.records and self.source.past_marks(self.buffer.next_offsets) != offsets
 
     def _pass_rejected(self) -> None:
         """Commit the offsets when only rejected records and marks were read since the last commit, so that they are not
         set aside again at the next start. Raises DeadLetterError."""
         if not self._only_rejected:
             return
-        self.dead_letters.flush(_FLUSH_S)
-        offsets, tasks = self.buffer.next_offsets, self.commit.tasks if self.commit else 0
+        self.dead_letters.flush(_SETTLE_S)
+        if self.source.vouches(_SETTLE_S):
+            self._carry(self.source.past_marks(self.buffer.next_offsets))
+        else:
+            log.warning("rejected records are not passed yet: the stream cannot be asked whether it is still the same")
+
+    def _carry(self, offsets: Offsets) -> None:
+        """Commit `offsets` alone."""
+        tasks = self.commit.tasks if self.commit else 0
         self.commit = self.commits.carry(offsets, tasks, self._provenance(None, None))
         self.source.acknowledge(self.commit.offsets)
 

@@ -140,7 +140,8 @@ def _why_not_alive(status: dict[str, Any]) -> list[str]:
 def _doing(status: dict[str, Any]) -> str:
     """The line that `systemctl status` shows."""
     commit = status["commit"]
-    return f"{status['state']}; " + (f"{commit['classes']} classes learned" if commit else "nothing learned yet")
+    learned = f"{commit['classes']} classes learned" if commit and commit["tasks"] else "nothing learned yet"
+    return f"{status['state']}; {learned}"
 
 
 def _why_not_ready(trainer_ready: bool, commit: Commit | None) -> list[str]:

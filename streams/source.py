@@ -16,6 +16,11 @@ class Source(Protocol):
         """True once nothing will ever follow (an archive's end); a topic never is."""
 
     @property
+    def live(self) -> bool:
+        """True for a stream that goes on without us: where it begins depends on the moment it is asked, and what was
+        there may be gone. Then the first commit is due before the first item is taken."""
+
+    @property
     def fingerprint(self) -> str:
         """Identity of the order of items; a commit's offsets mean something only under the same fingerprint."""
 
@@ -34,6 +39,18 @@ class Source(Protocol):
 
     def throttle(self, full: bool) -> None:
         """While `full` nothing new is fetched; polling goes on."""
+
+    def vouches(self, timeout_s: float) -> bool:
+        """Whether the offsets of all that was handed out still mean what they meant when it was read.
+
+        It is asked before every commit. False when that could not be found out within `timeout_s` seconds, and the
+        commit has to wait.
+
+        Raises PositionError when they mean something else, so that nothing of it may be committed.
+        """
+
+    def past_marks(self, offsets: Offsets) -> Offsets:
+        """The offsets to commit for `offsets`: the same place, behind what the stream has there that is no item."""
 
     def acknowledge(self, offsets: Offsets) -> None:
         """Tell the outside (lag tools) what is committed. It is never read back; a failure is logged, not fatal."""

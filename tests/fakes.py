@@ -173,18 +173,18 @@ class ListSource:
     def __init__(self, items: Sequence[Item], batch: int = 7, live: bool = False, fingerprint: str = "list") -> None:
         self.items = list(items)
         self.skipped: dict[str, int] = {}
+        self.live = live
         self.fingerprint = fingerprint
         self.acknowledged: list[dict[Partition, int]] = []
         self.judgements: list[tuple[int, int]] = []
         self.closed = False
         self.throttled = False
         self._batch = batch
-        self._live = live
         self._at = 0
 
     @property
     def exhausted(self) -> bool:
-        return not self._live and self._at >= len(self.items)
+        return not self.live and self._at >= len(self.items)
 
     def continues(self, fingerprint: str) -> bool:
         return fingerprint == self.fingerprint
@@ -203,6 +203,12 @@ class ListSource:
 
     def throttle(self, full: bool) -> None:
         self.throttled = full
+
+    def vouches(self, timeout_s: float) -> bool:
+        return True
+
+    def past_marks(self, offsets: Offsets) -> Offsets:
+        return offsets
 
     def acknowledge(self, offsets: Offsets) -> None:
         self.acknowledged.append(dict(offsets))
@@ -258,10 +264,10 @@ def pipeline(
     commits.lock()
     commit = resume(commits, source)
     spool = Spool(state / "spool", 2**30)
-    known, done, offsets = (commit.seen, commit.tasks, commit.offsets) if commit else ((), 0, {})
+    known, done = (commit.seen, commit.tasks) if commit else ((), 0)
     return Pipeline(
         source=source,
-        buffer=TaskBuffer(rule or CutRule(samples=3), spool, known, done + 1, offsets),
+        buffer=TaskBuffer(rule or CutRule(samples=3), spool, known, done + 1, source.positions),
         spool=spool,
         worker=worker or InlineWorker(config),
         commits=commits,

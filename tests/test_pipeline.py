@@ -123,6 +123,71 @@ def test_at_the_end_of_the_stream_the_rest_can_be_kept(tmp_path):
     assert commit.offsets == {LIST: 9}
 
 
+class NewestFirst(ListSource):
+    """A live stream that begins at its newest record, wherever that is when it is asked."""
+
+    def seek(self, offsets):
+        super().seek(offsets or {LIST: len(self.items)})
+
+
+def test_where_a_live_stream_begins_is_durable_before_anything_is_taken_of_it(tmp_path):
+    # given an agent that was stopped before it had read anything, and another before it had learned anything
+    source, stop = NewestFirst(records("old"), live=True), threading.Event()
+    stop.set()
+    first = pipeline(tmp_path, source, stop=stop)
+    commit = first.run()
+    assert (commit.number, commit.offsets, commit.tasks, commit.release) == (1, {LIST: 1}, 0, None)
+    assert source.acknowledged == [{LIST: 1}] and first.metrics.status()["commit"]["tasks"] == 0
+    first.commits.close()
+
+    # when more has come since
+    stop = threading.Event()
+    source = NewestFirst(records("old", "a", "b", "c"), live=True)
+    second = pipeline(tmp_path, source, OneTaskWorker(stop), stop=stop)
+
+    # then it is learned, and no commit was made that says what the one before did
+    assert learned(second.run()) == [1, 2, 3]
+    assert second.commit.number == 2
+
+
+def test_an_archive_has_no_commit_before_something_is_learned(tmp_path):
+    source = ListSource(records(*TEN))
+    agent = pipeline(tmp_path, source)
+    source.positions = {LIST: 0}
+    assert agent.run().number == 4
+
+
+def test_nothing_is_committed_before_the_source_vouches_for_it(tmp_path):
+    # given a source that is asked twice before it knows, and then says that it is another stream
+    answers = [False, True, False, PositionError("created again")]
+
+    class Another(ListSource):
+        def vouches(self, timeout_s):
+            answer = answers.pop(0)
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+    # when
+    agent = pipeline(tmp_path, Another(records(*TEN)))
+    with pytest.raises(PositionError, match="created again"):
+        agent.run()
+
+    # then
+    assert learned(agent.commits.current()) == [0, 1, 2] and answers == []
+
+
+def test_a_commit_is_behind_the_marks_that_follow_its_last_record(tmp_path):
+    class Marked(ListSource):
+        def past_marks(self, offsets):
+            return {partition: offset + 1 for partition, offset in offsets.items()}
+
+    source = Marked(records("a", "b", "c", "raise"))
+    agent = pipeline(tmp_path, source, quarantine=True)
+    assert agent.run().number == 2
+    assert source.acknowledged == [{LIST: 4}, {LIST: 5}]
+
+
 def test_rejected_records_are_dead_lettered_before_the_commit_that_passes_them(tmp_path):
     # given records rejected at intake and in the trainer
     letters = MemoryDeadLetters()

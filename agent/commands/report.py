@@ -17,7 +17,7 @@ import jinja2
 from markupsafe import Markup
 
 from agent.commands.arguments import add_config, config_from
-from agent.layout import MANIFEST, RELEASE_IN_COMMIT, REPORT, current_commit
+from agent.layout import MANIFEST, RELEASE_IN_COMMIT, REPORT, current_commit, has_learned
 from agent.scoring.report import Report
 from exporter.release import MANIFEST as RELEASE_MANIFEST
 
@@ -43,12 +43,14 @@ def run(arguments: argparse.Namespace) -> None:
 def write_report(state: Path, out: Path) -> None:
     """Write the report of `state`'s current commit to `out` (folders are made). Safe while an agent is running there.
 
-    Raises ReportError when there is no commit or it cannot be read, OSError when `out` cannot be written.
+    Raises ReportError when nothing is learned yet or the commit cannot be read, OSError when `out` cannot be written.
     """
     # The commit's own folder, not CURRENT, which may move to another one between two of the files.
     folder = current_commit(state)
     if folder is None:
         raise ReportError(f"nothing is committed in {state} yet, so nothing to report; run `gapstream run` first")
+    if not has_learned(folder):
+        raise ReportError(f"nothing is learned in {state} yet, so nothing to report; its commit holds offsets alone")
     report = _read(folder / REPORT, Report.read)
     page = render(report, _read(folder / MANIFEST, _json), _release(folder))
     out.parent.mkdir(parents=True, exist_ok=True)

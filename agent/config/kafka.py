@@ -148,7 +148,8 @@ class Kafka(SourceSection):
     start: Annotated[str, AfterValidator(_a_start)] = "earliest"
     """A topic that no commit knows yet is read from here on: `earliest` (its oldest record), `latest` (what comes from
     now on), `group` (the offsets of `group`, else the oldest record) or a time (ISO 8601, UTC unless it says
-    otherwise). Afterwards reading continues at the last commit."""
+    otherwise). The first commit holds that place and is made before the first record is taken; afterwards reading
+    continues at the last commit, whatever this key says."""
     on_lost: Literal["stop", "skip"] = "stop"
     """Records after the last commit may be lost: retention deleted them, or the topic was truncated or created again.
     `stop` ends the agent with an error that says so; `skip` goes on with what there is and counts those skipped."""

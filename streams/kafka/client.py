@@ -27,6 +27,15 @@ _LAST_COMMIT_MS = 1500
 """Time that the copy of the last commit may take at the end; only lag tools miss it."""
 
 
+def describe_topics(connection: Connection, topics: Iterable[str]) -> list[dict[str, Any]]:
+    """What the cluster says of topics, asked over a connection of its own: see Client.describe."""
+    admin = KafkaAdminClient(**connection.settings(), request_timeout_ms=REQUEST_MS)
+    try:
+        return admin.describe_topics(list(topics))
+    finally:
+        admin.close()
+
+
 class Client:
     """One connection to a cluster: a consumer with partitions assigned by hand, and an admin client.
 
@@ -89,6 +98,12 @@ class Client:
         paused = {Partition(*partition) for partition in self._consumer.paused()}
         self._consumer.pause(*(TopicPartition(*partition) for partition in wanted - paused))
         self._consumer.resume(*(TopicPartition(*partition) for partition in paused - wanted))
+
+    def reached(self) -> dict[Partition, int]:
+        """`position` of every partition, as far as it is known, at the cost of no request."""
+        # Not KafkaConsumer.position, each call of which goes through all partitions and may wait for the network.
+        assignment = self._consumer._subscription.assignment
+        return {Partition(*where): state.position.offset for where, state in assignment.items() if state.position}
 
     def position(self, partition: Partition) -> int:
         """The offset that the next poll begins with; the fetched and not yet polled lie behind it."""

@@ -30,6 +30,7 @@ from streams.formats import Claim, Codec
 from streams.kafka.breaker import Breaker
 from streams.kafka.client import Client
 from streams.kafka.connection import NOTHING_LOST, Connection, connecting, describe_error
+from streams.kafka.gaps import Gaps
 from streams.kafka.handover import Handover
 from streams.kafka.record_batches import Message, Unreadable, rejections
 from streams.kafka.topics import Topics, named
@@ -76,6 +77,7 @@ class KafkaSource:
     """
 
     exhausted = False
+    live = True
 
     def __init__(
         self,
@@ -118,6 +120,7 @@ class KafkaSource:
         self._merge: Merge[tuple[Item | Claim, int]] = Merge(merge_wait_s)
         self._positions: dict[Partition, int] = {}
         self._ends: dict[Partition, int] = {}
+        self._gaps = Gaps()
         self._merging_bytes: Counter[Partition] = Counter()
         self._fetched_again: set[tuple[Partition, int]] = set()
         self._held_back_since = 0.0
@@ -151,6 +154,7 @@ class KafkaSource:
         try:
             self._positions, unread = self._topics.first_positions(self._client, offsets)
             self._merge.track(self._positions)
+            self._gaps.begin(self._positions)
             self._client.assign(self._positions)
         except StreamError:
             raise
@@ -179,6 +183,14 @@ class KafkaSource:
     def throttle(self, full: bool) -> None:
         """While `full` nothing is handed out, and nothing fetched beyond `fetch_bytes`."""
         self._handover.throttle(full)
+
+    def vouches(self, timeout_s: float) -> bool:
+        """Whether the cluster still has the topics that were read, see Topics.vouches. Raises PositionError."""
+        return self._topics.vouches(timeout_s)
+
+    def past_marks(self, offsets: Offsets) -> Offsets:
+        """The offsets, moved behind marks of transactions and other offsets that hold no record."""
+        return self._gaps.past(offsets)
 
     def acknowledge(self, offsets: Offsets) -> None:
         """Copy a commit's offsets to the group, soon; only the newest ones count."""
@@ -284,6 +296,7 @@ class KafkaSource:
         with _no_record_lost():
             for partition, messages in fetched.items():
                 self._add(partition, messages)
+            self._pass_marks()
         self._ask_for_ends()
         with _no_record_lost():
             self._hand_over(self._merge.take(self._held_back_too_long()))
@@ -307,6 +320,7 @@ class KafkaSource:
                 # Without a time of its own a record goes before all others: nothing waits for it.
                 entries += [(0, (rejected, MESSAGE_OVERHEAD)) for rejected in lost]
                 total += MESSAGE_OVERHEAD * len(lost)
+                self._gaps.read(partition, message.offset, message.next_offset)
                 self._positions[partition] = message.next_offset
                 continue
             offset, timestamp_ms, key, value, headers = message
@@ -315,12 +329,20 @@ class KafkaSource:
             total += size
             item = decode(partition, offset, raw, timestamp_ms / 1000 if timestamp_ms >= 0 else None)
             entries.append((timestamp_ms, (item, size)))
+            self._gaps.read(partition, offset, offset + 1)
             self._positions[partition] = offset + 1
         self._merging_bytes[partition] += total
         self._merge.add(partition, entries)
         end = self._client.end(partition)
         if end is not None:
             self._ends[partition] = end
+
+    def _pass_marks(self) -> None:
+        """Move behind what holds no record, where the client has: no message will ever say so."""
+        for partition, position in self._client.reached().items():
+            if position > self._positions.get(partition, position):
+                self._gaps.nothing_before(partition, position)
+                self._positions[partition] = position
 
     def _ask_for_ends(self) -> None:
         """While partitions wait for others, ask for the ends: what is read up to its end was quiet until now."""
@@ -415,6 +437,7 @@ class KafkaSource:
 
     def _copy_commit(self, wait: bool = False) -> None:
         offsets = self._handover.acknowledged()
+        self._gaps.forget(offsets or {})
         if offsets and self._group:
             # Not those of topics that are kept for later: the group would seem to read them.
             ours = {partition: offset for partition, offset in offsets.items() if partition in self._positions}
@@ -430,6 +453,7 @@ class KafkaSource:
             log.info("new partitions: %s", named(new))
             begins = self._client.beginnings(new)
             self._merge.track(new)
+            self._gaps.begin(begins)
             self._positions.update(begins)
             self._client.assign(self._positions)
         with contextlib.suppress(KafkaTimeoutError):

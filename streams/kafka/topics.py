@@ -7,17 +7,24 @@ created again), shorter than it was (retention, a truncation) or longer (new par
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from concurrent.futures import Future, wait
 from datetime import UTC, datetime
-from typing import Literal
+from typing import Any, Literal
 
-from streams.kafka.client import Client
-from streams.kafka.connection import NOTHING_LOST, UNKNOWN_TOPIC, Connection
+from streams.background import in_background
+from streams.kafka.client import Client, describe_topics
+from streams.kafka.connection import NOTHING_LOST, UNKNOWN_TOPIC, Connection, describe_error
 from streams.record import Offsets, Partition
 from streams.source import PositionError, StreamError
 
 log = logging.getLogger(__name__)
+
+_GONE_S = 5
+"""Seconds that a topic must be missing before it counts as gone. Chosen by hand: a broker that has just come back knows
+of its topics within a second or two; longer only delays the message."""
 
 
 class Topics:
@@ -41,10 +48,12 @@ class Topics:
         self._on_lost = on_lost
         self._recreated: frozenset[str] = frozenset()
         self._no_longer_read: dict[str, str] = {}
-        self._times_missing = 0
+        self._missing_since = 0.0
+        self._vouching: Future[list[dict[str, Any]]] | None = None
+        self._unvouched = False
         self.skipped: Counter[str] = Counter()
         """Records by topic that were gone before they were read, where `on_lost` is skip."""
-        self._ids, self._partitions = self._describe(client)
+        self._ids, self._partitions = self._describe(client.describe(self._names))
 
     @property
     def fingerprint(self) -> str:
@@ -95,22 +104,32 @@ class Topics:
 
     def look_again(self, client: Client) -> set[Partition] | None:
         """All partitions there are now; None when a topic is not there, for once: a broker that has just come back may
-        not know of it yet. Raises PositionError when it is not there again, or was deleted and created again."""
+        not know of it yet. Raises PositionError when it stays away, or was deleted and created again."""
+        return self._again(client.describe(self._names))
+
+    def vouches(self, timeout_s: float) -> bool:
+        """Whether the cluster still has the topics that were read, asked anew; False when it gave no answer in time.
+
+        Raises PositionError for a topic that was created again or stays away.
+        """
+        # In a thread of its own: the reader's may be waiting for room that only this commit can make. Asked by name, as
+        # a fetch of kafka-python 3.0 is: brokers answer that from a topic created again as if it were the one before.
+        # An identity never comes back, so what was read before the answer was read of the topics that it names.
+        if self._vouching is None:
+            self._vouching = in_background(lambda: describe_topics(self._connection, self._names), "kafka-vouch")
+        if not wait([self._vouching], timeout_s).done:
+            return False
+        answer, self._vouching = self._vouching, None
         try:
-            ids, partitions = self._describe(client)
-        except StreamError as error:
-            self._times_missing += 1
-            if self._times_missing > 1:
-                raise PositionError(f"{error}; it was there before. Nothing is lost of what was committed") from None
-            return None
-        self._times_missing = 0
-        recreated = [topic for topic, identity in ids.items() if identity != self._ids[topic]]
-        if recreated:
-            raise PositionError(
-                f"{', '.join(recreated)} on {self._connection} was deleted and created again; stopping. A restart "
-                + ("reads it from its beginning" if self._on_lost == "skip" else "says what can be done")
-            )
-        return partitions
+            vouched = self._again(answer.result()) is not None
+        except StreamError:
+            raise
+        except Exception as error:
+            if not self._unvouched:
+                log.warning("nothing is committed until %s answers again: %s", self._connection, describe_error(error))
+            vouched = False
+        self._unvouched = not vouched
+        return vouched
 
     def within_log(self, client: Client, offsets: Offsets) -> dict[Partition, int]:
         """The offsets, those that are no longer in the log moved to where it begins or ends. Raises PositionError."""
@@ -144,6 +163,26 @@ class Topics:
             raise PositionError(f"the log of {named(back)} was truncated below what was read; stopping. {NOTHING_LOST}")
         return placed
 
+    def _again(self, topics: Collection[Mapping[str, Any]]) -> set[Partition] | None:
+        """`look_again` with what the cluster said of the topics."""
+        try:
+            ids, partitions = self._describe(topics)
+        except StreamError as error:
+            now = time.monotonic()
+            self._missing_since = self._missing_since or now
+            if now - self._missing_since >= _GONE_S:
+                raise PositionError(f"{error}; it was there before. {NOTHING_LOST}") from None
+            return None
+        self._missing_since = 0.0
+        recreated = [topic for topic, identity in ids.items() if identity != self._ids[topic]]
+        if recreated:
+            raise PositionError(
+                f"{', '.join(recreated)} on {self._connection} was deleted and created again; stopping with nothing of "
+                "it committed. A restart "
+                + ("reads it from its beginning" if self._on_lost == "skip" else "says what can be done")
+            )
+        return partitions
+
     def _starts(self, client: Client, partitions: Collection[Partition]) -> dict[Partition, int]:
         """Where partitions begin that no commit knows."""
         if not partitions or self._start == "earliest":
@@ -157,9 +196,8 @@ class Topics:
         moment = datetime.fromisoformat(self._start)
         return client.at_time(partitions, moment if moment.tzinfo else moment.replace(tzinfo=UTC))
 
-    def _describe(self, client: Client) -> tuple[dict[str, str], set[Partition]]:
+    def _describe(self, topics: Collection[Mapping[str, Any]]) -> tuple[dict[str, str], set[Partition]]:
         """The identity of every topic, and all their partitions. Raises StreamError for a topic that is not there."""
-        topics = client.describe(self._names)
         missing = [topic["name"] for topic in topics if topic["error_code"] == UNKNOWN_TOPIC]
         if missing:
             raise StreamError(

@@ -18,6 +18,7 @@ import psutil
 
 from agent.commits import CommitStore, seal
 from agent.config import Config
+from agent.layout import has_learned
 from agent.scoring.report import Report
 from agent.values import Commit, LateRejection, OnProgress, Outcome, Progress
 from exporter.preprocess import ImageError, decode
@@ -122,7 +123,7 @@ def current(state: Path) -> Commit | None:
 
 def model(state: Path) -> str:
     commit = current(state)
-    return (commit.path / "learner.safetensors").read_text() if commit else ""
+    return (commit.path / "learner.safetensors").read_text() if commit and has_learned(commit.path) else ""
 
 
 def wait_until(done: Callable[[], Any], timeout_s: float) -> None:

@@ -50,6 +50,9 @@ class FakeClient:
     def seek(self, where: Partition, offset: int) -> None:
         self.sought.append(offset)
 
+    def reached(self) -> dict[Partition, int]:
+        return {}
+
     def beginnings(self, partitions: Iterable[Partition]) -> dict[Partition, int]:
         return dict.fromkeys(partitions, 0)
 

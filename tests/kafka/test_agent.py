@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import random
 import threading
 import time
 import urllib.request
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from kafka import KafkaProducer
 from kafka.admin import KafkaAdminClient
+from kafka.errors import TopicAlreadyExistsError
 
 from agent.config import Config
+from agent.pipeline import Pipeline
 from streams.buffer import CutRule
 from streams.dead_letter_format import original
 from streams.formats import Codec
@@ -25,10 +29,12 @@ from streams.kafka.dead_letters import KafkaDeadLetters
 from streams.kafka.replay import dead_letters
 from streams.kafka.source import KafkaSource
 from streams.record import Partition, Reason
+from streams.source import PositionError
 from tests.bad_images import OddImage, all_images, encoded, picture
 from tests.fakes import InlineWorker, pipeline
 from tests.kafka.agents import Agent, current, model, wait_until
 from tests.kafka.broker import start_broker
+from tests.kafka.records import send
 
 MAX_PIXELS = MAX_BYTES = 10**6
 
@@ -112,6 +118,93 @@ def test_of_a_poisoned_stream_the_good_is_learned_and_the_bad_set_aside_with_its
             assert letter.origin.reason == reason, letter.origin.detail
         else:
             assert letter.origin.reason in (Reason.TRUNCATED, Reason.UNDECODABLE)
+
+
+def test_an_agent_that_is_stopped_before_its_first_commit_goes_on_where_it_began(
+    bootstrap: str, new_topic: Any, producer: KafkaProducer, tmp_path: Path
+) -> None:
+    # given an agent that began at the newest record, and was stopped before it had learned any
+    topic = new_topic()
+    send(producer, topic, ["old"] * 3)
+
+    def run(until: Callable[[Pipeline], Any], **rule: int) -> None:
+        codec = Codec(max_image_bytes=MAX_BYTES, max_image_pixels=MAX_PIXELS, max_label_chars=200)
+        source = KafkaSource(Connection([bootstrap]), [topic], codec, group="", start="latest")
+        agent = pipeline(
+            tmp_path, source, InlineWorker(Config(), "tests.kafka.agents:DecodingLearner"), rule=CutRule(**rule),
+            stop=threading.Event(),
+        )  # fmt: skip
+        running = threading.Thread(target=agent.run)
+        running.start()
+        try:
+            send(producer, topic, ["new"] * 6)
+            wait_until(lambda: until(agent), 30)
+        finally:
+            agent.stop.set()
+            running.join()
+            source.close()
+            agent.commits.close()
+
+    run(lambda agent: agent.buffer.records == 6, samples=100)
+    # when more came before the next start
+    run(lambda agent: agent.commit and agent.commit.tasks, samples=12)
+    # then all since the beginning is learned
+    assert [place[2] for place in json.loads(model(tmp_path))["learned"]] == list(range(3, 15))
+
+
+def test_of_a_topic_created_again_nothing_is_learned_twice(
+    bootstrap: str, new_topic: Any, producer: KafkaProducer, admin: KafkaAdminClient, tmp_path: Path
+) -> None:
+    # given an agent that looks at the topic's identity once an hour, and has learned ten records
+    topic = new_topic()
+    send(producer, topic, ["old"] * 10)
+    agents: list[Pipeline] = []
+
+    def start() -> threading.Thread:
+        codec = Codec(max_image_bytes=MAX_BYTES, max_image_pixels=MAX_PIXELS, max_label_chars=200)
+        source = KafkaSource(Connection([bootstrap]), [topic], codec, group="", on_lost="skip", discover_s=3600)
+        worker = InlineWorker(Config(), "tests.kafka.agents:DecodingLearner")
+        agents.append(pipeline(tmp_path, source, worker, rule=CutRule(samples=10)))
+
+        def run() -> None:
+            with contextlib.suppress(PositionError):
+                agents[-1].run()
+            source.close()
+            agents[-1].commits.close()
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        return thread
+
+    def learned() -> list[int]:
+        return [place[2] for place in json.loads(model(tmp_path) or '{"learned": []}')["learned"]]
+
+    before = start()
+    try:
+        wait_until(lambda: len(learned()) == 10, 30)
+        # when the topic is deleted and created again, and soon has more records than before
+        admin.delete_topics([topic])
+        create_again(new_topic, topic)
+        send(producer, topic, ["new"] * 50)
+        # then the agent stops without a commit of what it read of it
+        before.join(30)
+        assert not before.is_alive() and learned() == list(range(10))
+        # and the next start learns all of it, once
+        before = start()
+        wait_until(lambda: len(learned()) >= 60, 30)
+        assert learned() == [*range(10), *range(50)]
+    finally:
+        agents[-1].stop.set()
+        before.join()
+
+
+def create_again(new_topic: Any, topic: str) -> None:
+    while True:  # the broker takes a moment to delete it
+        try:
+            new_topic(name=topic)
+            return
+        except TopicAlreadyExistsError:
+            time.sleep(0.05)
 
 
 def play(producer: KafkaProducer, topic: str, partitions: int, count: int, pause_s: float, start: int = 0) -> None:
@@ -220,7 +313,8 @@ def test_a_stop_takes_no_ten_seconds_however_long_the_broker_is_away(tmp_path: P
             # then it does, and says nothing of a failure
             assert time.monotonic() - began < 10
             assert status == 0 and "Traceback" not in agent.log.read_text().rpartition("stopping")[2]
-            assert current(tmp_path / "state") is None
+            commit = current(tmp_path / "state")
+            assert commit and (commit.tasks, commit.offsets) == (0, {Partition("t", 0): 0})
     finally:
         broker.kill()
 
@@ -251,7 +345,8 @@ def test_an_update_of_minutes_holds_up_neither_the_stream_nor_the_metrics(
                 assert answer.status == 200
             time.sleep(0.5)
         playing.join()
-        assert current(tmp_path) is None and agent.process.poll() is None
+        commit = current(tmp_path)
+        assert commit and commit.tasks == 0 and not any(commit.offsets.values()) and agent.process.poll() is None
         wait_until(lambda: (commit := current(tmp_path)) and sum(commit.offsets.values()) >= 1100, 120)
         assert agent.stop() == 0
         assert slowest < 0.5

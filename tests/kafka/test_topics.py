@@ -11,9 +11,11 @@ from kafka import KafkaProducer, TopicPartition
 from kafka.admin import KafkaAdminClient
 
 from streams.kafka.connection import Connection
+from streams.kafka.gaps import Gaps
 from streams.kafka.source import KafkaSource
 from streams.record import Partition
 from streams.source import PositionError, StreamError
+from tests.kafka.agents import wait_until
 from tests.kafka.records import CODEC, Open, labels, read, send
 
 
@@ -179,3 +181,52 @@ def test_topics_may_be_added_and_removed_between_commits_but_not_created_again(s
     assert not source.continues("0123456789abcdef")
     with pytest.raises(PositionError, match="created again"):
         source.continues("kafka t=before")
+
+
+@pytest.mark.parametrize("abort", [False, True])
+def test_positions_are_behind_the_marks_of_transactions(
+    abort: bool, open_source: Open, bootstrap: str, new_topic: Any, admin: KafkaAdminClient
+) -> None:
+    # given a topic written in transactions, the last of which may have been given up
+    topic = new_topic()
+    here = Partition(topic, 0)
+    writer = KafkaProducer(bootstrap_servers=bootstrap, transactional_id=topic)
+    writer.init_transactions()
+    for labelled in (["a"], ["b", "c"]):
+        writer.begin_transaction()
+        send(writer, topic, labelled)
+        writer.commit_transaction()
+    if abort:
+        writer.begin_transaction()
+        send(writer, topic, ["given up"])
+        writer.abort_transaction()
+    writer.close()
+    end = 7 if abort else 5
+
+    # when all is read
+    source = open_source(topic)
+    assert labels(read(source, 3)) == ["a", "b", "c"]
+    wait_until(lambda: source.lag() == {(topic, 0): 0}, 10)
+
+    # then a commit of any place is behind the marks that follow it
+    assert source.past_marks({here: 1}) == {here: 2} and source.past_marks({here: 3}) == {here: 3}
+    after = source.past_marks({here: 4})
+    assert after == {here: end}
+    # and nothing is missed when the topic has lost all that was read
+    admin.delete_records({TopicPartition(topic, 0): -1})
+    assert open_source(topic, at=after).positions == {here: end}
+    # and a commit makes the places before it forgotten, and not its own
+    source.acknowledge(after)
+    wait_until(lambda: source.past_marks({here: 1}) == {here: 1}, 10)
+    assert source.past_marks({here: 4}) == after
+
+
+def test_only_some_thousand_gaps_are_remembered() -> None:
+    gaps, here = Gaps(), Partition("t", 0)
+    gaps.begin({here: 0})
+    for number in range(12_000):
+        gaps.read(here, 2 * number + 1, 2 * number + 2)
+    assert gaps.past({here: 0}) == {here: 0} and gaps.past({here: 20_000}) == {here: 20_001}
+    assert len(gaps._ends[here]) == 10_000
+    gaps.forget({here: 23_999})
+    assert gaps._ends[here] == {23_998: 23_999}
