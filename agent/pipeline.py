@@ -88,6 +88,7 @@ class Metrics(Protocol):
     def restored(self, commit: Commit) -> None: ...
     def rejected(self, item: Rejected, now: float) -> None: ...
     def dead_lettered(self, ok: bool) -> None: ...
+    def dead_letters_removed(self, removed: int) -> None: ...
     def task_failed(self, kind: str) -> None: ...
 
 
@@ -319,6 +320,7 @@ class Pipeline:
             self.published(self.commit)
         self.buffer.committed(self._task)  # only now may the samples leave the disk
         self.source.acknowledge(self.commit.offsets)
+        self.dead_letters.committed(self.commit.offsets)
         self._task = self._settlement = None
         self._failures.clear()
 
@@ -342,6 +344,7 @@ class Pipeline:
         self.metrics.spooled(self.buffer.records, self.buffer.bytes, self.spool.max_bytes)
         self.metrics.lag(self.source.lag())
         self.metrics.skipped(self.source.skipped)
+        self.metrics.dead_letters_removed(self.dead_letters.removed)
         if bool(self.source.holding) != self._paused and not self._draining:
             self._paused = not self._paused
             self.metrics.state("paused" if self._paused else "consuming")

@@ -62,6 +62,8 @@ class Metrics(Instruments):
         self._heartbeats: dict[str, float] = {}
         self._skipped_before: dict[str, int] = {}
         """Totals that `skipped` was told last."""
+        self._removed_before = 0
+        """Total that `dead_letters_removed` was told last."""
         self._counted = {"tasks": 0.0, "training_samples": 0.0, "training_steps": 0.0}
         """What the counters that go on after a restart stand at."""
         self._released = 0
@@ -191,6 +193,11 @@ class Metrics(Instruments):
     def dead_lettered(self, ok: bool) -> None:
         """A rejected record was set aside (`ok`), or could not be."""
         self._dead_letters.labels("ok" if ok else "error").inc()
+
+    def dead_letters_removed(self, removed: int) -> None:
+        """This number of dead letters was removed by their bound, since the process started."""
+        self._dead_letters.labels("removed").inc(removed - self._removed_before)
+        self._removed_before = removed
 
     def task_failed(self, kind: str) -> None:
         """An update failed; `kind` is one of exporter.instruments.FAILURES."""
