@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from streams.record import Offsets, Partition, Rejected
+from streams.record import MAX_DETAIL_CHARS, Offsets, Partition, Rejected
 from streams.source import DeadLetterError
 
 log = logging.getLogger(__name__)
@@ -168,7 +168,7 @@ def _line(rejected: Rejected, max_bytes: int) -> bytes:
         "partition": rejected.partition.number,
         "offset": rejected.offset,
         "reason": rejected.reason,
-        "detail": rejected.detail,
+        "detail": rejected.detail[:MAX_DETAIL_CHARS],
     }
     raw = rejected.raw
     if raw is not None:

@@ -34,7 +34,7 @@ from streams.kafka.handover import Handover
 from streams.kafka.record_batches import Message, Unreadable, rejections
 from streams.kafka.topics import Topics, named
 from streams.merge import Merge
-from streams.record import MESSAGE_OVERHEAD, Item, Offsets, Partition, Raw, Record, Rejected
+from streams.record import MESSAGE_OVERHEAD, Item, Offsets, Partition, Record, Rejected
 from streams.source import StreamError
 
 log = logging.getLogger(__name__)
@@ -309,8 +309,7 @@ class KafkaSource:
                 total += MESSAGE_OVERHEAD * len(lost)
                 self._positions[partition] = message.next_offset
                 continue
-            offset, timestamp_ms, key, value, headers = message
-            raw = Raw(key, value, headers)
+            offset, timestamp_ms, raw = message.offset, message.timestamp_ms, message.raw
             size = raw.memory_bytes
             total += size
             item = decode(partition, offset, raw, timestamp_ms / 1000 if timestamp_ms >= 0 else None)
