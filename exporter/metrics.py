@@ -128,6 +128,12 @@ class Metrics(Instruments):
             self._lag_records.labels(topic, str(partition)).set(records)
         self._lag = {f"{topic}/{partition}": records for (topic, partition), records in lag.items()}
 
+    def holding(self, why: str) -> None:
+        """The source does not read at present because of `why`; it does when that is empty."""
+        self._holding.set(bool(why))
+        with self._lock:
+            self._status["holding"] = why[:DETAIL_CHARS]
+
     def skipped(self, skipped: Mapping[str, int]) -> None:
         """Retention removed this number of records per topic before they were read, since the process started."""
         for topic, records in skipped.items():

@@ -33,6 +33,7 @@ from streams.record import (
     Reason,
     Record,
     Rejected,
+    Unreachable,
     Unusable,
     canonical_label,
     check_image,
@@ -96,7 +97,7 @@ class Claim:
 
 
 class Codec:
-    """Decodes messages within given limits. Never raises: what cannot be used comes out as Rejected."""
+    """Decodes messages within given limits. What cannot be used comes out as Rejected, and not as an exception."""
 
     def __init__(
         self, *, max_image_bytes: int, max_image_pixels: int, max_label_chars: int, labelled: bool = True
@@ -137,13 +138,18 @@ class Codec:
         return Record(partition, offset, label, image, timestamp_s, raw)
 
     def fetch(self, claim: Claim, get: Callable[[str], bytes] | None) -> Record | Rejected:
-        """The record of a claim, whose image `get` brings for its URL. Without `get` no image may be elsewhere."""
+        """The record of a claim, whose image `get` brings for its URL. Without `get` no image may be elsewhere.
+
+        Raises Unreachable where `get` does: the claim stays as good as it was.
+        """
         try:
             if get is None:
                 raise Unusable(Reason.FETCH_FORBIDDEN, f"{claim.url[:500]!r}: no prefix is allowed")
             return self.redeem(claim, get(claim.url))
         except Unusable as why:
             return Rejected(claim.partition, claim.offset, why.reason, why.detail, claim.raw)
+        except Unreachable:
+            raise
         except Exception as error:  # whatever a network brings: a record's image never ends the stream
             detail = f"{claim.url[:500]!r}: {type(error).__name__}: {str(error)[:400]}"
             return Rejected(claim.partition, claim.offset, Reason.FETCH_FAILED, detail, claim.raw)

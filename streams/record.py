@@ -153,6 +153,10 @@ class Unusable(Exception):
         self.detail = detail[:MAX_DETAIL_CHARS]
 
 
+class Unreachable(Exception):
+    """The store of images does not answer: nothing is known of the image, which may be had later."""
+
+
 LABEL_BYTES_PER_CHAR = 12
 """Raw bytes (of text: characters) of a label for each one it may have once it is canonical. A composed character has up
 to 9 before (three parts of a Korean syllable), and white space is removed. Before it is bounded nothing is done with a
