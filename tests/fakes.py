@@ -226,7 +226,10 @@ class ListSource:
 class MemoryDeadLetters:
     """Keeps what was put; `failures` are raised by the next flushes, one each."""
 
+    removed = 0
+
     def __init__(self, failures: Sequence[DeadLetterError] = ()) -> None:
+        self.passed: list[Offsets] = []
         self.waiting: list[Rejected] = []
         self.acknowledged: list[Rejected] = []
         self._failures = list(failures)
@@ -239,6 +242,9 @@ class MemoryDeadLetters:
             raise self._failures.pop(0)
         self.acknowledged += self.waiting
         self.waiting = []
+
+    def committed(self, offsets: Offsets) -> None:
+        self.passed.append(offsets)
 
     def close(self) -> None: ...
 
