@@ -1,7 +1,8 @@
 # PYTHON_ARGCOMPLETE_OK
 """The command `gapstream`: a table of commands, and `main`. A command's module is imported when it is chosen.
 
-Exit codes: 0 done, 1 stopped by an error, 2 wrong usage, 78 wrong configuration (RestartPreventExitStatus of systemd).
+Exit codes: 0 done, 1 stopped by an error, 2 wrong usage, 78 wrong configuration (RestartPreventExitStatus of systemd),
+130 ended by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 import argcomplete
 
 from agent.config import ConfigError
+from agent.process import is_ours
 
 EXIT_ERROR = 1
 """The exit code of whatever stops a command; by convention of shells. systemd starts an agent again that ends so."""
@@ -50,12 +52,12 @@ COMMANDS = {
     ),
     "serve": Command(
         USE,
-        "classify over HTTP, or from topic to topic, with the newest release",
+        "classify over HTTP, or from topic to topic, with the release that readers follow",
         "gapstream serve --set state.path=state --set serve.port=9188",
     ),
     "predict": Command(
         USE,
-        "classify images with the current release",
+        "classify images with the release that readers follow",
         "gapstream predict --model state --top 3 --name zebra photo.jpg",
     ),
     "releases": Command(USE, "list the releases readers can be sent to", "gapstream releases --set state.path=state"),
@@ -161,8 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_ERROR
     except Exception as error:
-        package = type(error).__module__.partition(".")[0]
-        if package not in ("agent", "exporter", "streams") and not isinstance(error, OSError):
+        if not is_ours(error) and not isinstance(error, OSError):
             raise  # a mistake of ours: with its traceback
         print(f"gapstream: {error}", file=sys.stderr)
         return EXIT_ERROR

@@ -58,7 +58,7 @@ from agent.layout import (
 )
 from agent.scoring.report import Report
 from agent.values import Commit, Outcome
-from exporter.files import MISSING, READ_ATTEMPTS, copy, link_or_copy, patiently, point, sync, sync_folders
+from exporter.files import MISSING, NEW, READ_ATTEMPTS, copy, link_or_copy, patiently, point, sync, sync_folders
 from streams.record import Offsets, Partition
 
 log = logging.getLogger(__name__)
@@ -242,7 +242,7 @@ class CommitStore:
         target = self._target()
         with self._writing():
             for link in (self._pointer, self.path / RELEASE):
-                link.with_name(f"{link.name}.new").unlink(missing_ok=True)
+                link.with_name(f"{link.name}{NEW}").unlink(missing_ok=True)
             for folder in [*self._commits.glob(f"*{STAGING}"), *self._commits.glob(f"*{PRUNED}")]:
                 shutil.rmtree(folder)
             for number in self._numbers():

@@ -43,6 +43,9 @@ class SourceParts(Protocol):
     def may_create_dead_letters(self, config: Config) -> bool:
         """Whether the agent makes that place where it does not exist."""
 
+    def learn_at_end(self, config: Config) -> bool:
+        """Whether the unfinished task is learned at the end of the stream; one without an end is never asked."""
+
 
 class ArchiveParts:
     """The parts of an archive: a folder or zip on disk, whose rejected records are kept in the state folder."""
@@ -66,6 +69,9 @@ class ArchiveParts:
 
     def may_create_dead_letters(self, config: Config) -> bool:
         return True
+
+    def learn_at_end(self, config: Config) -> bool:
+        return config.source.archive.on_end == "learn"
 
 
 class KafkaParts:
@@ -103,6 +109,9 @@ class KafkaParts:
 
     def may_create_dead_letters(self, config: Config) -> bool:
         return config.source.kafka.dead_letter_create
+
+    def learn_at_end(self, config: Config) -> bool:
+        return True
 
 
 SOURCES: dict[str, SourceParts] = {"archive": ArchiveParts(), "kafka": KafkaParts()}

@@ -319,7 +319,7 @@ class Pipeline:
         self.metrics.task_failed(died.kind)
         self._failures.append(str(died))
         task = self._task
-        if died.kind == "start":  # a configuration that cannot work: another attempt would end the same way
+        if died.at_start:  # a configuration that cannot work: another attempt would end the same way
             raise AgentError(f"the trainer could not be set up: {died}") from died
         # A broken disk or driver must not empty the whole stream into the dead letters, task by task.
         quarantined = self.rules.quarantine and died.blames_task
@@ -482,9 +482,9 @@ def _halves(task: Task) -> tuple[Task, Task]:
     for sample in second:
         waiting.setdefault(sample.partition, sample.offset)
 
-    def part(samples: tuple[Sample, ...], **facts: Any) -> Task:
+    def part(samples: tuple[Sample, ...], **changed: Any) -> Task:
         classes, size = tuple(dict.fromkeys(s.label for s in samples)), sum(s.length for s in samples)
-        return replace(task, samples=samples, classes=classes, bytes=size, **facts)
+        return replace(task, samples=samples, classes=classes, bytes=size, **changed)
 
     return (
         part(first, next_offsets=task.next_offsets | waiting, records=len(first), rejected={}),

@@ -42,3 +42,8 @@ def stop_on_signals(stop: threading.Event) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def is_ours(error: BaseException) -> bool:
+    """Whether an exception is of a class of this project, so that its message is written for people."""
+    return type(error).__module__.partition(".")[0] in ("agent", "exporter", "streams")

@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry
 from agent.commits import CommitStore
 from agent.config import Config, resolved
 from agent.layout import SPOOL
-from agent.parts import open_stream
+from agent.parts import open_stream, source_parts
 from agent.pipeline import Pipeline, Rules, resume
 from agent.releases import Publisher, pinned
 from agent.values import Commit
@@ -78,7 +78,7 @@ def run_agent(
             stop=stop,
             rules=Rules(
                 poll_timeout_s=config.agent.poll_timeout_s,
-                learn_at_end=config.source.archive.on_end == "learn",
+                learn_at_end=source_parts(config).learn_at_end(config),
                 learn_at_stop=config.task.on_stop == "learn",
                 quarantine=config.agent.on_task_failure == "quarantine",
                 stop_timeout_s=config.agent.stop_timeout_s,

@@ -40,7 +40,7 @@ from agent.worker import TaskFault
 from exporter.onnx import Labelled, OnnxExporter
 from exporter.preprocess import decode
 from exporter.release import ReleaseError
-from exporter.text_export import TextTower
+from exporter.text_export import TextToRelease
 from streams.archive_folder import ArchiveFolder
 from streams.buffer import Task
 from streams.record import Reason
@@ -221,12 +221,12 @@ class Trainer:
             "accuracy": report.last,
         }
 
-    def _text(self) -> TextTower | None:
+    def _text(self) -> TextToRelease | None:
         """The text tower with its tokenizer, to be released beside the image tower; None where that is switched off."""
         # The exporter asks for the tokenizer: one that cannot be released is a reason to leave the text part out.
         if not self._config.release.text:
             return None
-        return TextTower(self._method.text_module(), lambda: self._clip.tokenizer)
+        return TextToRelease(self._method.text_module(), lambda: self._clip.tokenizer)
 
     def _check_images(self, held: Sequence[Sample]) -> np.ndarray:
         """Images the release is checked on and tested with, float32 [n, 3, H, W]: newly held-out ones, or noise.
@@ -274,6 +274,7 @@ class Trainer:
         # safetensors takes contiguous tensors only.
         save_file({k: v.detach().cpu().contiguous() for k, v in state.tensors.items()}, staging / LEARNER_TENSORS)
         # Forced to the disk by `seal`, with everything else in `staging`.
+        # "facts" in the file is the name that older commits have.
         values = {**self._learned_under(), "facts": dict(state.values)}
         (staging / LEARNER_VALUES).write_text(json.dumps(values, indent=1, ensure_ascii=False), encoding="utf-8")
 

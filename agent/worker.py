@@ -79,6 +79,11 @@ class WorkerDied(Exception):
         self.details = details
         self.blames_task = blames_task
 
+    @property
+    def at_start(self) -> bool:
+        """Whether the learner could not be set up at all."""
+        return self.kind == "start"
+
 
 class Worker(Protocol):
     """What the pipeline needs of a worker: one task at a time, and never a wait."""

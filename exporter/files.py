@@ -34,6 +34,10 @@ def patiently(read: Callable[[], _T]) -> _T:
     return read()
 
 
+NEW = ".new"
+"""The ending of what `point` makes beside a link before it takes its place; a process that died may leave one there."""
+
+
 def sync(path: Path) -> None:
     """Force a file's bytes, or the names in a folder, to the disk. Raises OSError.
 
@@ -73,7 +77,7 @@ def copy(source: Path, target: Path) -> None:
 def point(link: Path, target: Path) -> None:
     """Make `link` a symlink to `target` by one rename that survives a power cut. Raises OSError."""
     # A symlink cannot be made over another one, and deleting that first would leave a moment without any.
-    new = link.with_name(f"{link.name}.new")
+    new = link.with_name(f"{link.name}{NEW}")
     new.unlink(missing_ok=True)  # by a process that died
     new.symlink_to(target)
     new.replace(link)

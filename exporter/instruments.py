@@ -1,6 +1,6 @@
 """The agent's metrics: their names, help texts, labels and buckets. What sets them is in exporter.metrics.
 
-A metric is added here, in the README's table and on the dashboard; tests compare the three.
+A metric is added here, in the table of deploy/README.md and on the dashboard; tests compare the three.
 
 A measurement not made yet is NaN, never 0: no alert fires on it and no graph shows it.
 """

@@ -30,7 +30,7 @@ from exporter.preprocess import Preprocess
 from exporter.release import GOLDEN, MODEL, Parity, ParityError, Release, Variant, digest, variant_name, write
 from exporter.runtime import OUTPUTS, Answers, Session
 from exporter.session import Device
-from exporter.text_export import TextExporter, TextTower
+from exporter.text_export import TextExporter, TextToRelease
 from exporter.trace import EXAMPLE_BATCH, Trace, constant, filled, tensors_of
 
 log = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ class OnnxExporter:
         folder: Path,
         check_images: NDArray[np.float32],
         holdout: Sequence[Labelled] = (),
-        text: TextTower | None = None,
+        text: TextToRelease | None = None,
         before: Path | None = None,
     ) -> Release:
         """Write `module` and all that belongs to it into `folder` (made here, must not exist).

@@ -22,7 +22,8 @@ each of its forty plugins is code that hostile bytes can reach."""
 
 MAX_ASPECT = 100
 """Longer side over shorter side of the narrowest image that is taken. Resizing the shorter side to 224 would make 50
-gigapixels of a 1 x 1,000,000 image."""
+gigapixels of a 1 x 1,000,000 image. The same as in streams.record, which cannot be imported here; a test compares the
+two."""
 
 _MAGIC = (b"\xff\xd8", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"P1", b"P2", b"P3", b"P4", b"P5", b"P6")
 """How files of FORMATS begin, but for WEBP and AVIF, whose names come later. They tell a broken image (`undecodable`)

@@ -1,8 +1,8 @@
 """A serving process's metrics, on a registry passed in: their names, help texts, labels and buckets.
 
-A metric is added here, in the README's table and on the dashboard; tests compare the three. Known label values are made
-with their metric, at 0, so that `rate()` and alerts work from the first scrape on. The agent's metrics are in
-exporter.instruments.
+A metric is added here, in the table of deploy/README.md and on the dashboard; tests compare the three. Known label
+values are made with their metric, at 0, so that `rate()` and alerts work from the first scrape on. The agent's metrics
+are in exporter.instruments.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ _PAGE = 4096
 
 
 @dataclass(frozen=True)
-class TextTower:
+class TextToRelease:
     """What the text part of a release is made of."""
 
     module: Any
@@ -70,7 +70,7 @@ class TextExporter:
         through again for every release."""
 
     def write(
-        self, tower: TextTower, classes: Sequence[str], folder: Path, before: Path | None, device: Device
+        self, tower: TextToRelease, classes: Sequence[str], folder: Path, before: Path | None, device: Device
     ) -> TextPart:
         """Write the text part of a model with these classes into the release's `folder`, and check it on `device`.
 

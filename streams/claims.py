@@ -230,13 +230,12 @@ def _is_plain(path: str) -> bool:
     return False
 
 
-def check_prefix(prefix: str) -> str:
-    """`prefix`, when it can be allowed: it must name a place, and end where a name ends. Raises ValueError."""
+def check_prefix(prefix: str) -> None:
+    """Raise ValueError unless `prefix` can be allowed: it must name a place, and end where a name ends."""
     parts = urllib.parse.urlsplit(prefix)
     where = parts.path if parts.scheme == "file" else parts.netloc
     if parts.scheme not in ("https", "http", "s3", "file") or not where or not prefix.endswith("/"):
         raise ValueError(f"got {prefix!r}, expected https://host/, http://host/, s3://bucket/ or file:///folder/")
-    return prefix
 
 
 def signed(parts: urllib.parse.SplitResult, s3: S3, now: datetime) -> dict[str, str]:

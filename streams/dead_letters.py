@@ -118,6 +118,7 @@ class FileDeadLetters:
             self._file = (self._folder / f"{number:08d}.jsonl").open("xb")
             self._written = 0
             # A file is there after a crash only when its folder's entry is on the disk too.
+            # exporter.files.sync would do this, but streams may not import that package.
             folder = os.open(self._folder, os.O_RDONLY)
             try:
                 os.fsync(folder)

@@ -33,7 +33,7 @@ class Reason(enum.StrEnum):
     """Why a record cannot be used: the label of a metric and a header of a dead letter.
 
     The list is closed, as a metric must not get a series for every text somebody writes. deploy/wire-format.md says
-    what each means; exporter.metrics repeats the list, and a test compares the two.
+    what each means; exporter.instruments repeats the list, and a test compares the two.
     """
 
     EMPTY = "empty"
@@ -197,7 +197,8 @@ def _canonical(raw: str | bytes, max_chars: int) -> str:
 
 MAX_ASPECT = 100
 """Longest over shortest side. Beyond it the resize of the shortest side to the model's input is itself a bomb: at 224
-pixels a needle of 1 x 500,000 would become one of 224 x 112,000,000. Chosen by hand, far beyond any panorama."""
+pixels a needle of 1 x 500,000 would become one of 224 x 112,000,000. Chosen by hand, far beyond any panorama.
+The same as in exporter.preprocess, which cannot be imported here; a test compares the two."""
 
 _JPEG_SEGMENTS = 2000
 """Segments that are walked to find the frame header. Real files have a dozen; to walk megabytes of empty ones would

@@ -8,7 +8,6 @@ import pytest
 TOP = Path(__file__).parent.parent
 FILES = sorted(path for package in ("agent", "exporter", "streams") for path in (TOP / package).rglob("*.py"))
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
-ALLOWED_LONG_MODULES = ("agent/methods/", "agent/config/sections.py")
 
 
 def module(path: Path) -> str:
@@ -73,8 +72,11 @@ def test_no_modules_import_each_other_in_a_circle():
 @pytest.mark.parametrize(
     ("package", "forbidden"),
     [
-        ("streams", ("agent", "exporter")),
-        ("exporter", ("agent", "streams")),
+        ("streams", ("agent", "exporter", "torch", "numpy", "prometheus_client", "onnxruntime")),
+        ("exporter", ("agent", "streams", "kafka")),
+        ("agent.run", ("agent.trainer", "agent.model", "agent.methods", "torch")),
+        ("agent.worker", ("agent.trainer", "agent.model", "agent.methods", "torch")),
+        ("agent.commits", ("agent.trainer", "agent.model", "agent.methods", "torch")),
         ("agent.methods", ("agent.commits", "agent.worker", "agent.trainer", "agent.scoring", "exporter", "streams")),
         ("agent.model", ("agent.methods", "agent.scoring", "agent.trainer", "agent.commits", "streams.kafka")),
         ("agent.config", ("agent.model", "agent.methods", "agent.trainer", "streams", "torch")),
@@ -97,6 +99,8 @@ def test_arrows_point_one_way(package, forbidden):
         ("prometheus_client", "exporter."),
         ("onnx", "exporter."),
         ("onnxruntime", "exporter."),
+        ("uvicorn", "exporter."),
+        ("pydantic", "agent."),
     ],
 )
 def test_a_heavy_library_is_imported_in_one_room(library, rooms):
@@ -109,19 +113,17 @@ def test_a_heavy_library_is_imported_in_one_room(library, rooms):
 def test_no_module_has_more_than_500_lines():
     for path in FILES:
         short = path.relative_to(TOP).as_posix()
-        if not short.startswith(ALLOWED_LONG_MODULES):
-            lines = len(path.read_text(encoding="utf-8").splitlines())
-            assert lines <= 500, f"{short} has {lines} lines"
+        lines = len(path.read_text(encoding="utf-8").splitlines())
+        assert lines <= 500, f"{short} has {lines} lines"
 
 
 def test_no_function_has_more_than_80_lines():
-    straight = {"agent/run.py run_agent", "agent/methods/seca.py update"}
     for path, tree in TREES.items():
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 name = f"{path.relative_to(TOP).as_posix()} {node.name}"
                 lines = (node.end_lineno or 0) - node.lineno + 1
-                assert lines <= 80 or name in straight, f"{name} has {lines} lines"
+                assert lines <= 80, f"{name} has {lines} lines"
 
 
 def test_every_module_and_package_says_in_its_first_line_what_it_is():

@@ -21,7 +21,7 @@ from agent.values import Progress, Update
 from exporter.onnx import OnnxExporter
 from exporter.preprocess import Preprocess
 from exporter.text import name_encoder
-from exporter.text_export import TextTower
+from exporter.text_export import TextToRelease
 from streams.archive_folder import ArchiveFolder
 from tests.tiny import silent, tiny_clip, tiny_task, tiny_timm_clip
 
@@ -304,7 +304,7 @@ def test_its_release_answers_as_it_does_and_a_later_one_reuses_the_graph(clip, n
     for number, classes in enumerate((["red", "green"], ["blue", "red", "black"]), 1):
         method.update(tiny_task(clip, number, classes), silent)
         folder = tmp_path / str(number)
-        text = TextTower(method.text_module(), lambda: clip.tokenizer)
+        text = TextToRelease(method.text_module(), lambda: clip.tokenizer)
         release = exporter.release(method.inference_module(), preprocess, {"method": name}, folder, images, text=text)
         assert release.classes == method.classes and release.parity.top1 == 1
         names = ["red", "never seen", "a name of many words that goes on and on and on and on"]

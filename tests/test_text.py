@@ -28,7 +28,7 @@ from exporter.onnx import OnnxExporter
 from exporter.release import Release, ReleaseError
 from exporter.runtime import Classifier, NamesError
 from exporter.text import CLEANUPS, name_encoder
-from exporter.text_export import TextTower
+from exporter.text_export import TextToRelease
 from tests.tiny import tiny_clip, tiny_timm_clip
 
 LEARNED = ("cat", "dog", "big red ship")
@@ -113,7 +113,8 @@ class Exports:
         module = TextHead(merged(self.clip.image, {}), tuple(classes), rows(text, classes), 100.0)
         size = self.clip.preprocess.size
         images = np.random.default_rng(0).normal(size=(3, 3, size, size)).astype(np.float32)
-        part = replace(TextTower(text, lambda: self.clip.tokenizer), **changes) if changes.get("text", True) else None
+        tower = TextToRelease(text, lambda: self.clip.tokenizer)
+        part = replace(tower, **changes) if changes.get("text", True) else None
         before = self.made[-1].path if self.made else None
         folder = self.path / str(len(self.made) + 1)
         self.made.append(

@@ -1,1 +1,1 @@
-"""The commands of `gapstream`, one file each; agent/cli.py lists them."""
+"""The commands of `gapstream`, a file for each; `arguments` is shared, `serve_kafka` is the second half of `serve`."""

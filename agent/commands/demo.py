@@ -23,11 +23,16 @@ from rich.text import Text
 
 from agent.commands.report import last_retention, write_report
 from agent.config import Config, load
+from agent.layout import RELEASE
 from agent.process import log_to_stderr, stop_on_signals
 from agent.run import run_agent
 from agent.scoring.report import Report
 from exporter.metrics import Metrics
+from exporter.release import MODEL
 from streams.archive_folder import ArchiveFolder
+
+STATE, PAGE = "state", "report.html"
+"""What the demo makes in its folder: the agent's state folder, and the page that says it came to its end."""
 
 FOLDER = Path("build/demo")
 """Where the demo learns, below the working directory: build/ is not under version control, and safe to delete."""
@@ -82,7 +87,7 @@ def demo(folder: Path, console: Console, learner: str | None = None) -> int:
     if commit is None or commit.report is None or stop.is_set():
         console.print("Stopped; `gapstream demo` goes on from the last task learned.")
         return 0
-    write_report(state, folder / "report.html")
+    write_report(state, folder / PAGE)
     console.print(tasks_table(commit.report))
     sample_images(folder / "images")
     console.print(summary(commit.report, folder), soft_wrap=True, highlight=False)
@@ -116,9 +121,9 @@ def summary(report: Report, folder: Path) -> str:
             f"[bold]{_percent(report.last)}[/] over all {len(report.classes)} classes, {gain:+.1f} points "
             f"against the untouched model; forgetting {_percent(report.forgetting)}{kept}.",
             "",
-            f"Report   {folder / 'report.html'}",
-            f"Model    {folder / 'state/CURRENT/release/model.onnx'}",
-            f"Try      {sys.argv[0]} predict --top 1 --model {folder / 'state'} {folder / 'images'}/*.jpg",
+            f"Report   {folder / PAGE}",
+            f"Model    {folder / STATE / RELEASE / MODEL}",
+            f"Try      {sys.argv[0]} predict --top 1 --model {folder / STATE} {folder / 'images'}/*.jpg",
         ]
     )
 
@@ -200,10 +205,10 @@ def tasks_table(report: Report) -> Table:
 
 def fresh(folder: Path) -> Path:
     """Give the state folder in `folder`: an interrupted demo's, which goes on, or a new one after a finished demo."""
-    state = folder / "state"
-    if (folder / "report.html").exists():
+    state = folder / STATE
+    if (folder / PAGE).exists():
         shutil.rmtree(state, ignore_errors=True)
-        (folder / "report.html").unlink()
+        (folder / PAGE).unlink()
     return state
 
 

@@ -25,6 +25,7 @@ from agent.commits import CommitStore, StateError
 from agent.config import Config
 from agent.layout import LOCK, SPOOL, has_learned
 from agent.parts import open_exchange, source_parts
+from agent.process import is_ours
 from agent.values import Commit
 from streams.source import DeadLetterError
 
@@ -90,9 +91,7 @@ def _looked_at(about: str, cure: str, look: Callable[[], Iterator[Finding]]) -> 
     try:
         yield from look()
     except Exception as error:
-        kind = type(error)
-        ours = kind.__module__.partition(".")[0] in ("agent", "exporter", "streams")
-        yield Finding(about, "problem", str(error) if ours else f"{kind.__name__}: {error}", cure)
+        yield Finding(about, "problem", str(error) if is_ours(error) else f"{type(error).__name__}: {error}", cure)
 
 
 def _lock_holder(state: Path) -> str:
@@ -179,17 +178,17 @@ def _source(config: Config, commit: Commit | None) -> Iterator[Finding]:
         source.seek(commit.offsets if commit else {})
         at = ", ".join(f"{topic}/{number}:{offset}" for (topic, number), offset in sorted(source.positions.items()))
         yield Finding("source", "ok", f"{where}; read from {at or 'the beginning'}")
-    if letters := parts.dead_letter_place(config):
+    if place := parts.dead_letter_place(config):
         try:
             parts.dead_letters(config, create=False).close()
         except DeadLetterError as error:
             if parts.may_create_dead_letters(config):
                 text = f"{error}. The agent will try to create it"
-                yield Finding("letters", "warning", text, "create it yourself where the agent may not")
+                yield Finding("rejected", "warning", text, "create it yourself where the agent may not")
             else:
-                yield Finding("letters", "problem", str(error))
+                yield Finding("rejected", "problem", str(error))
         else:
-            yield Finding("letters", "ok", f"{letters} takes rejected records")
+            yield Finding("rejected", "ok", f"{place} takes rejected records")
 
 
 def _answers(config: Config) -> Iterator[Finding]:

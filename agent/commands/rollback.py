@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from agent.commands.arguments import add_config, config_from
+from agent.layout import commit_number
 from agent.releases import pin, publish, unpin
 
 
@@ -28,7 +29,8 @@ def run(arguments: argparse.Namespace) -> None:
     state = config.state.path
     if arguments.newest:
         release = unpin(state)
-        number = int(release.path.parent.name)
+        number = commit_number(release.path.parent.name)
+        assert number is not None, "a release lies in the folder of its commit"
         print(f"readers follow the newest release again: {release.id} of commit {number}")
     else:
         number = arguments.number

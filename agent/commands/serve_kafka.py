@@ -57,7 +57,7 @@ _OVERHEAD = 256
 """Bytes left free in a message for what `message_size` does not count: lengths, the time, and the head of the batch it
 is sent in, which take about a hundred. A prediction that does not fit is answered by an error that does."""
 
-Unusable = tuple[str, str]
+Refusal = tuple[str, str]
 """The reason why a message has no prediction (streams.record.Reason), and the detail."""
 
 
@@ -181,7 +181,7 @@ class Responder:
     def _answer(self, arrivals: Sequence[Arrival], classifier: Classifier) -> None:
         """Answer all of them in one transaction, or only the first where it takes long or the end has come."""
         began = time.monotonic()
-        answers: list[Prediction | Unusable | None] = []
+        answers: list[Prediction | Refusal | None] = []
         while len(answers) < len(arrivals) and not (self._stopping() or time.monotonic() - began > _BATCH_S):
             self._beat = time.monotonic()
             answers += self._classified(self._part(arrivals[len(answers) :]), classifier)
@@ -207,7 +207,7 @@ class Responder:
         for reason, count in rejected.items():
             self._metrics.rejected.labels(reason).inc(count)
 
-    def _classified(self, arrivals: Sequence[Arrival], classifier: Classifier) -> list[Prediction | Unusable | None]:
+    def _classified(self, arrivals: Sequence[Arrival], classifier: Classifier) -> list[Prediction | Refusal | None]:
         """Find what is to be said to each message; None for marks, which are passed without an answer."""
         waiting = [
             in_background(partial(self._fetch, arrival.item), "image-fetch")
@@ -235,7 +235,7 @@ class Responder:
                 return arrivals[:number]
         return arrivals[: self._max_batch]
 
-    def _reply(self, arrival: Arrival, answer: Prediction | Unusable) -> tuple[Reply, str]:
+    def _reply(self, arrival: Arrival, answer: Prediction | Refusal) -> tuple[Reply, str]:
         """Write the reply to a message; gives it with the reason why it has no prediction (empty when it has one).
 
         What is too long for the output topic becomes an error, at last without key and headers: one reply that cannot
@@ -284,7 +284,7 @@ def _fetched(claim: Claim, decoder: Codec, images: ImageStore | None) -> Record 
         return Rejected(claim.partition, claim.offset, Reason.FETCH_FAILED, str(error), claim.raw)
 
 
-def _prepared(item: Record | Rejected | Control, classifier: Classifier) -> Prepared | Unusable | None:
+def _prepared(item: Record | Rejected | Control, classifier: Classifier) -> Prepared | Refusal | None:
     """Decode an image for the model, or say why it cannot be; None for a mark."""
     if isinstance(item, Record):
         try:

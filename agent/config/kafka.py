@@ -29,6 +29,7 @@ def _a_start(start: str) -> str:
     return start
 
 
+# The same rule as that of streams.claims.check_prefix, which the configuration cannot import; a test compares the two.
 def _places(prefixes: tuple[str, ...]) -> tuple[str, ...]:
     """Accept prefixes of URLs that end where a name ends: without the slash `https://host` would allow `host.evil`."""
     for prefix in prefixes:

@@ -146,8 +146,9 @@ class MgClip(StudentMethod):
 
     def state(self) -> LearnerState:
         tensors = {**self._student.tensors(), "rows": self._visual.rows.clone()}
-        facts = {"classes": list(self.classes), "counts": list(self._visual.counts), "epochs_fixed": self._epochs_fixed}
-        return LearnerState(tensors, facts)
+        counts = list(self._visual.counts)
+        values = {"classes": list(self.classes), "counts": counts, "epochs_fixed": self._epochs_fixed}
+        return LearnerState(tensors, values)
 
     def load_state(self, state: LearnerState) -> None:
         self._student.load_tensors(state.tensors)

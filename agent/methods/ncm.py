@@ -58,8 +58,8 @@ class Ncm(UntouchedMethod):
         return NearestMean(merged(self._clip.image, {}), self.classes, means, self._clip.logit_scale)
 
     def state(self) -> LearnerState:
-        facts = {"classes": list(self._means.classes), "counts": list(self._means.counts)}
-        return LearnerState({"means": self._means.rows.clone()}, facts)
+        values = {"classes": list(self._means.classes), "counts": list(self._means.counts)}
+        return LearnerState({"means": self._means.rows.clone()}, values)
 
     def load_state(self, state: LearnerState) -> None:
         self._means.load(state.values["classes"], state.values["counts"], state.tensors["means"])

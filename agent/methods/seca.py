@@ -242,27 +242,27 @@ class Seca:
         tensors |= {f"prompts.{number}": prompt for number, prompt in enumerate(self._prompts)}
         tensors |= {**_parameters("relevance.", self._relevance), **_parameters("refinement.", self._refinement)}
         tensors |= {"means": self._means.rows, "prototypes": self._prototypes}
-        facts = {
+        values = {
             "classes": list(self._means.classes),
             "counts": list(self._means.counts),
             "learned": self._learned,
             "pool": len(self._pool),
             "prompts": len(self._prompts),
         }
-        return LearnerState({name: tensor.detach().clone() for name, tensor in tensors.items()}, facts)
+        return LearnerState({name: tensor.detach().clone() for name, tensor in tensors.items()}, values)
 
     def load_state(self, state: LearnerState) -> None:
-        facts = state.values
+        values = state.values
         tensors = {name: tensor.to(self._clip.device) for name, tensor in state.tensors.items()}
         self._adapter.load_tensors(_below("adapter.", tensors))
-        self._pool = [_below(f"pool.{number}.", tensors) for number in range(facts["pool"])]
-        prompts = [tensors[f"prompts.{number}"].clone() for number in range(facts["prompts"])]
+        self._pool = [_below(f"pool.{number}.", tensors) for number in range(values["pool"])]
+        prompts = [tensors[f"prompts.{number}"].clone() for number in range(values["prompts"])]
         self._prompts = prompts[-self._settings.prompts :]
         self._relevance.load_state_dict(_below("relevance.", tensors))
         self._refinement.load_state_dict(_below("refinement.", tensors))
-        self._means.load(facts["classes"], facts["counts"], tensors["means"])
+        self._means.load(values["classes"], values["counts"], tensors["means"])
         self._prototypes = tensors["prototypes"].clone()
-        self._learned = facts["learned"]
+        self._learned = values["learned"]
         self._names = None
 
 

@@ -142,7 +142,7 @@ class HoldOut:
         for pack in holdout._packs():
             try:
                 holdout._held |= patiently(partial(_images_in, pack))
-            except _Damaged as error:
+            except _DamagedPack as error:
                 log.error("%s is damaged (%s): its images are not scored on any more", pack, error)
             except OSError as error:
                 raise HoldOutError(f"{pack} cannot be read: {error.strerror or error}; mend the disk") from error
@@ -257,12 +257,12 @@ class HoldOut:
             return self._open.read(f"{quote(label, safe='')}/{digest.hex()}")
 
 
-class _Damaged(Exception):
+class _DamagedPack(Exception):
     """A pack is not what was written; the message says why."""
 
 
 def _images_in(pack: Path) -> dict[bytes, tuple[str, str]]:
-    """Read a pack: digest -> (class name, name of the pack). Raises _Damaged, and OSError when the disk refuses."""
+    """Read a pack: digest -> (class name, name of the pack). Raises _DamagedPack, and OSError when the disk refuses."""
     found: dict[bytes, tuple[str, str]] = {}
     try:
         with zipfile.ZipFile(pack) as archive:
@@ -270,16 +270,16 @@ def _images_in(pack: Path) -> dict[bytes, tuple[str, str]]:
                 label, _, digest = name.partition("/")
                 # All images, at every start: one that is found damaged while it is scored ends an update.
                 if hashlib.sha256(archive.read(name)).hexdigest() != digest:
-                    raise _Damaged(f"{name} is another image")
+                    raise _DamagedPack(f"{name} is another image")
                 found[bytes.fromhex(digest)] = (unquote(label), pack.name)
     except MemoryError:
         raise
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
-        raise _Damaged("it points outside itself") from error
+        raise _DamagedPack("it points outside itself") from error
     except Exception as error:  # zipfile answers a flipped bit with a dozen classes, NotImplementedError among them
-        raise _Damaged(f"{type(error).__name__}: {error}") from error
+        raise _DamagedPack(f"{type(error).__name__}: {error}") from error
     return found
 
 

@@ -41,8 +41,8 @@ class Played:
     """Images that cannot be used and were not sent, by reason."""
 
 
-def create_topic(connection: Connection, topic: str, partitions: int, replication: int = -1) -> bool:
-    """Create `topic`; False when it is there already. `replication` -1 is the cluster's default.
+def create_topic(connection: Connection, topic: str, partitions: int) -> bool:
+    """Create `topic`; False when it is there already.
 
     Raises StreamError.
     """
@@ -50,7 +50,8 @@ def create_topic(connection: Connection, topic: str, partitions: int, replicatio
         admin = KafkaAdminClient(**connection.settings())
     try:
         admin.create_topics(
-            {topic: {"num_partitions": partitions, "replication_factor": replication}}, wait_for_metadata=True
+            {topic: {"num_partitions": partitions, "replication_factor": -1}},  # -1: the cluster's default
+            wait_for_metadata=True,
         )
     except TopicAlreadyExistsError:
         return False

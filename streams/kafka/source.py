@@ -11,10 +11,8 @@ import contextlib
 import logging
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
-from itertools import islice
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 from kafka.errors import (
@@ -24,10 +22,10 @@ from kafka.errors import (
     RetriableError,
 )
 
-from streams.background import in_background
 from streams.claims import ImageStore
 from streams.formats import Claim, Codec
 from streams.kafka.breaker import Breaker
+from streams.kafka.claimed_images import ClaimedImages
 from streams.kafka.client import Client
 from streams.kafka.connection import NOTHING_LOST, Connection, connecting, describe_error
 from streams.kafka.gaps import Gaps
@@ -35,14 +33,10 @@ from streams.kafka.handover import Handover
 from streams.kafka.record_batches import Message, Unreadable, rejections
 from streams.kafka.topics import Topics, named
 from streams.merge import Merge
-from streams.record import MESSAGE_OVERHEAD, Item, Offsets, Partition, Record, Rejected, Unreachable
+from streams.record import MESSAGE_OVERHEAD, Item, Offsets, Partition, Rejected
 from streams.source import StreamError
 
 log = logging.getLogger(__name__)
-
-_FETCHES = 8
-"""Images fetched from elsewhere at a time. Chosen by hand: more hide more of the store's latency, and each may take the
-memory of the largest image allowed."""
 
 _POLL_S, _BLOCKED_POLL_S = 0.5, 0.05
 """Seconds that one poll waits for messages; shorter while some are held back, as those they wait for may be there any
@@ -63,10 +57,6 @@ hand. An outage of the cluster does not end it: it is waited for without end."""
 _BACKOFF_S = 0.5
 """Half the seconds before the first new client; they double with each failure, up to 32. Chosen by hand: a cluster that
 comes back is read again within half a minute."""
-
-_STORE_WAIT_S = 30
-"""Longest seconds between attempts on a store of images that does not answer; the first is _BACKOFF_S. Chosen by hand:
-a store that comes back is read again within about half a minute."""
 
 _CLOSE_S = 2.5
 """Seconds that `close` waits for the reader's thread: its poll (0.5), the copy of the last commit (1.5), closing the
@@ -116,7 +106,10 @@ class KafkaSource:
         self._handover = Handover(fetch_bytes)
         self._stopping = self._handover.stopping
         self._thread: threading.Thread | None = None
-        self._fetch_image = images.fetch if images else None
+        fetch = images.fetch if images else None
+        self._claimed_images = ClaimedImages(
+            lambda claim: codec.fetch(claim, fetch), self._stopping, self._handover.alive, self._hold_back
+        )
         self._breaker = breaker or Breaker()
         # What decoding finds is counted apart: the same records would count twice, and as good the first time.
         self._late_breaker = Breaker(self._breaker.share, self._breaker.window, self._breaker.pause_s)
@@ -389,61 +382,20 @@ class KafkaSource:
         else:
             self._merging_bytes.clear()
         if any(isinstance(item, Claim) for item, _ in entries):
-            self._put_with_images(entries)
+            for item, size in self._claimed_images.resolved(entries):
+                self._put([item], size)
         else:
             self._put([item for item, _ in entries if not isinstance(item, Claim)], sum(size for _, size in entries))
-
-    def _put_with_images(self, entries: Iterable[tuple[Item | Claim, int]]) -> None:
-        """Put entries one by one, with the images of claims fetched a few at a time ahead of it."""
-        coming = iter(entries)
-        ahead: deque[tuple[Item | Claim, Future[Record | Rejected] | None, int]] = deque()
-        while not self._stopping.is_set():
-            for item, size in islice(coming, _FETCHES - len(ahead)):
-                ahead.append((item, self._fetching(item) if isinstance(item, Claim) else None, size))
-            if not ahead:
-                return
-            item, fetching, size = ahead.popleft()
-            if isinstance(item, Claim):
-                assert fetching is not None
-                fetched = self._fetched(item, fetching)
-                if fetched is None:
-                    return  # stopping
-                item = fetched
-                size += len(item.image) if isinstance(item, Record) else 0
-            self._handover.alive()
-            self._put([item], size)
-
-    def _fetched(self, claim: Claim, fetching: Future[Record | Rejected]) -> Record | Rejected | None:
-        """What a claim became, however long its store is away; None when the end came first."""
-        failures = 0
-        while not self._stopping.is_set():
-            self._handover.alive()
-            try:
-                fetched = fetching.result(_POLL_S)
-            except TimeoutError:
-                continue
-            except Unreachable as error:
-                wait = min(_BACKOFF_S * 2**failures, _STORE_WAIT_S)
-                failures += 1
-                self._holding = f"images cannot be fetched, so nothing is read until they can: {error}"
-                log.log(logging.ERROR if failures == 1 else logging.DEBUG, "%s", self._holding)
-                self._stopping.wait(wait)
-                fetching = self._fetching(claim)
-                continue
-            if self._holding:
-                log.info("images can be fetched again")
-                self._holding = ""
-            return fetched
-        return None
-
-    def _fetching(self, claim: Claim) -> Future[Record | Rejected]:
-        return in_background(lambda: self._codec.fetch(claim, self._fetch_image), "image-fetch")
 
     def _put(self, items: list[Item], size: int) -> None:
         """Give items to `poll`, once there is room for them."""
         self._handover.put(items, size)
         if self._breaker.saw(len(items), sum(type(item) is Rejected for item in items)):
             self._hold()
+
+    def _hold_back(self, why: str) -> None:
+        """Say why nothing is read at present; an empty text where it is."""
+        self._holding = why
 
     def _hold(self) -> None:
         """Read nothing for a while: the breaker opened."""

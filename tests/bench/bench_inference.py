@@ -39,7 +39,7 @@ from agent.model.clip import Clip, load_clip
 from exporter.onnx import OnnxExporter
 from exporter.release import Release
 from exporter.runtime import Classifier, Session
-from exporter.text_export import TextTower
+from exporter.text_export import TextToRelease
 
 MODELS = {"tinyclip": Model(device="cpu"), "ViT-B-32": Model(name="ViT-B-32", pretrained="random", device="cpu")}
 
@@ -54,7 +54,7 @@ def release(exporter: OnnxExporter, clip: Clip, classes: int, folder: Path) -> t
     size = clip.preprocess.size
     images = np.random.default_rng(0).normal(size=(4, 3, size, size)).astype(np.float32)
     module = inference_module(clip, classes)
-    text = TextTower(TextModule(clip, clip.text), lambda: clip.tokenizer)
+    text = TextToRelease(TextModule(clip, clip.text), lambda: clip.tokenizer)
     return module, exporter.release(module, clip.preprocess, {"model": clip.identity}, folder, images, text=text)
 
 

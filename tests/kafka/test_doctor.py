@@ -25,7 +25,7 @@ def test_it_says_where_reading_begins_and_makes_no_dead_letter_topic(bootstrap, 
 
     assert source.level == "ok" and f"read from {topic}/0:1, {topic}/1:2" in source.text
     assert letters.level == "warning" and f"{topic}.dlq" in letters.text
-    [refused] = [found for found in findings(bootstrap, topic, dead_letter_create=False) if found.about == "letters"]
+    [refused] = [found for found in findings(bootstrap, topic, dead_letter_create=False) if found.about == "rejected"]
     assert refused.level == "problem"
     assert f"{topic}.dlq" not in admin.list_topics()
 
