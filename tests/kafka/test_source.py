@@ -214,7 +214,7 @@ def test_a_store_of_images_that_is_away_is_waited_for_and_rejects_nothing(
     scripted: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # given a store that does not answer, behind a record that needs it
-    monkeypatch.setattr("streams.kafka.source._BACKOFF_S", 0.01)
+    monkeypatch.setattr("streams.kafka.claimed_images._WAIT_S", 0.01)
     away = threading.Event()
     away.set()
 
