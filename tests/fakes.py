@@ -55,7 +55,8 @@ class FakeLearner:
 
     Images (or class names) that begin with a word misbehave: `late` is rejected while decoding, `raise` blames the
     task, `break NAME` raises one of FAULTS, `die` kills the process, `die-once PATH` does so unless PATH is there,
-    `hang` says nothing more, `busy SECONDS` spins in pure Python.
+    `hang` says nothing more, `busy SECONDS` spins in pure Python, `strain SECONDS` does so and
+    blames the task.
     """
 
     def __init__(self, config: Config, commit: Path | None) -> None:
@@ -112,11 +113,13 @@ def misbehave(word: str, argument: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     if word == "hang":
         threading.Event().wait()
-    if word == "busy":
+    if word in ("busy", "strain"):
         logging.getLogger(__name__).info("busy now")
         until = time.monotonic() + float(argument)
         while time.monotonic() < until:
             pass
+    if word == "strain":
+        raise TaskFault from RuntimeError("told to raise in the end")
 
 
 class UnbuildableLearner:

@@ -168,6 +168,13 @@ def test_every_command_named_exists():
         assert name in cli.COMMANDS
 
 
+def test_every_test_named_is_there():
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", EVERYTHING)
+    assert len(named) > 20
+    for path, name in named:
+        assert f"def {name}(" in (TOP / path).read_text(encoding="utf-8"), f"{path}::{name}"
+
+
 def test_every_measurement_named_can_be_run():
     named = {
         a or b.replace(".", "/") for a, b in re.findall(r"python (?:(tests/\S+)\.py|-m (tests[\w.]+))", EVERYTHING)
