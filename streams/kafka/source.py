@@ -212,6 +212,11 @@ class KafkaSource:
         }
 
     @property
+    def retention_s(self) -> float:
+        """The shortest time in seconds for which a topic keeps records, as it was set when the source was opened."""
+        return self._topics.retention_s
+
+    @property
     def skipped(self) -> Mapping[str, int]:
         """Records by topic that were gone before they were read, where `on_lost` is skip."""
         return self._topics.skipped.copy()
