@@ -14,6 +14,11 @@ finds, and what it does:
     while an old commit is deleted     NNNNNN.pruned                 sweeps it
 
 So learning happens once in effect: state, release, report and offsets become true together, when CURRENT is replaced.
+
+Damage is a file that is missing or has another hash. What learning needs (learner.*, report.json, holdout/trained.zip,
+the manifest) is a file of its own in every commit, so that a flipped bit costs one commit and the one before it is
+intact. Hold-out packs and an unchanged release are hard links in many commits; damaged, they are lost from the next
+commit on, and learning goes on. A disk that refuses to read is no damage: nothing is renamed, the agent stops.
 """
 
 from __future__ import annotations
@@ -26,13 +31,13 @@ import json
 import logging
 import os
 import shutil
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
+from io import BufferedReader
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from agent.layout import (
     COMMITS,
@@ -48,12 +53,13 @@ from agent.layout import (
     STAGING,
     commit_name,
     commit_number,
+    is_dispensable,
+    is_of_release,
 )
 from agent.scoring.report import Report
 from agent.values import Commit, Outcome
-from exporter.files import link_or_copy, point, sync, sync_folders
-from streams.buffer import Task
-from streams.record import Offsets, Partition, Reason
+from exporter.files import MISSING, READ_ATTEMPTS, copy, link_or_copy, patiently, point, sync, sync_folders
+from streams.record import Offsets, Partition
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +70,8 @@ _PACKAGES = (
     "gapstream", "torch", "open_clip_torch", "timm", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy",
 )  # fmt: skip
 """Packages whose versions a manifest notes, as far as they are installed: what learns, and what makes the release."""
+
+_T = TypeVar("_T")
 
 Files = Mapping[str, tuple[int, str]]
 """Path relative to the commit's folder -> (size in bytes, sha256)."""
@@ -78,27 +86,9 @@ class Provenance:
     classes: tuple[str, ...]
     """Class names of the task, learned or not."""
     totals: Mapping[str, float]
-    """The counters as they are after the task, see `counted`."""
+    """The counters as they are after the task, see agent.pipeline.counted."""
     config: Mapping[str, Any]
     """The resolved configuration, secrets masked."""
-
-
-def counted(totals: Mapping[str, float], task: Task, outcome: Outcome | None) -> dict[str, float]:
-    """Add `task` to the counters that go on over restarts; `outcome` is None when it was set aside as a whole.
-
-    The counters are `records`, `samples`, `bytes`, `training_samples`, `training_steps` and `rejected_<reason>`.
-    """
-    after = Counter(totals)
-    after.update(records=task.records, samples=len(task.samples), bytes=task.bytes)
-    after.update({f"rejected_{reason}": count for reason, count in task.rejected.items()})
-    if outcome is None:
-        after.update({f"rejected_{Reason.TASK_FAILED}": len(task.samples)})
-    else:
-        after.update(f"rejected_{late.reason}" for late in outcome.rejected)
-        if outcome.update is not None:
-            update = outcome.update
-            after.update(training_samples=update.samples * update.epochs_run, training_steps=update.steps)
-    return dict(after)
 
 
 class StateError(Exception):
@@ -137,7 +127,7 @@ def seal(folder: Path) -> dict[str, tuple[int, str]]:
 
 @dataclass(frozen=True)
 class _Verified:
-    """A commit whose files all have the hashes of its manifest."""
+    """A commit, and those of its files that have the hashes of its manifest."""
 
     commit: Commit
     files: Files
@@ -154,6 +144,8 @@ class CommitStore:
         self._keep = keep
         self._lock: IO[str] | None = None
         self._last: _Verified | None = None
+        self._passing = False
+        """True when the last commit did nothing but move the offsets of the one before."""
 
     def lock(self) -> None:
         """Become the only agent on this folder, creating it when needed, until `close` or the end of the process.
@@ -188,11 +180,12 @@ class CommitStore:
             self._lock = None
 
     def current(self) -> Commit | None:
-        """The commit to continue from, every file verified; None in a new folder.
+        """The commit to continue from, every file verified (what learning does without may be `damaged`); None in a
+        new folder.
 
         A damaged commit is set aside and the newest intact one before it becomes current, with its own offsets: what
         was learned since is learned again. Without CURRENT (a copy that lost its symlinks) the newest intact commit is
-        taken. Raises StateError when there are commits and none is intact.
+        taken. Raises StateError when there are commits and none is intact, or when the disk cannot read them.
         """
         numbers = sorted(self._numbers(), reverse=True)
         target = self._target()
@@ -207,6 +200,11 @@ class CommitStore:
                 damaged.append(f"{number:06d}: {reason}")
                 self._set_aside(number)
                 continue
+            if known.commit.damaged:
+                log.error(
+                    "commit %06d is damaged where learning does without: %s is lost",
+                    number, ", ".join(known.commit.damaged),
+                )  # fmt: skip
             if number != target:  # CURRENT has to say so at once, since readers follow it
                 log.warning("continuing from commit %06d; what was learned after it will be learned again", number)
                 with self._writing():
@@ -270,21 +268,30 @@ class CommitStore:
         before serves on. Raises StateError when the folder is not what the outcome says or the disk refuses; nothing
         changed then.
         """
+        self._passing = False
         files = dict(outcome.files)
-        if self._last and not any(_is_of_release(name) for name in files):
+        if self._last and not any(is_of_release(name) for name in files):
             files |= self._link(
-                outcome.staging, {name: file for name, file in self._last.files.items() if _is_of_release(name)}
+                outcome.staging, {name: file for name, file in self._last.files.items() if is_of_release(name)}
             )
         return self._publish(outcome.staging, files, outcome.next_offsets, outcome.task, outcome.classes, provenance)
 
     def carry(self, offsets: Offsets, task: int, provenance: Provenance) -> Commit:
         """Commit `offsets` with nothing newly learned: all else is the commit before, linked.
 
-        `task` is the number of the last task that is over, learned or not. Raises StateError when the disk refuses.
+        `task` is the number of the last task that is over, learned or not. Where it is that of the last commit, nothing
+        but the offsets is new; of several such commits in a row the newest is kept. Raises StateError when the disk
+        refuses.
         """
+        last = self._last
+        passing = last is not None and last.commit.tasks == task
+        # Or hours of rejected records would leave nothing but copies of one learner to go back to.
+        replaced = last.commit.number if last is not None and passing and self._passing else None
+        self._passing = passing
         staging = self.stage()
-        files = self._link(staging, self._last.files) if self._last else {}
-        return self._publish(staging, files, offsets, task, self._last.commit.classes if self._last else (), provenance)
+        files = self._link(staging, last.files) if last else {}
+        classes = last.commit.classes if last else ()
+        return self._publish(staging, files, offsets, task, classes, provenance, replaced)
 
     def _publish(
         self,
@@ -294,6 +301,7 @@ class CommitStore:
         tasks: int,
         classes: tuple[str, ...],
         provenance: Provenance,
+        replaced: int | None = None,
     ) -> Commit:
         number = self._next
         seen = dict.fromkeys([*(self._last.commit.seen if self._last else ()), *provenance.classes])
@@ -327,16 +335,16 @@ class CommitStore:
             self._point(number)
             self._last = _Verified(self._describe(number, body), files)
             # After CURRENT has moved: until then the oldest commit may be the only intact one.
-            for old in sorted(self._numbers())[: -self._keep]:
+            for old in sorted(self._numbers())[: -self._keep] if replaced is None else [replaced]:
                 self._delete(old)
         return self._last.commit
 
     def _read(self, number: int) -> _Verified:
         folder = self._folder(number)
         try:
-            body = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            body = json.loads(_read_file(folder / MANIFEST, lambda file: file.read()) or b"")
             expected = body.pop("sha256")
-        except (OSError, ValueError, AttributeError, KeyError) as error:
+        except (ValueError, AttributeError, TypeError, KeyError) as error:
             raise _Damaged(f"{MANIFEST}: {error!r}") from error
         if _digest(body) != expected:
             raise _Damaged(f"{MANIFEST} does not have the checksum it carries")
@@ -347,17 +355,20 @@ class CommitStore:
             )
         files = {name: (size, digest) for name, (size, digest) in body["files"].items()}
         # All of them, at every start: a disk that lies about one file is noticed before anything is learned on it.
+        damaged: list[str] = []
         for name, (size, digest) in files.items():
-            try:
-                with (folder / name).open("rb") as file:
-                    found = hashlib.file_digest(file, "sha256").hexdigest()
-            except OSError as error:
-                raise _Damaged(f"{name}: {error.strerror}") from error
-            if found != digest:
-                raise _Damaged(f"{name} has sha256 {found[:12]}..., expected {digest[:12]}... and {size} bytes")
-        return _Verified(self._describe(number, body), files)
+            found = _read_file(folder / name, lambda file: hashlib.file_digest(file, "sha256").hexdigest())
+            if found == digest:
+                continue
+            if not is_dispensable(name):
+                what = "is missing" if found is None else f"has sha256 {found[:12]}..."
+                raise _Damaged(f"{name} {what}, expected {digest[:12]}... and {size} bytes")
+            damaged.append(name)
+        lost = {name for name in files if is_of_release(name)} if any(map(is_of_release, damaged)) else set()
+        intact = {name: file for name, file in files.items() if name not in {*damaged, *lost}}
+        return _Verified(self._describe(number, body | {"files": intact}, tuple(damaged)), intact)
 
-    def _describe(self, number: int, body: Mapping[str, Any]) -> Commit:
+    def _describe(self, number: int, body: Mapping[str, Any], damaged: tuple[str, ...] = ()) -> Commit:
         folder = self._folder(number)
         report = folder / REPORT
         return Commit(
@@ -369,18 +380,19 @@ class CommitStore:
             tasks=body["tasks"],
             totals=body["totals"],
             report=Report.read(report) if REPORT in body["files"] else None,
-            release=folder / RELEASE_IN_COMMIT if any(_is_of_release(name) for name in body["files"]) else None,
+            release=folder / RELEASE_IN_COMMIT if any(is_of_release(name) for name in body["files"]) else None,
             seen=tuple(body["seen"]),
+            damaged=damaged,
         )
 
     def _link(self, staging: Path, files: Files) -> Files:
-        """Put the last commit's `files` into `staging` too: hard links, or copies where the file system has none."""
+        """Put the last commit's `files` into `staging` too: copies of what learning needs, hard links of the rest."""
         assert self._last is not None
         with self._writing():
             for name in files:
                 source, target = self._last.commit.path / name, staging / name
                 target.parent.mkdir(parents=True, exist_ok=True)
-                link_or_copy(source, target)
+                (link_or_copy if is_dispensable(name) else copy)(source, target)
         return files
 
     def _point(self, number: int) -> None:
@@ -438,8 +450,22 @@ class CommitStore:
             ) from error
 
 
-def _is_of_release(name: str) -> bool:
-    return name.startswith(f"{RELEASE_IN_COMMIT}/")
+def _read_file(path: Path, read: Callable[[BufferedReader], _T]) -> _T | None:
+    """Give what `read` makes of a file; None where there is none. Raises StateError when the disk refuses for good."""
+
+    def attempt() -> _T:
+        with path.open("rb") as file:
+            return read(file)
+
+    try:
+        return patiently(attempt)
+    except MISSING:
+        return None
+    except OSError as error:
+        raise StateError(
+            f"cannot read {path}: {error.strerror or error}, tried {READ_ATTEMPTS} times. A disk that refuses is no "
+            "damaged commit, so nothing was changed; mend the disk and start again"
+        ) from error
 
 
 def _check_present(folder: Path, files: Files) -> None:

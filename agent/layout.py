@@ -43,6 +43,8 @@ LEARNER_VALUES = "learner.json"
 REPORT = "report.json"
 RELEASE_IN_COMMIT = RELEASE_FOLDER
 HOLDOUT = "holdout"
+TRAINED = "trained.zip"
+"""The file of a hold-out that says what was trained on; beside it are packs of test images."""
 
 NEWEST_RELEASE = Path(POINTER) / RELEASE_IN_COMMIT
 """Where readers are sent unless an older release is pinned; relative to the state folder, as a symlink needs it."""
@@ -65,6 +67,16 @@ def current_commit(state: Path) -> Path | None:
     """The folder of the current commit of a state folder, or None when there is none yet."""
     pointer = state / POINTER
     return pointer.resolve() if pointer.exists() else None
+
+
+def is_of_release(name: str) -> bool:
+    """Whether a file of a commit, named relative to its folder, is part of the release."""
+    return name.startswith(f"{RELEASE_IN_COMMIT}/")
+
+
+def is_dispensable(name: str) -> bool:
+    """Whether learning does without a file of a commit: it only scores, as hold-out packs do, or is served."""
+    return is_of_release(name) or (name.startswith(f"{HOLDOUT}/") and name != f"{HOLDOUT}/{TRAINED}")
 
 
 def has_learned(commit: Path) -> bool:

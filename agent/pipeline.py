@@ -10,18 +10,19 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
-from agent.commits import CommitStore, Provenance, counted
+from agent.commits import CommitStore, Provenance
 from agent.layout import has_learned
 from agent.values import Commit, Outcome, Progress
 from agent.worker import Worker, WorkerDied
 from streams.buffer import Task, TaskBuffer
-from streams.record import Item, Offsets, Reason, Rejected
+from streams.record import Item, Offsets, Partition, Reason, Rejected
 from streams.source import DeadLetterDelayed, DeadLetterError, DeadLetters, PositionError, Source
 from streams.spool import Sample, Spool
 
@@ -30,6 +31,11 @@ log = logging.getLogger(__name__)
 ATTEMPTS = 2
 """A task that failed this number of times is given up. One repetition gets over what passes by itself, such as a kill
 when memory was short; what fails for the task's own sake fails again, and each attempt may take an hour."""
+
+HALVINGS = 64
+"""Times that a task which fails for its data is cut in two, it and its halves together: each guilty sample of n takes
+about log2(n), so these find four in a task of 65,536. Parts that fail after them are set aside whole. Chosen by hand: a
+larger one saves more samples of a task that is bad all through, at an attempt and a start of the trainer each."""
 
 _BUSY_POLL_S = 0.1
 """Longest poll of the source while something is being learned: the end of the update is noticed that much later at
@@ -42,6 +48,11 @@ at once they would keep the loop from polling and from its heartbeat, and would 
 _SETTLE_S = 0.5
 """Longest wait for the dead letters' acknowledgement, and for the source to vouch; as long as an idle poll. When it is
 over the loop turns and asks again, so a larger one only makes the agent slower to hear a signal."""
+
+
+_PASS_S = 300.0
+"""Seconds after which the offsets of rejected records and marks are committed when nothing else comes: chosen by hand.
+An agent that is killed sets aside again what it rejected in this time at most; a shorter one writes more commits."""
 
 
 class AgentError(Exception):
@@ -67,7 +78,7 @@ class Rules:
     learn_at_stop: bool = False
     """At a clean stop, learn what was read before."""
     quarantine: bool = False
-    """Dead-letter a task that was given up, and go on; else stop with TaskFailed."""
+    """Dead-letter the samples for which a task fails, and go on; else stop with TaskFailed."""
     stop_timeout_s: float = 5.0
     """Time the trainer has to end by itself at the end; then it is killed."""
 
@@ -81,6 +92,7 @@ class Metrics(Protocol):
     def consumed(self, item: Item, now: float) -> None: ...
     def spooled(self, records: int, bytes: int, capacity_bytes: int) -> None: ...
     def lag(self, lag: Mapping[tuple[str, int], int]) -> None: ...
+    def holding(self, why: str) -> None: ...
     def skipped(self, skipped: Mapping[str, int]) -> None: ...
     def cut(self, reason: str, samples: int, classes: int) -> None: ...
     def progressed(self, progress: Progress) -> None: ...
@@ -88,6 +100,7 @@ class Metrics(Protocol):
     def restored(self, commit: Commit) -> None: ...
     def rejected(self, item: Rejected, now: float) -> None: ...
     def dead_lettered(self, ok: bool) -> None: ...
+    def dead_letters_removed(self, removed: int) -> None: ...
     def task_failed(self, kind: str) -> None: ...
 
 
@@ -148,9 +161,15 @@ class Pipeline:
 
     _task: Task | None = field(default=None, init=False)
     """The task that the worker has in hand, or that is being settled."""
+    _parts: list[Task] = field(default_factory=list, init=False)
+    """What is left of a task that was cut in two, in order; each part is learned and committed as a task."""
+    _halvings: int = field(default=0, init=False)
+    """Times that the task in hand was cut in two, it and its parts together."""
     _settlement: _Settlement | None = field(default=None, init=False)
     _failures: list[str] = field(default_factory=list, init=False)
     """What the trainer died of since the last commit."""
+    _only_rejected_since: float | None = field(default=None, init=False)
+    """When (`monotonic`) the first record came that only a commit without a task passes; None where there is none."""
     _paused: bool = field(default=False, init=False)
     """True while the source itself does not read."""
     _draining: bool = field(default=False, init=False)
@@ -169,6 +188,7 @@ class Pipeline:
                 if self._task is None and not self._begin_task():
                     break
                 self._read()
+                self._pass_in_time()
                 if self._settlement is None:
                     self._listen()
                 if self._settlement is not None and self._set_aside(self._settlement):
@@ -178,7 +198,10 @@ class Pipeline:
         finally:
             # Also on an error: no trainer may write to the state folder when its lock is let go.
             self.worker.stop(self.rules.stop_timeout_s)
-        self._pass_rejected()
+        try:
+            self._pass_rejected()
+        except DeadLetterError as error:
+            log.warning("what was rejected since the last commit will be read again: %s", error)
         log.info("ended at commit %06d", self.commit.number if self.commit else 0)
         return self.commit
 
@@ -224,6 +247,10 @@ class Pipeline:
 
     def _begin_task(self) -> bool:
         """Give the worker the next task, if one is cut; False when none will ever be."""
+        if self._parts:
+            self._submit(self._parts.pop(0))
+            return True
+        self._halvings = 0
         ended = self._draining or self.source.exhausted
         task = self.buffer.cut(self.monotonic())
         if task is None and ended and (self._draining or self.rules.learn_at_end):
@@ -232,9 +259,13 @@ class Pipeline:
             return not ended
         log.info("%s cut (%s): %d classes", _name(task), task.reason, len(task.classes))
         self.metrics.cut(task.reason, len(task.samples), len(task.classes))
-        self.worker.submit(task, self.commits.stage(), self._learned)
-        self._task = task
+        self._submit(task)
         return True
+
+    def _submit(self, task: Task) -> None:
+        # Numbered here: the parts of a task that was cut in two have taken numbers that the buffer knows nothing of.
+        self._task = replace(task, number=(self.commit.tasks if self.commit else 0) + 1)
+        self.worker.submit(self._task, self.commits.stage(), self._learned)
 
     def _listen(self) -> None:
         """Hear from the worker; a task it is through with goes into settlement."""
@@ -280,13 +311,21 @@ class Pipeline:
         return Rejected(sample.partition, sample.offset, reason, why, self.spool.raw(sample))
 
     def _after_failure(self, died: WorkerDied) -> _Settlement | None:
-        """Try the task again; after ATTEMPTS set it aside as dead letters, or stop. Raises AgentError."""
+        """Try the task again, or in two halves when its data are to blame; set aside what remains, or stop.
+
+        Raises AgentError.
+        """
         log.error("trainer failed: %s%s", died, f"\n{died.details}" if died.details else "")
         self.metrics.task_failed(died.kind)
         self._failures.append(str(died))
         task = self._task
         if died.kind == "start":  # a configuration that cannot work: another attempt would end the same way
             raise AgentError(f"the trainer could not be set up: {died}") from died
+        # A broken disk or driver must not empty the whole stream into the dead letters, task by task.
+        quarantined = self.rules.quarantine and died.blames_task
+        if quarantined and task is not None and len(task.samples) > 1 and self._halvings < HALVINGS:
+            self._halve(task)
+            return None
         if len(self._failures) < ATTEMPTS:
             if task is None:
                 self.worker.start(self._learned)
@@ -296,15 +335,27 @@ class Pipeline:
             return None
         if task is None:
             raise AgentError(f"the trainer ended {ATTEMPTS} times before it was set up: {died}") from died
-        # A broken disk or driver must not empty the whole stream into the dead letters, task by task.
-        if not self.rules.quarantine or not died.blames_task:
+        if not quarantined:
+            advice = (
+                "agent.on_task_failure = 'quarantine' would set aside the samples it fails for"
+                if died.blames_task
+                else "its samples are not known to be the reason, so none is set aside"
+            )
             raise TaskFailed(
                 f"{_name(task)} failed {ATTEMPTS} times ({'; '.join(self._failures)}); stopping before it with nothing "
-                "of it committed. The next start tries again; agent.on_task_failure = 'quarantine' would set it aside"
+                f"of it committed. The next start tries again; {advice}"
             ) from died
         log.error("%s failed %d times and is set aside as dead letters", _name(task), ATTEMPTS)
         self.worker.start(self._learned)  # it is set up again while the dead letters go out
         return self._settle_given_up(task, str(died))
+
+    def _halve(self, task: Task) -> None:
+        """Learn `task` as two, the earlier samples first, so that the offsets of each commit pass nothing unsettled."""
+        log.warning("%s fails for its data and is tried in two halves", _name(task))
+        self._parts[:0] = _halves(task)
+        self._halvings += 1
+        self._task = None
+        self._failures.clear()
 
     def _set_aside(self, settlement: _Settlement) -> bool:
         """Send the dead letters, a few in each pass; True once all are acknowledged and the source vouches for the
@@ -335,24 +386,41 @@ class Pipeline:
             self.published(self.commit)
         self.buffer.committed(self._task)  # only now may the samples leave the disk
         self.source.acknowledge(self.commit.offsets)
+        self.dead_letters.committed(self.commit.offsets)
         self._task = self._settlement = None
         self._failures.clear()
 
+    def _pass_in_time(self) -> None:
+        """Pass what was rejected while nothing else comes, every _PASS_S: a killed agent does not come to its end."""
+        if not self._only_rejected:
+            self._only_rejected_since = None
+            return
+        now = self.monotonic()
+        if self._only_rejected_since is None:
+            self._only_rejected_since = now
+        elif now - self._only_rejected_since >= _PASS_S:
+            self._only_rejected_since = None
+            try:
+                self._pass_rejected()
+            except DeadLetterDelayed as error:
+                log.error("rejected records cannot be set aside yet, and are not passed: %s", error)
+
+    @property
+    def _only_rejected(self) -> bool:
+        """Whether only rejected records and marks were read since the last commit."""
+        offsets = self.commit.offsets if self.commit else {}
+        return not self.buffer.records and self.source.past_marks(self.buffer.next_offsets) != offsets
+
     def _pass_rejected(self) -> None:
-        """At the end, commit the offsets when only rejected records and marks were read since the last commit, so that
-        they are not set aside again at every start."""
-        offsets = self.source.past_marks(self.buffer.next_offsets)
-        if self.buffer.records or offsets == (self.commit.offsets if self.commit else {}):
+        """Commit the offsets when only rejected records and marks were read since the last commit, so that they are not
+        set aside again at the next start. Raises DeadLetterError."""
+        if not self._only_rejected:
             return
-        try:
-            self.dead_letters.flush(_SETTLE_S)
-        except DeadLetterError as error:
-            log.warning("what was rejected since the last commit will be read again: %s", error)
-            return
-        if not self.source.vouches(_SETTLE_S):
-            log.warning("what was rejected since the last commit will be read again: the stream cannot be asked")
-            return
-        self._carry(offsets)
+        self.dead_letters.flush(_SETTLE_S)
+        if self.source.vouches(_SETTLE_S):
+            self._carry(self.source.past_marks(self.buffer.next_offsets))
+        else:
+            log.warning("rejected records are not passed yet: the stream cannot be asked whether it is still the same")
 
     def _carry(self, offsets: Offsets) -> None:
         """Commit `offsets` alone."""
@@ -364,7 +432,9 @@ class Pipeline:
         """Tell the metrics where the agent is, after every pass."""
         self.metrics.spooled(self.buffer.records, self.buffer.bytes, self.spool.max_bytes)
         self.metrics.lag(self.source.lag())
+        self.metrics.holding(self.source.holding)
         self.metrics.skipped(self.source.skipped)
+        self.metrics.dead_letters_removed(self.dead_letters.removed)
         if bool(self.source.holding) != self._paused and not self._draining:
             self._paused = not self._paused
             self.metrics.state("paused" if self._paused else "consuming")
@@ -380,6 +450,46 @@ class Pipeline:
         if task is not None:
             totals = counted(totals, task, outcome)
         return Provenance(self.source.fingerprint, task.classes if task else (), totals, self.config)
+
+
+def counted(totals: Mapping[str, float], task: Task, outcome: Outcome | None) -> dict[str, float]:
+    """Add `task` to the counters that go on over restarts; `outcome` is None when it was set aside as a whole.
+
+    The counters are `records`, `samples`, `bytes`, `training_samples`, `training_steps` and `rejected_<reason>`.
+    """
+    after = Counter(totals)
+    after.update(records=task.records, samples=len(task.samples), bytes=task.bytes)
+    after.update({f"rejected_{reason}": count for reason, count in task.rejected.items()})
+    if outcome is None:
+        after.update({f"rejected_{Reason.TASK_FAILED}": len(task.samples)})
+    else:
+        after.update(f"rejected_{late.reason}" for late in outcome.rejected)
+        if outcome.update is not None:
+            update = outcome.update
+            after.update(training_samples=update.samples * update.epochs_run, training_steps=update.steps)
+    return dict(after)
+
+
+def _halves(task: Task) -> tuple[Task, Task]:
+    """Cut a task of two samples or more in two.
+
+    The offsets after the first half are those of the first samples of the second: what was rejected before them has its
+    dead letters, and these are flushed before any commit. The second ends where the task does.
+    """
+    middle = len(task.samples) // 2
+    first, second = task.samples[:middle], task.samples[middle:]
+    waiting: dict[Partition, int] = {}
+    for sample in second:
+        waiting.setdefault(sample.partition, sample.offset)
+
+    def part(samples: tuple[Sample, ...], **facts: Any) -> Task:
+        classes, size = tuple(dict.fromkeys(s.label for s in samples)), sum(s.length for s in samples)
+        return replace(task, samples=samples, classes=classes, bytes=size, **facts)
+
+    return (
+        part(first, next_offsets=task.next_offsets | waiting, records=len(first), rejected={}),
+        part(second, records=task.records - len(first)),
+    )
 
 
 def _name(task: Task) -> str:

@@ -23,7 +23,7 @@ from agent.layout import (
 from agent.values import Commit
 from exporter import release as releases
 from exporter import triton
-from exporter.files import link_or_copy, point
+from exporter.files import link_or_copy, point, sync, sync_folders
 from exporter.release import Release, ReleaseError
 
 log = logging.getLogger(__name__)
@@ -89,7 +89,13 @@ def pin(state: Path, number: int) -> Release:
                 link_or_copy(source / name, staging / name)
             except FileNotFoundError as error:  # a running agent deletes old commits at any time
                 raise ReleaseError(f"commit {number} was deleted just now; choose a newer one") from error
+        # RELEASE is durable the moment it points here, so what it points to has to be durable before.
+        for name in (*release.files, releases.MANIFEST):
+            sync(staging / name)
+        sync_folders(staging)
         staging.rename(folder)
+        sync(folder.parent)
+        sync(state)
     release = releases.read(folder)
     try:
         release.verify()

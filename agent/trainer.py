@@ -6,7 +6,8 @@ import json
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from agent.scoring.evaluator import Evaluator
 from agent.scoring.holdout import HoldOut
 from agent.scoring.report import LearnerIdentity, ModelIdentity, OldClasses, ReleaseSummary, Report
 from agent.values import LateRejection, OnProgress, Outcome, Progress, Update
+from agent.worker import TaskFault
 from exporter.onnx import Labelled, OnnxExporter
 from exporter.preprocess import decode
 from exporter.release import ReleaseError
@@ -53,6 +55,11 @@ them; more different ones would make the check slower and hardly find more."""
 ACCURACY_IMAGES = 500
 """Held-out images at most that the smaller models of a release are scored on. Preprocessed they are in memory all at
 once, 0.3 GB at 224 x 224 pixels; with fewer, an accuracy has a standard error of more than 2.2 points."""
+
+_DATA_FAULTS = (ValueError, ArithmeticError, LookupError, torch.linalg.LinAlgError)
+"""What blames the task when it is raised while its samples are decoded, predicted or learned: values out of range, and
+matrices that cannot be inverted. A plain RuntimeError does not: torch raises it for memory on a CPU, CUDA, cuDNN and
+threads as well, and nothing but its words would tell which."""
 
 _PACKAGES = ("gapstream", "torch", "open_clip_torch", "timm", "numpy", "pillow")
 """Packages whose versions are noted in a report, since they can change a score: models, arithmetic, image decoding."""
@@ -104,19 +111,24 @@ class Trainer:
         """Decode, predict, update, score, release, save: the next commit but its manifest, in `staging`.
 
         Samples that cannot be decoded are in the outcome, and so is the reason when no release was made. Whatever is
-        raised leaves the commit before as it was; the trainer is not used any more after that.
+        raised leaves the commit before as it was; the trainer is not used any more after that. Raises TaskFault when
+        the samples are the reason.
         """
         parent = _parent(staging)
-        started = time.perf_counter()
-        loaded = self._decode(task, on_progress)
-        seconds = {"decode": time.perf_counter() - started}
+        if parent is not None:  # commits that learned nothing may have taken the place of the one read from so far
+            self._holdout.moved(parent)
+        # Only up to the update: what fails after it fails for the model, the disk or the release, whatever was learned.
+        with _blaming_the_task():
+            started = time.perf_counter()
+            loaded = self._decode(task, on_progress)
+            seconds = {"decode": time.perf_counter() - started}
 
-        # Split after decoding: an image that cannot be decoded must not be held out.
-        good = [task.samples[i] for i in loaded.kept]
-        choices = self._holdout.split(good)
-        data = _task_data(task, good, [i for i, choice in enumerate(choices) if choice == "train"], loaded)
-        before = self._evaluator.before(self._method, self._module, data, on_progress)
-        update = self._update(data, on_progress)
+            # Split after decoding: an image that cannot be decoded must not be held out.
+            good = [task.samples[i] for i in loaded.kept]
+            choices = self._holdout.split(good)
+            data = _task_data(task, good, [i for i, choice in enumerate(choices) if choice == "train"], loaded)
+            before = self._evaluator.before(self._method, self._module, data, on_progress)
+            update = self._update(data, on_progress)
         if update is not None:
             self._module = self._method.inference_module()
         report = self._evaluator.after(
@@ -294,6 +306,15 @@ class Trainer:
             return None
         limits = self._config.source
         return ArchiveFolder(path, split, ("test", "val"), limits.max_image_bytes, limits.max_label_chars)
+
+
+@contextmanager
+def _blaming_the_task() -> Iterator[None]:
+    """Turn _DATA_FAULTS into TaskFault."""
+    try:
+        yield
+    except _DATA_FAULTS as error:
+        raise TaskFault from error
 
 
 def _parent(staging: Path) -> Path | None:

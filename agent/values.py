@@ -148,3 +148,6 @@ class Commit:
     """Folder of the release that serves at this commit (perhaps an earlier one, linked); None before the first."""
     seen: tuple[str, ...] = ()
     """Class names of all tasks that are over, also those of which nothing was learned: the cutting rule knows them."""
+    damaged: tuple[str, ...] = ()
+    """Files that are not what was committed, and that learning does without: hold-out packs, or parts of the release.
+    They are lost to the commits that follow."""

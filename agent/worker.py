@@ -33,7 +33,6 @@ from agent.config import Config
 from agent.process import LOG_FORMAT
 from agent.values import OnProgress, Outcome, Progress
 from streams.buffer import Task
-from streams.source import SpoolError
 
 log = logging.getLogger(__name__)
 
@@ -53,16 +52,28 @@ class Learner(Protocol):
     """What runs in the child. It is built as `Class(config, commit)`; `commit` is None when nothing was learned yet."""
 
     def learn(self, task: Task, staging: Path, on_progress: OnProgress) -> Outcome:
-        """Learn `task` and leave the next commit, but for its manifest, in the empty folder `staging`."""
+        """Learn `task` and leave the next commit, but for its manifest, in the empty folder `staging`.
+
+        Raises TaskFault when the task's data are the reason why it cannot.
+        """
+
+
+class TaskFault(Exception):
+    """A learner raises this from the exception by which it knows that the task's own data cannot be learned.
+
+    Everything else that ends a learner is the machine's doing: a full or failing disk, memory, CUDA, a kill. The
+    machine is the rule and the data are the exception, since a wrong "machine" costs a stop that somebody looks at, and
+    a wrong "data" takes good samples out of the stream.
+    """
 
 
 class WorkerDied(Exception):
     """The learner is gone, and with it the task it had. `str()` is one line for people, `details` a traceback or ''.
 
-    `blames_task` is False when the task cannot be the reason: the learner had not been set up yet, or the disk refused.
+    `blames_task` is True only when the learner said so with a TaskFault.
     """
 
-    def __init__(self, kind: FailureKind, message: str, details: str = "", blames_task: bool = True) -> None:
+    def __init__(self, kind: FailureKind, message: str, details: str = "", blames_task: bool = False) -> None:
         super().__init__(message)
         self.kind = kind
         self.details = details
@@ -119,8 +130,8 @@ class _Failed:
     @classmethod
     def now(cls, error: Exception) -> _Failed:
         """Describe the exception being handled."""
-        # What the disk refuses, a full or a failing one, is not the fault of the task that happened to be learned.
-        return cls(_one_line(error), traceback.format_exc(), not isinstance(error, OSError | SpoolError))
+        blames_task = isinstance(error, TaskFault)
+        return cls(_one_line(error.__cause__ or error if blames_task else error), traceback.format_exc(), blames_task)
 
 
 @dataclass(frozen=True)
@@ -238,8 +249,7 @@ class ProcessWorker:
             self._child.process.join(timeout_s)
         self._bury()
 
-    def _fail(self, kind: FailureKind, message: str, details: str = "", blames_task: bool = True) -> NoReturn:
-        blames_task &= self.ready  # a learner that is not set up has not looked at its task
+    def _fail(self, kind: FailureKind, message: str, details: str = "", blames_task: bool = False) -> NoReturn:
         self._bury()
         raise WorkerDied(kind, message, details, blames_task)
 

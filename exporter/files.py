@@ -4,7 +4,34 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
+
+READ_ATTEMPTS = 3
+"""Times that a file is read before the disk's refusal is believed: chosen by hand. A network file system or a cable
+that comes back within the pauses costs nothing then; more only delays the message."""
+
+READ_PAUSE_S = 1.0
+"""Pause between two of these attempts, chosen by hand as well."""
+
+MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+"""What opening raises when the file is not there; every other OSError is the disk's doing."""
+
+_T = TypeVar("_T")
+
+
+def patiently(read: Callable[[], _T]) -> _T:
+    """Give what `read` gives, trying again when the disk refuses. Raises the last OSError, one of MISSING at once."""
+    for _ in range(READ_ATTEMPTS - 1):
+        try:
+            return read()
+        except MISSING:
+            raise
+        except OSError:
+            time.sleep(READ_PAUSE_S)
+    return read()
 
 
 def sync(path: Path) -> None:
@@ -34,8 +61,13 @@ def link_or_copy(source: Path, target: Path) -> None:
     try:
         target.hardlink_to(source)
     except OSError:  # another file system, or one that has no hard links or no more of them for this file
-        shutil.copyfile(source, target)
-        sync(target)
+        copy(source, target)
+
+
+def copy(source: Path, target: Path) -> None:
+    """Make `target` a synced copy of `source`, so that damage to one leaves the other. Raises OSError."""
+    shutil.copyfile(source, target)
+    sync(target)
 
 
 def point(link: Path, target: Path) -> None:

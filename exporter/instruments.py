@@ -29,6 +29,9 @@ REASONS = (
 CUT_REASONS = ("new_classes", "samples", "bytes", "boundary", "idle", "age", "end", "stop")
 """Why a task was cut: the rules of streams.buffer.CutRule, and the stream's or the agent's end."""
 
+SET_ASIDE = ("ok", "error", "removed")
+"""What became of dead letters: set aside, not set aside, or removed by state.dead_letter_bytes."""
+
 FAILURES = ("start", "error", "died", "silent")
 """How an update fails; the kinds of agent.worker.WorkerDied."""
 
@@ -75,11 +78,14 @@ class Instruments:
         self._records = make.counter("consumed_records", "Records read, rejected ones and marks included", "topic")
         self._bytes = make.counter("consumed_bytes", "Encoded image bytes read", "topic")
         self._rejected = make.counter("rejected_records", "Records that could not be used", "reason", REASONS)
-        self._dead_letters = make.counter("dead_letters", "Rejected records set aside", "result", ("ok", "error"))
+        self._dead_letters = make.counter(
+            "dead_letters", "Rejected records set aside, or removed again by their bound", "result", SET_ASIDE
+        )
         self._size = make.histogram("record_size_bytes", "Size of an encoded image", _SIZES)
         self._age = make.histogram("record_age_seconds", "Time from production of a record to its intake", _AGES)
         self._lag_records = make.gauge("consumer_lag_records", "Records not read yet", "topic", "partition")
         self._skipped = make.counter("skipped_records", "Records that retention removed before they were read", "topic")
+        self._holding = make.gauge("source_holding", "1 while the source waits for something and reads nothing, else 0")
         self._last_poll_s = make.measured("last_poll_timestamp_seconds", "Last time the source was polled")
         self._spool_records = make.gauge("spool_records", "Samples waiting on disk for their update")
         self._spool_bytes = make.gauge("spool_bytes", "Bytes waiting on disk for their update")
@@ -128,6 +134,9 @@ class Instruments:
         self._commit = make.gauge("commit_number", "Number of the current commit; 0 before the first")
         self._committed = make.measured("commit_timestamp_seconds", "When the last update was committed")
         self._commit_bytes = make.measured("commit_size_bytes", "Size of the last commit")
+        self._damaged = make.gauge(
+            "commit_damaged_files", "Damaged hold-out packs and release files of the current commit"
+        )
         self._offset = make.gauge("committed_offset", "Next offset after everything committed", "topic", "partition")
         self._releases = make.counter("releases", "Releases after an update", "result", ("published", "refused"))
         self._release_s = make.measured("release_timestamp_seconds", "When the current release was made")

@@ -32,6 +32,10 @@ log = logging.getLogger(__name__)
 LAST_REJECTED = 20
 """Rejected records that the status page lists, the newest. Chosen by hand: a page full."""
 
+DETAIL_CHARS = 1000
+"""Characters of a rejected record's detail on the status page. It may repeat what a producer sent: 20 of them made the
+page 105 MB. As in streams.record, which cannot be imported here."""
+
 RATE_WINDOW_S = 60
 """Seconds that the records per second on the status page are a mean over. Shorter, and a stream that comes in bursts
 jumps; longer, and a stream that has stopped is seen late."""
@@ -60,8 +64,13 @@ class Metrics(Instruments):
         self._thumbnails = Thumbnails()
         self._last_poll: float | None = None
         self._heartbeats: dict[str, float] = {}
+        # Beside the time of day that is shown: a clock set forward must not make a watchdog end an agent that is well.
+        # A pipeline that has given no heartbeat yet, since its parts are being opened, counts from the start.
+        self._alive = {"pipeline": time.monotonic()}
         self._skipped_before: dict[str, int] = {}
         """Totals that `skipped` was told last."""
+        self._removed_before = 0
+        """Total that `dead_letters_removed` was told last."""
         self._counted = {"tasks": 0.0, "training_samples": 0.0, "training_steps": 0.0}
         """What the counters that go on after a restart stand at."""
         self._released = 0
@@ -122,6 +131,12 @@ class Metrics(Instruments):
             self._lag_records.labels(topic, str(partition)).set(records)
         self._lag = {f"{topic}/{partition}": records for (topic, partition), records in lag.items()}
 
+    def holding(self, why: str) -> None:
+        """The source does not read at present because of `why`; it does when that is empty."""
+        self._holding.set(bool(why))
+        with self._lock:
+            self._status["holding"] = why[:DETAIL_CHARS]
+
     def skipped(self, skipped: Mapping[str, int]) -> None:
         """Retention removed this number of records per topic before they were read, since the process started."""
         for topic, records in skipped.items():
@@ -178,7 +193,7 @@ class Metrics(Instruments):
             "partition": item.partition.number,
             "offset": item.offset,
             "reason": str(item.reason),
-            "detail": item.detail,
+            "detail": item.detail[:DETAIL_CHARS],
         }
         with self._lock:
             self._consumed["rejected"] += 1
@@ -192,6 +207,11 @@ class Metrics(Instruments):
         """A rejected record was set aside (`ok`), or could not be."""
         self._dead_letters.labels("ok" if ok else "error").inc()
 
+    def dead_letters_removed(self, removed: int) -> None:
+        """This number of dead letters was removed by their bound, since the process started."""
+        self._dead_letters.labels("removed").inc(removed - self._removed_before)
+        self._removed_before = removed
+
     def task_failed(self, kind: str) -> None:
         """An update failed; `kind` is one of exporter.instruments.FAILURES."""
         self._task_failures.labels(kind).inc()
@@ -201,6 +221,7 @@ class Metrics(Instruments):
         self._heartbeat.labels(loop).set(now)
         with self._lock:
             self._heartbeats[loop] = now
+            self._alive[loop] = time.monotonic()
 
     def readers(self, pinned: Callable[[], int | None]) -> None:
         """Ask `pinned` at every scrape which commit's release readers are held at; it gives None while they follow the
@@ -220,6 +241,7 @@ class Metrics(Instruments):
                 "now": now,
                 "started": self._started,
                 "heartbeats": dict(self._heartbeats),
+                "silent_s": {loop: time.monotonic() - last for loop, last in self._alive.items()},
                 "stream": {
                     **self._consumed,
                     "records_per_s": sum(window) / max(1.0, min(RATE_WINDOW_S, now - self._started)),
@@ -254,6 +276,7 @@ class Metrics(Instruments):
         """Show `commit` as the current one. Counters that go on after a restart catch up with its totals."""
         self._commit.set(commit.number)
         self._classes.set(len(commit.classes))
+        self._damaged.set(len(commit.damaged))
         for partition, offset in commit.offsets.items():
             self._offset.labels(partition.topic, str(partition.number)).set(offset)
         for name, counter in (

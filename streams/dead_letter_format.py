@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from streams.record import Partition, Raw, Rejected
+from streams.record import MAX_HEADER_BYTES, MAX_HEADERS, Partition, Raw, Rejected
 
 # Named as Kafka Connect names them (its DeadLetterQueueReporter), so that tools made for Connect show them.
 CONNECT_TOPIC = "__connect.errors.topic"
@@ -39,12 +39,17 @@ _ADDED_BYTES = 512
 little of it the broker refuses a letter that just fits, and KafkaDeadLetters tries again with half the limit."""
 
 
+_ADDED_HEADERS = 16
+"""Headers that are added here, at most, with some room for more."""
+
+
 def dead_letter(rejected: Rejected, max_bytes: int) -> Raw:
     """The message that sets a record aside: its own key, value and headers, and where it came from and why.
 
     Origin and reason are headers named as Kafka Connect names them. A header without a value and a message without key
     and value, which clients cannot send, are written so that `original` gives them back. What would be longer than
-    `max_bytes` goes without its value (hash and length stay), and if need be without key and headers.
+    `max_bytes` goes without its value (hash and length stay), and if need be without key and headers; without headers
+    go those to which ours cannot be added within the bounds of streams.record.
     """
     raw = rejected.raw or Raw(None, None)
     topic, partition = rejected.partition
@@ -60,22 +65,29 @@ def dead_letter(rejected: Rejected, max_bytes: int) -> Raw:
         CONNECT_MESSAGE: _utf8(rejected.detail)[:_DETAIL_BYTES].decode("utf-8", "ignore"),
         REASON: rejected.reason,
     }
-    nulls = [str(index) for index, (_, value) in enumerate(raw.headers) if value is None]
-    if nulls:
-        notes[NULL_HEADERS] = ",".join(nulls)
     key, value, headers = raw.key, raw.value, raw.headers
+    dropped = [raw.dropped] if raw.dropped else []
+    own_bytes = message_size(None, None, headers) + _ADDED_BYTES + _DETAIL_BYTES
     if message_size(key, value, headers) + _ADDED_BYTES + _DETAIL_BYTES > max_bytes and value is not None:
-        notes[DROPPED] = "value"
+        dropped.append("value")
         notes[VALUE_BYTES] = len(value)
         notes[VALUE_SHA256] = hashlib.sha256(value).hexdigest()
         value = None
     if message_size(key, value, headers) + _ADDED_BYTES + _DETAIL_BYTES > max_bytes:
-        notes[DROPPED] = "key, value and headers"
+        dropped = ["key, value and headers"]
         key, headers = None, ()
+    if headers and (len(headers) + _ADDED_HEADERS > MAX_HEADERS or own_bytes > MAX_HEADER_BYTES):
+        dropped.append("headers")  # with ours beside them they could not be read again
+        headers = ()
+    if dropped:
+        notes[DROPPED] = " and ".join(dropped)
     if key is None and value is None:
         notes[NULL_KEY] = "true"
         key = f"{topic}-{partition}-{rejected.offset}".encode()
     # kafka-python fails on a header without a value; which ones had none is in NULL_HEADERS.
+    nulls = [str(index) for index, (_, value) in enumerate(headers) if value is None]
+    if nulls:
+        notes[NULL_HEADERS] = ",".join(nulls)
     written = tuple((name, content or b"") for name, content in headers)
     # The record may be a dead letter itself, with the same names. Its own headers come first, and this says where they
     # end; of a repeated name the last one counts.

@@ -16,11 +16,15 @@ import binascii
 import hashlib
 import json
 import re
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from streams.record import (
+    MAX_HEADER_BYTES,
+    MAX_HEADERS,
+    MAX_KEY_BYTES,
     Control,
     ControlKind,
     Item,
@@ -29,6 +33,7 @@ from streams.record import (
     Reason,
     Record,
     Rejected,
+    Unreachable,
     Unusable,
     canonical_label,
     check_image,
@@ -58,6 +63,20 @@ _ENVELOPE_EXTRA = 2**16
 """Bytes that an envelope may have beside its image in base64: label, URL, fields of others. Chosen by hand; it bounds
 what is parsed, and an envelope beyond it is rejected as too large."""
 
+MAX_JSON_DEPTH = 32
+"""Levels that an envelope's JSON may be nested. Ours has two, a CloudEvent three; the rest is for
+fields of others."""
+
+MAX_JSON_PARTS = 10_000
+"""Values of an envelope's JSON, about: its commas and opening brackets. Each takes some 50 bytes or more in memory, so
+that 21 MB of small ones took 530 MB. Chosen by hand; an image is one value, however large."""
+
+MAX_URL_CHARS = 8192
+"""Characters of an image's URL. Web servers refuse more than about 8,000 by default."""
+
+_JSON_TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[\[\]{}]', re.DOTALL)
+"""A string or a bracket; what is in a string is no bracket. Possessive, so that no text makes it slow."""
+
 _MEDIA_TYPES = {b"\xff\xd8\xff": "image/jpeg", b"\x89PNG": "image/png", b"GIF8": "image/gif", b"BM": "image/bmp"}
 """First bytes of an image -> what `encode_image` declares. For readers of others: ours go by the bytes themselves."""
 
@@ -79,7 +98,7 @@ class Claim:
 
 
 class Codec:
-    """Decodes messages within given limits. Never raises: what cannot be used comes out as Rejected."""
+    """Decodes messages within given limits. What cannot be used comes out as Rejected, and not as an exception."""
 
     def __init__(
         self, *, max_image_bytes: int, max_image_pixels: int, max_label_chars: int, labelled: bool = True
@@ -96,6 +115,7 @@ class Codec:
     def decode(self, partition: Partition, offset: int, raw: Raw, timestamp_s: float | None) -> Item | Claim:
         """The item a message stands for; of an image only the first bytes are looked at (see `check_image`)."""
         try:
+            self._check_bounds(raw)
             headers = dict(raw.headers)  # of a repeated header the last one counts, as Kafka's lastHeader has it
             if CONTROL in headers:
                 return Control(partition, offset, _control(headers[CONTROL]))
@@ -119,13 +139,18 @@ class Codec:
         return Record(partition, offset, label, image, timestamp_s, raw)
 
     def fetch(self, claim: Claim, get: Callable[[str], bytes] | None) -> Record | Rejected:
-        """The record of a claim, whose image `get` brings for its URL. Without `get` no image may be elsewhere."""
+        """The record of a claim, whose image `get` brings for its URL. Without `get` no image may be elsewhere.
+
+        Raises Unreachable where `get` does: the claim stays as good as it was.
+        """
         try:
             if get is None:
                 raise Unusable(Reason.FETCH_FORBIDDEN, f"{claim.url[:500]!r}: no prefix is allowed")
             return self.redeem(claim, get(claim.url))
         except Unusable as why:
             return Rejected(claim.partition, claim.offset, why.reason, why.detail, claim.raw)
+        except Unreachable:
+            raise
         except Exception as error:  # whatever a network brings: a record's image never ends the stream
             detail = f"{claim.url[:500]!r}: {type(error).__name__}: {str(error)[:400]}"
             return Rejected(claim.partition, claim.offset, Reason.FETCH_FAILED, detail, claim.raw)
@@ -136,20 +161,31 @@ class Codec:
             digest = hashlib.sha256(image).hexdigest()
             if claim.size is not None and len(image) != claim.size:
                 raise Unusable(
-                    Reason.FETCH_FAILED, f"{claim.url!r} has {len(image)} bytes, announced were {claim.size}"
+                    Reason.FETCH_FAILED, f"{claim.url[:500]!r} has {len(image)} bytes, announced were {claim.size}"
                 )
             if digest != claim.sha256:
-                raise Unusable(Reason.FETCH_FAILED, f"{claim.url!r} has sha256 {digest}, announced was {claim.sha256}")
+                detail = f"{claim.url[:500]!r} has sha256 {digest}, announced was {claim.sha256}"
+                raise Unusable(Reason.FETCH_FAILED, detail)
             check_image(image, self._max_bytes, self._max_pixels)
         except Unusable as why:
             return Rejected(claim.partition, claim.offset, why.reason, why.detail, claim.raw)
         return Record(claim.partition, claim.offset, claim.label, image, claim.timestamp_s, claim.raw)
 
     @staticmethod
+    def _check_bounds(raw: Raw) -> None:
+        """Raise Unusable for a message of which some part is beyond its bound."""
+        if raw.dropped:
+            detail = f"{raw.dropped}, at most {MAX_HEADERS} of {MAX_HEADER_BYTES} bytes in all"
+            raise Unusable(Reason.TOO_LARGE, detail)
+        if raw.key is not None and len(raw.key) > MAX_KEY_BYTES:
+            raise Unusable(Reason.TOO_LARGE, f"key of {len(raw.key)} bytes, at most {MAX_KEY_BYTES}")
+
+    @staticmethod
     def _is_image(headers: Mapping[str, bytes | None], value: bytes | None) -> bool:
         if CE_VERSION in headers and headers[CE_VERSION] != _CE_VERSION.encode():
             version = headers[CE_VERSION]
-            raise Unusable(Reason.BAD_SCHEMA, f"CloudEvents specversion {version!r}; only {_CE_VERSION} is understood")
+            detail = f"CloudEvents specversion {reprlib.repr(version)}; only {_CE_VERSION} is understood"
+            raise Unusable(Reason.BAD_SCHEMA, detail)
         declared = headers.get(CONTENT_TYPE)
         if declared is None:
             return not (value and value.startswith(b"{"))
@@ -177,7 +213,7 @@ class Codec:
         if found is None:
             raise Unusable(Reason.MISSING_LABEL, f"no header `{LABEL}` or `{CE_LABEL}`, and no `label` in an envelope")
         if not isinstance(found, str | bytes):
-            raise Unusable(Reason.LABEL_TYPE, f"label is {type(found).__name__} {str(found)[:80]}, expected text")
+            raise Unusable(Reason.LABEL_TYPE, f"label is {type(found).__name__} {reprlib.repr(found)}, expected text")
         return canonical_label(found, self._max_label)
 
     def _envelope(self, headers: Mapping[str, bytes | None], value: bytes) -> dict[str, Any]:
@@ -186,9 +222,11 @@ class Codec:
         longest = self._max_bytes * 4 // 3 + _ENVELOPE_EXTRA  # base64 has 4 characters for 3 bytes
         if len(value) > longest:
             raise Unusable(Reason.TOO_LARGE, f"envelope of {len(value)} bytes, at most {longest}")
+        _check_json(value)
         try:
-            parsed = json.loads(value)
-        except (ValueError, RecursionError) as error:  # the latter for brackets nested by the thousand
+            # Decoded here, as json.loads would also take UTF-16, in which `_check_json` finds nothing.
+            parsed = json.loads(value.decode("utf-8-sig", "surrogatepass"))
+        except ValueError as error:
             raise Unusable(Reason.BAD_ENVELOPE, f"not JSON: {str(error)[:200]}") from None
         if not isinstance(parsed, dict):
             raise Unusable(Reason.BAD_ENVELOPE, f"JSON {type(parsed).__name__}, expected an object")
@@ -220,14 +258,37 @@ class Codec:
     ) -> Claim:
         url, sha256, size = fields.get("image_url"), fields.get("sha256"), fields.get("size")
         if not isinstance(url, str) or not url:
-            raise Unusable(Reason.BAD_SCHEMA, f"image URL is {url!r}, expected text")
+            raise Unusable(Reason.BAD_SCHEMA, f"image URL is {reprlib.repr(url)}, expected text")
+        if len(url) > MAX_URL_CHARS:
+            raise Unusable(Reason.BAD_SCHEMA, f"image URL of {len(url)} characters, at most {MAX_URL_CHARS}")
         if not isinstance(sha256, str) or not _SHA256.fullmatch(sha256):
-            raise Unusable(Reason.BAD_SCHEMA, f"sha256 of {url[:200]!r} is {sha256!r}, expected 64 hexadecimal digits")
+            detail = f"sha256 of {url[:200]!r} is {reprlib.repr(sha256)}, expected 64 hexadecimal digits"
+            raise Unusable(Reason.BAD_SCHEMA, detail)
         if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 0):
-            raise Unusable(Reason.BAD_SCHEMA, f"size of {url[:200]!r} is {size!r}, expected a number of bytes")
+            detail = f"size of {url[:200]!r} is {reprlib.repr(size)}, expected a number of bytes"
+            raise Unusable(Reason.BAD_SCHEMA, detail)
         if size is not None and size > self._max_bytes:
             raise Unusable(Reason.TOO_LARGE, f"{url[:200]!r} has {size} bytes, at most {self._max_bytes}")
         return Claim(partition, offset, label, url, sha256.lower(), size, timestamp_s, raw)
+
+
+def _check_json(value: bytes) -> None:
+    """Raise Unusable for JSON with more parts or levels than an envelope has; nothing of it is parsed."""
+    opened = value.count(b"[") + value.count(b"{")
+    parts = opened + value.count(b",")
+    if parts > MAX_JSON_PARTS:
+        raise Unusable(Reason.BAD_ENVELOPE, f"JSON of about {parts} values, at most {MAX_JSON_PARTS}")
+    if opened <= MAX_JSON_DEPTH:  # nearly all: without a look at every byte
+        return
+    depth = 0
+    for token in _JSON_TOKEN.finditer(value):
+        first = value[token.start()]
+        if first in b"[{":
+            depth += 1
+            if depth > MAX_JSON_DEPTH:
+                raise Unusable(Reason.BAD_ENVELOPE, f"JSON nested more than {MAX_JSON_DEPTH} levels deep")
+        elif first in b"]}":
+            depth -= 1
 
 
 def _control(value: Any) -> ControlKind:
@@ -236,7 +297,7 @@ def _control(value: Any) -> ControlKind:
         return ControlKind(text)
     except ValueError:
         known = ", ".join(ControlKind)
-        raise Unusable(Reason.BAD_SCHEMA, f"control mark {str(text)[:80]!r}, expected one of {known}") from None
+        raise Unusable(Reason.BAD_SCHEMA, f"control mark {reprlib.repr(text)}, expected one of {known}") from None
 
 
 def _claim_fields(headers: Mapping[str, bytes | None]) -> dict[str, Any]:
@@ -255,7 +316,8 @@ def _event_envelope(event: dict[str, Any]) -> dict[str, Any]:
     """The envelope inside a structured CloudEvent; its `label` extension counts when the data has none."""
     version = event.get("specversion")
     if version != _CE_VERSION:
-        raise Unusable(Reason.BAD_SCHEMA, f"CloudEvents specversion {version!r}; only {_CE_VERSION} is understood")
+        detail = f"CloudEvents specversion {reprlib.repr(version)}; only {_CE_VERSION} is understood"
+        raise Unusable(Reason.BAD_SCHEMA, detail)
     label = {"label": event["label"]} if "label" in event else {}
     if "data_base64" in event:
         return label | {"image": event["data_base64"]}

@@ -60,6 +60,19 @@ _HEADER_OVERHEAD = 150
 """Bytes of memory for the Python objects of a header. Measured: 152 to 166."""
 
 
+MAX_HEADERS = 256
+"""Headers of a message that are read. Messages have a dozen as a rule; without a bound one message of 1 MB had
+3 million empty ones, which took 1.6 GB of memory. A poll of a thousand messages with 256 each takes 40 MB."""
+
+MAX_HEADER_BYTES = 64 * 2**10
+"""Bytes of a message's headers, names and lengths included, that are read. Chosen by hand, what web servers allow at
+the most: no image belongs there, and labels and URLs take a few hundred."""
+
+MAX_KEY_BYTES = 64 * 2**10
+"""Bytes of a usable record's key, which is kept with it on disk until it is learned. Chosen by hand; keys have a few
+dozen as a rule."""
+
+
 @dataclass(frozen=True, slots=True)
 class Raw:
     """The message as it came, kept so that a dead letter can carry it unchanged."""
@@ -67,6 +80,8 @@ class Raw:
     key: bytes | None
     value: bytes | None
     headers: tuple[tuple[str, bytes | None], ...] = ()
+    dropped: str = ""
+    """What was not read because it is beyond a bound, as a text for people; such a message is never a record."""
 
     @property
     def memory_bytes(self) -> int:
@@ -125,23 +140,45 @@ Item = Record | Rejected | Control
 """What a source hands out."""
 
 
+MAX_DETAIL_CHARS = 1000
+"""Characters of a rejection's detail. It may repeat what a producer sent, which has no bound, and it waits in memory,
+in the status page and in dead letters. Chosen by hand: some ten lines."""
+
+
 class Unusable(Exception):
     """A label or an image that makes its record `Rejected`: carries the `reason` and a `detail` for the dead letter."""
 
     def __init__(self, reason: Reason, detail: str):
-        super().__init__(f"{reason}: {detail}")
+        super().__init__(f"{reason}: {detail[:MAX_DETAIL_CHARS]}")
         self.reason = reason
-        self.detail = detail
+        self.detail = detail[:MAX_DETAIL_CHARS]
 
 
-@lru_cache(maxsize=4096)
+class Unreachable(Exception):
+    """The store of images does not answer: nothing is known of the image, which may be had later."""
+
+
+LABEL_BYTES_PER_CHAR = 12
+"""Raw bytes (of text: characters) of a label for each one it may have once it is canonical. A composed character has up
+to 9 before (three parts of a Korean syllable), and white space is removed. Before it is bounded nothing is done with a
+label: to put 88 kB of combining marks in order took 3.6 s, with all threads standing still."""
+
+
 def canonical_label(raw: str | bytes, max_chars: int) -> str:
     """The class name that `raw` means: NFC, no space at the ends, every run of white space inside is one space.
 
     Case is kept: which of two spellings counts is for the buffer, which knows the one seen first. Raises `Unusable`:
-    MISSING_LABEL when nothing is left, LABEL_TYPE for what is not UTF-8, has control characters or more than
-    `max_chars` characters.
+    MISSING_LABEL when nothing is left, LABEL_TYPE for what is not UTF-8, has control characters, more than `max_chars`
+    characters, or more than LABEL_BYTES_PER_CHAR times as many before it is looked at.
     """
+    if len(raw) > max_chars * LABEL_BYTES_PER_CHAR:
+        most = max_chars * LABEL_BYTES_PER_CHAR
+        raise Unusable(Reason.LABEL_TYPE, f"label of {len(raw)} bytes or characters, at most {most}: {raw[:80]!r}...")
+    return _canonical(raw, max_chars)
+
+
+@lru_cache(maxsize=4096)
+def _canonical(raw: str | bytes, max_chars: int) -> str:
     # Cached, as a stream has few class names and many records: 0.1 microseconds instead of 1.4.
     try:
         text = raw.decode() if isinstance(raw, bytes) else raw

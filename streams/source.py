@@ -92,6 +92,13 @@ class DeadLetters(Protocol):
         Raises DeadLetterError when it cannot be delivered: the commit that would pass those records must not happen.
         """
 
+    def committed(self, offsets: Offsets) -> None:
+        """Note that a commit has passed the records before `offsets`: their letters count as history from now on."""
+
+    @property
+    def removed(self) -> int:
+        """The number of letters that a bound removed, since the process began."""
+
     def close(self) -> None:
         """Let go of files and connections. Letters that no `flush` followed may be lost."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -10,7 +11,6 @@ import os
 import signal
 import threading
 import time
-import traceback
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,13 +18,14 @@ from pkgutil import resolve_name
 from typing import Any
 
 from prometheus_client import CollectorRegistry
+from safetensors import SafetensorError
 
 from agent.commits import CommitStore, seal
 from agent.config import Config
 from agent.pipeline import Pipeline, Rules, resume
 from agent.scoring.report import Report, TaskReport
 from agent.values import Commit, LateRejection, OnProgress, Outcome, Progress
-from agent.worker import Learner, WorkerDied
+from agent.worker import Learner, TaskFault, WorkerDied, _Failed
 from exporter import release
 from exporter.metrics import Metrics
 from exporter.preprocess import Preprocess
@@ -34,6 +35,18 @@ from streams.source import DeadLetterError, SpoolError
 from streams.spool import Spool
 
 FAKE_LEARNER = "tests.fakes:FakeLearner"
+FAULTS = {
+    "full": OSError(errno.ENOSPC, "No space left on device"),
+    "broken": OSError(errno.EIO, "Input/output error"),
+    "quota": OSError(errno.EDQUOT, "Disk quota exceeded"),
+    "readonly": OSError(errno.EROFS, "Read-only file system"),
+    "spool": SpoolError("cannot read a sample"),
+    "memory": MemoryError("Unable to allocate 16.0 GiB"),
+    "safetensors": SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    "torch": RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    "cuda": RuntimeError("CUDA error: an illegal memory access was encountered"),
+}
+"""What a machine does to a learner, whatever the task."""
 LIST = Partition("list", 0)
 
 
@@ -41,9 +54,9 @@ class FakeLearner:
     """Learns by folding every sample's position, label and bytes into a chain of hashes: a sample that is lost, learned
     twice or learned in another order gives another `learner.safetensors`.
 
-    Images (or class names) that begin with a word misbehave: `late` is rejected while decoding, `raise` raises, `die`
-    kills the process, `die-once PATH` does so unless PATH is there, `hang` says nothing more, `busy SECONDS` spins in
-    pure Python.
+    Images (or class names) that begin with a word misbehave: `late` is rejected while decoding, `raise` blames the
+    task, `break NAME` raises one of FAULTS, `die` kills the process, `die-once PATH` does so unless PATH is there,
+    `hang` says nothing more, `busy SECONDS` spins in pure Python.
     """
 
     def __init__(self, config: Config, commit: Path | None) -> None:
@@ -90,7 +103,9 @@ class FakeLearner:
 
 def misbehave(word: str, argument: str) -> None:
     if word == "raise":
-        raise RuntimeError("told to raise")
+        raise TaskFault from RuntimeError("told to raise")
+    if word == "break":
+        raise FAULTS[argument]
     if word == "die-once" and not Path(argument).exists():
         Path(argument).touch()
         word = "die"
@@ -144,10 +159,8 @@ class InlineWorker:
             return self._learner.learn(task, staging, lambda progress: None)
         except Exception as error:
             self._learner = None
-            blames_task = not isinstance(error, OSError | SpoolError)
-            raise WorkerDied(
-                "error", f"{type(error).__name__}: {error}", traceback.format_exc(), blames_task
-            ) from error
+            failed = _Failed.now(error)
+            raise WorkerDied("error", failed.message, failed.details, failed.blames_task) from error
 
     def stop(self, timeout_s: float) -> None:
         self._task = self._learner = None
@@ -215,7 +228,10 @@ class ListSource:
 class MemoryDeadLetters:
     """Keeps what was put; `failures` are raised by the next flushes, one each."""
 
+    removed = 0
+
     def __init__(self, failures: Sequence[DeadLetterError] = ()) -> None:
+        self.passed: list[Offsets] = []
         self.waiting: list[Rejected] = []
         self.acknowledged: list[Rejected] = []
         self._failures = list(failures)
@@ -228,6 +244,9 @@ class MemoryDeadLetters:
             raise self._failures.pop(0)
         self.acknowledged += self.waiting
         self.waiting = []
+
+    def committed(self, offsets: Offsets) -> None:
+        self.passed.append(offsets)
 
     def close(self) -> None: ...
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import threading
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,11 +15,12 @@ from urllib.parse import urlsplit
 import pytest
 
 from streams.claims import S3, ImageStore, check_prefix, signed
-from streams.record import Reason, Unusable
+from streams.record import Reason, Unreachable, Unusable
 
 
 class Images(BaseHTTPRequestHandler):
-    """/ok.jpg, /big, /short (ends early), /moved (redirect), /busy (fails once), /down (fails always), else nothing."""
+    """/ok.jpg, /big, /short (ends early), /moved (redirect), /busy (fails once), /down (fails always), /drops (a
+    header without end, a line at a time), /away/... (fails always, as a whole); else nothing."""
 
     seen: list[tuple[str, str | None]]
 
@@ -24,7 +28,15 @@ class Images(BaseHTTPRequestHandler):
         self.seen.append((self.path, self.headers.get("Authorization")))
         name = self.path.rpartition("/")[2]
         first = sum(path == self.path for path, _ in self.seen) == 1
-        if name == "moved":
+        if name == "drops":  # a header that never ends
+            self.wfile.write(b"HTTP/1.1 200 OK\r\n")
+            with contextlib.suppress(OSError):
+                while True:
+                    self.wfile.write(b"X: y\r\n")
+                    time.sleep(0.05)
+        elif self.path.startswith("/away/"):
+            self.send_error(503)
+        elif name == "moved":
             self.send_response(302)
             self.send_header("Location", "http://169.254.169.254/")
             self.end_headers()
@@ -76,8 +88,8 @@ def test_an_allowed_image_is_fetched_and_a_busy_server_is_asked_again(server) ->
     [
         ("none", Reason.FETCH_FAILED, 1),
         ("moved", Reason.FETCH_FAILED, 1),
-        ("down", Reason.FETCH_FAILED, 3),
-        ("short", Reason.FETCH_FAILED, 3),
+        ("down", Reason.FETCH_FAILED, 4),  # the last asks whether the store answers at all
+        ("short", Reason.FETCH_FAILED, 4),
         ("big", Reason.TOO_LARGE, 1),
     ],
 )
@@ -98,6 +110,15 @@ def test_what_cannot_be_had_has_a_reason(name: str, expected: Reason, asked: int
         "/a/..%2fb/ok.jpg",
         "/a/./ok.jpg",
         "/a/ok.jpg#x",
+        "/a/..;/b/ok.jpg",
+        "/a/..;x=1/b/ok.jpg",
+        "/a/..%5cb/ok.jpg",
+        "/a/..%3b/b/ok.jpg",
+        "/a/%252e%252e/b/ok.jpg",
+        "/a/..%252fb/ok.jpg",
+        "/a/%25252e%25252e/b/ok.jpg",
+        "/a/%2525252525252e/b/ok.jpg",
+        "/a/%00ok.jpg",
         "/a/ok\\..\\x",
         "/a/o k.jpg",
         "/a/ok.jpg\r\nHost: x",
@@ -110,6 +131,37 @@ def test_nothing_outside_an_allowed_prefix_is_asked_for(rest: str, server) -> No
     base, seen = server
     assert reason(ImageStore([f"{base}/a/"], 1000), base + rest) == Reason.FETCH_FORBIDDEN
     assert not seen
+
+
+def test_names_with_signs_that_only_resemble_a_trick_are_fine(server) -> None:
+    base, seen = server
+    for name in ("a..b/ok.jpg", "100%25;1/ok.jpg", "...;/ok.jpg", "%41/ok.jpg"):
+        assert ImageStore([f"{base}/a/"], 1000).fetch(f"{base}/a/{name}") == b"image"
+    assert len(seen) == 4
+
+
+def test_a_store_that_does_not_answer_at_all_says_nothing_of_the_image(server) -> None:
+    # given a store that fails for every image and for its own prefix, and one that nobody listens at
+    base, seen = server
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        nobody = f"http://127.0.0.1:{unused.getsockname()[1]}"
+    for place in (f"{base}/away/", f"{nobody}/"):
+        with pytest.raises(Unreachable, match="does not answer at all"):
+            ImageStore([place], 1000, sleep=lambda s: None).fetch(place + "ok.jpg")
+    assert [path for path, _ in seen] == ["/away/ok.jpg"] * 3 + ["/away/"]
+
+
+def test_a_header_that_never_ends_costs_one_time_out_an_attempt(server) -> None:
+    base, _ = server
+    began = time.monotonic()
+    assert reason(ImageStore([f"{base}/"], 1000, 0.3, sleep=lambda s: None), f"{base}/drops") == Reason.FETCH_FAILED
+    assert time.monotonic() - began < 4 * 0.3 + 1
+
+
+def test_a_folder_that_is_not_there_is_a_store_that_does_not_answer(tmp_path: Path) -> None:
+    with pytest.raises(Unreachable):
+        ImageStore([f"file://{tmp_path}/disk/"], 5).fetch(f"file://{tmp_path}/disk/a.jpg")
 
 
 def test_files_are_read_below_the_allowed_folder_only(tmp_path: Path) -> None:

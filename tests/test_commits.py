@@ -1,5 +1,7 @@
 """The state folder: one rename commits, damage falls back, and nobody else writes."""
 
+import errno
+import io
 import json
 import os
 import shutil
@@ -39,6 +41,7 @@ def staged(store: CommitStore, task: int, release: bool = True) -> Outcome:
     (staging / "learner.safetensors").write_text(f"learned {task}")
     Report(task=task).write(staging / "report.json")
     (staging / "holdout").mkdir()
+    (staging / "holdout" / "trained.zip").write_text(f"filter {task}")
     (staging / "holdout" / f"{task:06d}.zip").write_text("images")
     if release:
         write_release(staging / "release", ["cat"], f"model {task}")
@@ -160,6 +163,17 @@ def test_carrying_moves_only_the_offsets(tmp_path):
     assert reopened(store) == carried
 
 
+def test_commits_that_only_move_offsets_do_not_push_learned_ones_out(tmp_path):
+    store = store_on(tmp_path)
+    for task in (1, 2):
+        committed(store, task)
+    for offset in range(21, 30):
+        last = store.carry({LIST: offset}, 2, facts(2))
+    assert sorted(path.name for path in (tmp_path / "commits").iterdir()) == ["000001", "000002", last.path.name]
+    assert committed(store, 3).number == last.number + 1
+    assert reopened(store).tasks == 3
+
+
 def test_offsets_alone_can_be_carried_before_anything_is_learned(tmp_path):
     store = store_on(tmp_path)
     carried = store.carry({LIST: 5}, 0, facts(0))
@@ -202,6 +216,101 @@ def test_a_damaged_commit_falls_back_to_the_one_before_with_its_own_offsets(tmp_
     assert (tmp_path / "commits" / "000002.damaged").is_dir()
     again = store_on(tmp_path)
     assert committed(again, 2).number == 2
+
+
+FILES = {
+    "learner.safetensors": "needed",
+    "report.json": "needed",
+    "manifest.json": "needed",
+    "holdout/trained.zip": "needed",
+    "holdout/000002.zip": "pack",
+    "release/model.onnx": "release",
+    "release/release.json": "release",
+}
+
+
+def damage(file: Path, how: str) -> None:
+    whole = file.read_bytes()
+    match how:
+        case "flipped":  # in place, so that every commit that has this file by a hard link has the damage
+            with file.open("r+b") as opened:
+                opened.write(bytes([whole[0] ^ 1]))
+        case "cut short":
+            os.truncate(file, len(whole) - 1)
+        case "missing":
+            file.unlink()
+
+
+@pytest.mark.parametrize("how", ["flipped", "cut short", "missing"])
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("carried", [False, True])
+def test_no_damaged_file_stops_the_agent_and_only_what_learning_needs_costs_a_commit(tmp_path, name, how, carried):
+    # given two commits, the second perhaps carried on with nothing learned
+    store = store_on(tmp_path)
+    committed(store, 1)
+    last = committed(store, 2)
+    if carried:
+        last = store.carry({LIST: 25}, 2, facts(2))
+    store.close()
+
+    # when
+    damage(last.path / name, how)
+
+    # then the learner goes on
+    again = store_on(tmp_path)
+    found = again.current()
+    needed = FILES[name] == "needed"
+    assert found.number == last.number - needed
+    assert found.offsets == {LIST: (20 if carried else 10) if needed else (25 if carried else 20)}
+    assert (found.release is None) == (FILES[name] == "release")
+    assert found.damaged == (() if needed else (name,))
+    assert len(list((tmp_path / "commits").glob("*.damaged"))) == needed
+
+    # and what is lost is not taken over
+    following = again.carry({LIST: 30}, 3, facts(3))
+    assert following.damaged == ()
+    assert (following.release is None) == (FILES[name] == "release")
+    assert needed or not (following.path / name).exists()
+    again.close()
+    assert reopened(again) == following
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("where", ["open", "read"])
+@pytest.mark.parametrize("times", [2, 99])
+def test_a_disk_that_refuses_to_read_is_asked_again_and_is_no_damage(tmp_path, monkeypatch, name, where, times):
+    store = store_on(tmp_path)
+    committed(store, 1)
+    last = committed(store, 2)
+    store.close()
+    names = contents(tmp_path).keys()
+    monkeypatch.setattr("exporter.files.READ_PAUSE_S", 0)
+    real, left = Path.open, [times]
+
+    class Refusing(io.RawIOBase):
+        def readable(self):
+            return True
+
+        def readinto(self, buffer):
+            raise OSError(errno.EIO, "Input/output error")
+
+    def refusing(path, *arguments, **options):
+        if path == last.path / name and left[0]:
+            left[0] -= 1
+            if where == "read":
+                return Refusing()
+            raise OSError(errno.EIO, "Input/output error")
+        return real(path, *arguments, **options)
+
+    # when, then
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", refusing)
+        if times == 2:
+            assert reopened(store) == last
+        else:
+            with pytest.raises(StateError, match=r"cannot read .*: Input/output error, tried 3 times.*nothing was"):
+                store.current()
+    assert contents(tmp_path).keys() == names
 
 
 def test_with_no_intact_commit_left_it_stops_rather_than_beginning_anew(tmp_path):

@@ -6,8 +6,8 @@ import hashlib
 
 import pytest
 
-from streams.dead_letter_format import REASON, dead_letter, origin, original
-from streams.record import Partition, Raw, Reason, Rejected
+from streams.dead_letter_format import REASON, dead_letter, message_size, origin, original
+from streams.record import MAX_HEADER_BYTES, MAX_HEADERS, Partition, Raw, Reason, Rejected
 
 HERE = Partition("images", 3)
 
@@ -46,6 +46,19 @@ def test_a_dead_letter_too_large_to_send_keeps_where_it_came_from_and_the_hash()
     huge = (("a", bytes(100_000)),)
     bare = dead_letter(Rejected(HERE, 42, Reason.TOO_LARGE, "", Raw(b"k", value, huge)), 50_000)
     assert "a" not in dict(bare.headers) and origin(bare).dropped == "key, value and headers"
+
+
+def test_a_letter_has_no_more_headers_than_are_read_again() -> None:
+    for headers, dropped in (
+        ((("a", b"1"),) * (MAX_HEADERS - 16), ""),
+        ((("a", b"1"),) * (MAX_HEADERS - 15), "headers"),
+        ((("a", bytes(MAX_HEADER_BYTES - 5000)),), ""),
+        ((("a", bytes(MAX_HEADER_BYTES - 4500)),), "headers"),
+    ):
+        letter = dead_letter(Rejected(HERE, 42, Reason.BOMB, "x" * 5000, Raw(b"k", b"v", headers)), 2**20)
+        assert origin(letter).dropped == dropped and letter.value == b"v"
+        assert len(letter.headers) <= MAX_HEADERS
+        assert message_size(None, None, letter.headers) <= MAX_HEADER_BYTES
 
 
 def test_a_message_that_is_no_dead_letter_says_so() -> None:

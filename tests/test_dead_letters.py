@@ -56,6 +56,7 @@ def test_the_newest_letters_stay_within_the_bound(tmp_path):
     dead = FileDeadLetters(tmp_path, max_bytes=80_000)
     for offset in range(1000):
         dead.put(rejected(offset, Raw(None, bytes(300))))
+        dead.committed({Partition("images", 0): offset + 1})
     dead.flush(timeout_s=1)
     kept = [letter["offset"] for letter in letters(tmp_path)]
     assert sum(file.stat().st_size for file in tmp_path.iterdir()) <= 80_000
@@ -105,3 +106,69 @@ def test_a_folder_that_cannot_be_made_fails_the_flush(tmp_path):
     dead.put(rejected())
     with pytest.raises(DeadLetterError, match="Not a directory"):
         dead.flush(timeout_s=1)
+
+
+def test_starts_that_reject_a_little_cost_no_letter(tmp_path):
+    # given more starts than files share the bound, each of which sets one record aside
+    for offset in range(12):
+        dead = FileDeadLetters(tmp_path, max_bytes=2**20)
+        dead.put(rejected(offset, Raw(None, b"x")))
+        dead.flush(timeout_s=1)
+        dead.close()
+
+    # then all are there, and they do not fill the folder with files of a line each
+    assert [letter["offset"] for letter in letters(tmp_path)] == list(range(12))
+    assert len(list(tmp_path.iterdir())) == 1 and dead.removed == 0
+
+
+def test_files_that_a_crash_cut_short_are_bound_by_their_bytes_too(tmp_path):
+    # given runs that each died within a line, so that no file is continued
+    for offset in range(12):
+        dead = FileDeadLetters(tmp_path, max_bytes=2**20)
+        dead.put(rejected(offset))
+        dead.close()
+        last = max(tmp_path.iterdir())
+        with last.open("ab") as file:
+            file.write(b'{"time"')
+    assert len(list(tmp_path.iterdir())) == 12 and dead.removed == 0
+
+
+def test_the_bound_removes_only_letters_that_a_commit_has_passed_and_counts_them(tmp_path, caplog):
+    # given far more letters than the bound has room for, before any commit
+    dead = FileDeadLetters(tmp_path, max_bytes=80_000)
+    for offset in range(400):
+        dead.put(rejected(offset, Raw(None, bytes(300))))
+    dead.flush(timeout_s=1)
+    assert [letter["offset"] for letter in letters(tmp_path)] == list(range(400)) and dead.removed == 0
+
+    # when a commit passes some of them
+    dead.committed({Partition("images", 0): 100})
+
+    # then none of the others goes, and what went is counted and logged
+    kept = [letter["offset"] for letter in letters(tmp_path)]
+    assert kept == list(range(kept[0], 400)) and 0 < kept[0] <= 100
+    assert dead.removed == kept[0] and f"deleted the oldest {kept[0]} of them (00000001.jsonl" in caplog.text
+
+    # and once all are passed, the folder is within its bound again
+    dead.committed({Partition("images", 0): 400})
+    assert sum(file.stat().st_size for file in tmp_path.iterdir()) <= 80_000
+    dead.put(rejected(400))
+    dead.flush(timeout_s=1)
+    kept = [letter["offset"] for letter in letters(tmp_path)]
+    assert kept == list(range(kept[0], 401)) and dead.removed == kept[0]
+
+
+def test_a_letter_of_another_partition_is_kept_until_that_one_is_committed(tmp_path):
+    dead = FileDeadLetters(tmp_path, max_bytes=8000)
+    dead.put(Rejected(Partition("images", 1), 0, Reason.EMPTY, "first"))
+    for offset in range(200):
+        dead.put(rejected(offset))
+    dead.flush(timeout_s=1)
+    dead.committed({Partition("images", 0): 200})
+    assert letters(tmp_path)[0]["detail"] == "first" and dead.removed > 100
+
+    dead.committed({Partition("images", 0): 400, Partition("images", 1): 1})
+    for offset in range(200, 400):
+        dead.put(rejected(offset))
+    dead.flush(timeout_s=1)
+    assert letters(tmp_path)[0]["detail"] != "first"

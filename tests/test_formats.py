@@ -7,14 +7,26 @@ import binascii
 import hashlib
 import json
 import random
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from streams.dead_letter_format import dead_letter, origin, original
-from streams.formats import Claim, Codec, encode_control, encode_image
-from streams.record import Control, ControlKind, Partition, Raw, Reason, Record, Rejected
+from streams.formats import MAX_JSON_DEPTH, MAX_JSON_PARTS, MAX_URL_CHARS, Claim, Codec, encode_control, encode_image
+from streams.record import (
+    MAX_HEADER_BYTES,
+    MAX_HEADERS,
+    MAX_KEY_BYTES,
+    Control,
+    ControlKind,
+    Partition,
+    Raw,
+    Reason,
+    Record,
+    Rejected,
+)
 from tests.bad_images import MAX_BYTES, MAX_PIXELS, OddImage, all_images
 
 GOLDEN = sorted((Path(__file__).parent / "kafka/golden").glob("*.json"))
@@ -106,6 +118,87 @@ def test_odd_images_get_the_reason_their_header_deserves(odd: OddImage) -> None:
         assert isinstance(item, Rejected) and item.reason == odd.reason
     else:
         assert isinstance(item, Record)
+
+
+def rejected(raw: Raw) -> Rejected:
+    item = codec().decode(HERE, 0, raw, None)
+    assert isinstance(item, Rejected)
+    return item
+
+
+def test_headers_that_were_not_read_reject_their_message_and_its_letter_says_so() -> None:
+    item = rejected(Raw(b"k", PNG, (), "3000000 headers of 6000000 bytes"))
+    assert item.reason == Reason.TOO_LARGE
+    assert item.detail == f"3000000 headers of 6000000 bytes, at most {MAX_HEADERS} of {MAX_HEADER_BYTES} bytes in all"
+    letter = dead_letter(item, 2**20)
+    assert origin(letter).dropped == "3000000 headers of 6000000 bytes" and letter.value == PNG
+    with pytest.raises(ValueError, match="cannot be sent again"):
+        original(letter)
+
+
+def test_a_key_may_have_its_bound_and_no_byte_more() -> None:
+    label = (("label", b"a"),)
+    assert isinstance(codec().decode(HERE, 0, Raw(bytes(MAX_KEY_BYTES), PNG, label), None), Record)
+    assert rejected(Raw(bytes(MAX_KEY_BYTES + 1), PNG, label)).reason == Reason.TOO_LARGE
+
+
+def envelope(**fields: Any) -> Raw:
+    return Raw(None, json.dumps({"label": "a", "image": base64.b64encode(PNG).decode()} | fields).encode())
+
+
+def nested(levels: int) -> Any:
+    return json.loads("[" * levels + "]" * levels)
+
+
+def test_an_envelope_may_be_nested_to_its_bound_and_no_deeper() -> None:
+    # the envelope itself is a level; brackets in texts are none
+    deepest = envelope(other=nested(MAX_JSON_DEPTH - 1), text='[[[\\"[[[' * 50)
+    assert isinstance(codec().decode(HERE, 0, deepest, None), Record)
+    item = rejected(envelope(other=nested(MAX_JSON_DEPTH)))
+    assert (item.reason, item.detail) == (Reason.BAD_ENVELOPE, "JSON nested more than 32 levels deep")
+    assert rejected(Raw(None, b'{"a":' * 5000)).reason == Reason.BAD_ENVELOPE
+
+
+def test_an_envelope_may_have_values_up_to_its_bound_and_no_more() -> None:
+    # of label, image and other there are two commas and two brackets
+    assert isinstance(codec().decode(HERE, 0, envelope(other=[1] * (MAX_JSON_PARTS - 3)), None), Record)
+    item = rejected(envelope(other=[1] * (MAX_JSON_PARTS - 2)))
+    assert item.reason == Reason.BAD_ENVELOPE and item.detail == "JSON of about 10001 values, at most 10000"
+
+
+def test_an_envelope_of_a_large_image_takes_little_more_memory_than_the_image() -> None:
+    big = Codec(max_image_bytes=2**24, max_image_pixels=10**7, max_label_chars=200)
+    attack = b'{"label": "a", "image": "", "x": [' + b"[]," * 7_000_000 + b"[]]}"
+    tracemalloc.start()
+    assert isinstance(big.decode(HERE, 0, Raw(None, attack), None), Rejected)
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
+
+
+def test_json_that_is_not_utf_8_is_no_envelope_but_a_byte_order_mark_is_fine() -> None:
+    text = (envelope().value or b"").decode()
+    headers = (("content-type", b"application/json"),)
+    assert isinstance(codec().decode(HERE, 0, Raw(None, text.encode("utf-8-sig"), headers), None), Record)
+    assert rejected(Raw(None, text.encode("utf-16"), headers)).reason == Reason.BAD_ENVELOPE
+
+
+@pytest.mark.parametrize("field", ["label", "image_url", "sha256", "size", "control"])
+def test_what_a_rejection_repeats_of_a_field_is_cut(field: str) -> None:
+    claim = {"image_url": "https://x/", "sha256": "0" * 64, "size": 1}
+    for odd in ("x" * 2**17, ["x" * 1000] * 100, {"a": "y" * 2**17}):
+        raw = Raw(None, json.dumps({"label": "a"} | claim | {field: odd}).encode())
+        item = codec().decode(HERE, 0, raw, None)
+        assert isinstance(item, Rejected) and len(item.detail) <= 400, item
+
+
+def test_a_url_may_be_as_long_as_servers_take() -> None:
+    def claim(length: int) -> object:
+        url = "https://x/".ljust(length, "a")
+        return codec().decode(HERE, 0, envelope(image_url=url, sha256="0" * 64), None)
+
+    assert isinstance(claim(MAX_URL_CHARS), Claim)
+    too_long = claim(MAX_URL_CHARS + 1)
+    assert isinstance(too_long, Rejected) and too_long.reason == Reason.BAD_SCHEMA
 
 
 def test_a_fetched_image_must_be_the_announced_one() -> None:

@@ -1,4 +1,6 @@
+import errno
 import hashlib
+import io
 import logging
 import os
 import random
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from agent.scoring.holdout import HoldOut, HoldOutError, TrainedFilter
+from exporter import files
 
 
 @dataclass(frozen=True)
@@ -274,15 +277,70 @@ def test_the_share_can_be_lowered_but_not_raised_for_a_state_folder(
     assert "evaluation.holdout_fraction is 0.2" in caplog.text
 
 
-def test_a_damaged_pack_is_named(tmp_path: Path) -> None:
-    [image], plain = qualifying(1), others(1)
-    holdout = HoldOut.load(None, 0.1, 50)
-    holdout.split(samples("wren", [image, *plain]))
-    holdout.write(tmp_path, None)
-    (tmp_path / "holdout/000001.zip").write_bytes(b"not a zip")
+def two_packs(folder: Path) -> tuple[Path, list[bytes]]:
+    """A commit with two packs of an image each."""
+    first, second = folder / "1", folder / "2"
+    images, plain = qualifying(2), others(2)
+    holdout, parent = HoldOut.load(None, 0.1, 50), None
+    for commit, image, other in zip((first, second), images, plain, strict=True):
+        commit.mkdir()
+        holdout.split(samples("wren", [image, other]))
+        holdout.write(commit, parent)
+        parent = commit
+    holdout.close()
+    return second, images
 
-    with pytest.raises(HoldOutError, match=r"000001\.zip"):
-        HoldOut.load(tmp_path, 0.1, 50)
+
+def test_a_damaged_pack_costs_its_images_and_is_not_taken_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    commit, [one, two] = two_packs(tmp_path)
+    pack = commit / "holdout/000001.zip"
+    whole = pack.read_bytes()
+
+    # when any bit is flipped, or the pack ends early
+    damaged = [whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :] for at in range(len(whole))]
+    lost = 0
+    for data in [*damaged, whole[:-1], whole[: len(whole) // 2], b""]:
+        pack.write_bytes(data)
+        held = {image.read() for image in HoldOut.load(commit, 0.1, 50).images()}
+
+        # then the images of the other pack are there, and none is wrong
+        assert two in held and held <= {one, two}
+        lost += one not in held
+
+    assert lost > len(whole) / 2  # other bits, such as those of a date, change no image
+    assert "000001.zip is damaged" in caplog.text
+
+    # and the next commit has only what is intact
+    pack.write_bytes(b"not a zip")
+    holdout, following = HoldOut.load(commit, 0.1, 50), tmp_path / "3"
+    following.mkdir()
+    holdout.split([])
+    holdout.write(following, commit)
+    assert {path.name for path in (following / "holdout").iterdir()} == {"000002.zip", "trained.zip"}
+
+
+@pytest.mark.parametrize("times", [2, 99])
+def test_a_disk_that_cannot_read_a_pack_is_asked_again_and_costs_no_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    commit, _ = two_packs(tmp_path)
+    monkeypatch.setattr(files, "READ_PAUSE_S", 0)
+    real, left = io.open, [times]
+
+    def broken(path, *arguments, **options):
+        if str(path).endswith("000001.zip") and left[0]:
+            left[0] -= 1
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(io, "open", broken)
+    if times == 2:
+        assert len(HoldOut.load(commit, 0.1, 50).images()) == 2
+    else:
+        with pytest.raises(HoldOutError, match=r"000001\.zip cannot be read: Input/output error; mend the disk"):
+            HoldOut.load(commit, 0.1, 50)
 
 
 def test_entries_are_stored_as_percent_encoded_name_and_hash(tmp_path: Path) -> None:

@@ -4,9 +4,11 @@ import threading
 import time
 import urllib.request
 
+import pytest
 from prometheus_client import CollectorRegistry
 
 from agent.config import Config
+from agent.run import STALLED_S, _why_not_alive
 from agent.worker import ProcessWorker
 from exporter.http import StatusServer
 from exporter.metrics import Metrics
@@ -23,6 +25,34 @@ class TimedSource(ListSource):
     def poll(self, timeout_s):
         self.polls.append(time.monotonic())
         return super().poll(timeout_s)
+
+
+@pytest.mark.parametrize("jump_s", [-1e6, 1e6])
+def test_a_clock_that_is_set_makes_no_loop_dead(monkeypatch, jump_s):
+    # given loops that turn
+    metrics = Metrics(CollectorRegistry())
+    for loop in ("pipeline", "http"):
+        metrics.heartbeat(loop, time.time())
+
+    # when the clock jumps by eleven days
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + jump_s)
+
+    # then both live, and a loop that hangs is found all the same
+    assert _why_not_alive(metrics.status()) == []
+    monotonic = time.monotonic
+    monkeypatch.setattr(time, "monotonic", lambda: monotonic() + STALLED_S + 1)
+    metrics.heartbeat("http", time.time())
+    [reason] = _why_not_alive(metrics.status())
+    assert "the pipeline loop was last seen 31 s ago" in reason
+
+
+def test_an_agent_that_opens_its_parts_for_too_long_is_dead_too(monkeypatch):
+    metrics = Metrics(CollectorRegistry())
+    assert _why_not_alive(metrics.status()) == []
+    monotonic = time.monotonic
+    monkeypatch.setattr(time, "monotonic", lambda: monotonic() + STALLED_S + 1)
+    assert len(_why_not_alive(metrics.status())) == 1
 
 
 def test_polling_and_metrics_go_on_while_the_trainer_is_busy(tmp_path):

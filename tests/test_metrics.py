@@ -292,3 +292,20 @@ def test_events_and_scrapes_from_many_threads_lose_nothing(metrics, registry):
         thread.join()
     assert registry.get_sample_value("gapstream_consumed_bytes_total", {"topic": "birds"}) == 6000
     assert metrics.status()["stream"]["records"] == 2000
+
+
+def test_a_source_that_waits_says_why(metrics, registry):
+    metrics.holding("nobody at home")
+    assert (
+        registry.get_sample_value("gapstream_source_holding") == 1 and metrics.status()["holding"] == "nobody at home"
+    )
+    metrics.holding("")
+    assert registry.get_sample_value("gapstream_source_holding") == 0 and metrics.status()["holding"] == ""
+
+
+def test_removed_dead_letters_are_told_as_totals_and_the_detail_of_a_rejection_is_cut(metrics, registry):
+    for total in (0, 3, 3, 5):
+        metrics.dead_letters_removed(total)
+    assert registry.get_sample_value("gapstream_dead_letters_total", {"result": "removed"}) == 5
+    metrics.rejected(Rejected(PARTITION, 1, Reason.BAD_SCHEMA, "x" * 10**6), now=1)
+    assert len(metrics.status()["rejected"][0]["detail"]) == 1000

@@ -6,13 +6,14 @@ import threading
 import pytest
 
 from agent.commits import CommitStore, StateError
-from agent.pipeline import AgentError, TaskFailed, resume
+from agent.pipeline import HALVINGS, AgentError, TaskFailed, resume
 from agent.values import Progress
 from agent.worker import WorkerDied
 from streams.buffer import CutRule
-from streams.record import Control, ControlKind, Reason, Rejected
+from streams.record import Control, ControlKind, Partition, Reason, Record, Rejected
 from streams.source import DeadLetterDelayed, DeadLetterError, PositionError
 from tests.fakes import (
+    FAULTS,
     LIST,
     InlineWorker,
     ListSource,
@@ -254,6 +255,43 @@ def test_rejected_records_after_the_last_task_are_passed(tmp_path):
     assert (commit.offsets, commit.tasks, learned(commit)) == ({LIST: 4}, 1, [0, 1, 2])
 
 
+def test_a_killed_agent_does_not_set_aside_again_what_it_rejected_long_before(tmp_path):
+    # given a stream of rejected records and marks, one a minute, in which the agent is killed after half an hour
+    class Killed(Exception): ...
+
+    class Minutely(ListSource):
+        minutes = 0
+
+        def poll(self, timeout_s):
+            self.minutes += 1
+            if self.minutes == 30:
+                raise Killed
+            return super().poll(timeout_s)
+
+    items = [*records("a", "b", "c"), *(rejected(n) for n in range(3, 60))]
+    items[20] = Control(LIST, 20, ControlKind.TASK_BOUNDARY)
+    source = Minutely(items, batch=1)
+    letters = MemoryDeadLetters()
+    agent = pipeline(tmp_path, source, dead_letters=letters)
+    agent.monotonic = lambda: 60.0 * source.minutes
+    with pytest.raises(Killed):
+        agent.run()
+    agent.commits.close()
+
+    # when it is started again
+    again = MemoryDeadLetters()
+    commit = pipeline(tmp_path, ListSource(items), dead_letters=again).run()
+
+    # then five minutes' worth is set aside twice at most, and the learned commit is kept beside the newest two
+    first = {letter.offset for letter in letters.waiting + letters.acknowledged}
+    twice = first & {letter.offset for letter in again.acknowledged}
+    assert len(twice) <= 6
+    assert {letter.offset for letter in letters.acknowledged + again.acknowledged} == {*range(3, 60)} - {20}
+    assert (learned(commit), commit.offsets) == ([0, 1, 2], {LIST: 60})
+    assert commit.totals["samples"] == 3
+    assert (tmp_path / "commits" / "000001").is_dir()
+
+
 def test_a_task_that_fails_once_is_tried_again_from_the_commit(tmp_path):
     # given a worker that dies in the first and in the third task
     died = WorkerDied("died", "trainer was killed by SIGKILL")
@@ -274,7 +312,7 @@ def test_a_task_that_fails_twice_stops_the_agent_with_nothing_of_it_committed(tm
     assert agent.commits.current().offsets == {LIST: 3}
 
 
-def test_a_task_that_fails_twice_is_quarantined_when_so_configured(tmp_path):
+def test_only_the_samples_for_which_a_task_fails_are_quarantined_when_so_configured(tmp_path):
     # given
     letters = MemoryDeadLetters()
     source = ListSource(records("a", "b", "c", "raise", "d", "e", "f"))
@@ -282,26 +320,100 @@ def test_a_task_that_fails_twice_is_quarantined_when_so_configured(tmp_path):
     # when
     commit = pipeline(tmp_path, source, dead_letters=letters, quarantine=True).run()
 
-    # then all of it is set aside, and the rest is learned on top of what was learned before
-    assert learned(commit) == [0, 1, 2, 6]
-    assert [(letter.offset, letter.reason) for letter in letters.acknowledged] == [
-        (offset, Reason.TASK_FAILED) for offset in (3, 4, 5)
+    # then it is set aside, and the rest is learned on top of what was learned before
+    assert learned(commit) == [0, 1, 2, 4, 5, 6]
+    assert [(letter.offset, letter.reason) for letter in letters.acknowledged] == [(3, Reason.TASK_FAILED)]
+    assert [letter.raw.value for letter in letters.acknowledged] == [b"raise"]
+    assert (commit.offsets, commit.tasks) == ({LIST: 7}, 4)
+    assert [entry.task for entry in commit.report.history] == [1, 3, 4]
+    assert (commit.totals["rejected_task_failed"], commit.totals["samples"], commit.totals["records"]) == (1, 7, 7)
+
+
+@pytest.mark.parametrize("guilty", [{0}, {63}, {31, 32}, {5, 40, 41}])
+def test_guilty_samples_are_found_with_few_attempts(tmp_path, guilty):
+    # given a task of 64 samples
+    class Counting(InlineWorker):
+        failures = 0
+
+        def poll(self):
+            try:
+                return super().poll()
+            except WorkerDied:
+                Counting.failures += 1
+                raise
+
+    letters = MemoryDeadLetters()
+    images = ["raise" if n in guilty else f"image {n}" for n in range(64)]
+    agent = pipeline(
+        tmp_path, ListSource(records(*images)), Counting(), letters, rule=CutRule(samples=64), quarantine=True
+    )
+
+    # when
+    commit = agent.run()
+
+    # then
+    assert learned(commit) == [n for n in range(64) if n not in guilty]
+    assert {letter.offset for letter in letters.acknowledged} == guilty
+    assert Counting.failures <= 8 * len(guilty)  # 64, 32, 16, 8, 4, 2, and the one sample twice
+    assert commit.offsets == {LIST: 64}
+
+
+def test_the_halves_of_a_task_pass_no_sample_that_is_not_settled(tmp_path):
+    # given a task over two partitions with rejected records between, and one sample that it fails for
+    other = Partition("list", 1)
+    items = [
+        Record(LIST, 4, "cat", b"a"),
+        Record(other, 7, "cat", b"b"),
+        rejected(5),
+        Record(LIST, 6, "cat", b"raise"),
+        Record(other, 8, "cat", b"c"),
     ]
-    assert [letter.raw.value for letter in letters.acknowledged] == [b"raise", b"d", b"e"]
-    assert (commit.offsets, commit.tasks) == ({LIST: 7}, 3)
-    assert commit.totals["rejected_task_failed"] == 3
+    source = ListSource([*items, Rejected(other, 9, Reason.TRUNCATED, "cut short")])
+
+    # when
+    letters = MemoryDeadLetters()
+    agent = pipeline(tmp_path, source, dead_letters=letters, rule=CutRule(), quarantine=True)
+    commit = agent.run()
+
+    # then every commit ends before the next sample that was not settled yet
+    assert source.acknowledged == [{LIST: 6, other: 8}, {LIST: 7, other: 8}, {LIST: 7, other: 10}]
+    assert (commit.totals["records"], commit.totals["rejected_truncated"]) == (6, 2)
+    assert sorted(letter.offset for letter in letters.acknowledged) == [5, 6, 9]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_the_machine_does_stops_the_agent_and_sets_nothing_aside(tmp_path, fault):
+    letters = MemoryDeadLetters()
+    agent = pipeline(tmp_path, ListSource(records("a", "b", "c", f"break {fault}")), None, letters, quarantine=True)
+    with pytest.raises(TaskFailed, match="not known to be the reason, so none is set aside"):
+        agent.run()
+    assert letters.acknowledged == letters.waiting == []
+    assert agent.commits.current().offsets == {LIST: 3}
+
+
+@pytest.mark.parametrize("kind", ["died", "silent"])
+def test_a_trainer_that_is_killed_blames_no_task(tmp_path, kind):
+    died = WorkerDied(kind, "trainer was killed by SIGKILL (out of memory?)")
+    letters = MemoryDeadLetters()
+    agent = pipeline(tmp_path, ListSource(records(*TEN)), DyingWorker(died, died), letters, quarantine=True)
+    with pytest.raises(TaskFailed, match="SIGKILL"):
+        agent.run()
+    assert letters.acknowledged == letters.waiting == []
 
 
 def test_a_first_task_can_be_quarantined(tmp_path):
     commit = pipeline(tmp_path, ListSource(records("raise", "a", "b", "c")), quarantine=True).run()
-    assert learned(commit) == [3]
+    assert learned(commit) == [1, 2, 3]
 
 
 def test_a_quarantine_larger_than_one_pass_is_complete_before_its_commit(tmp_path):
+    # given a task in which everything is bad: after HALVINGS the parts that fail are set aside whole
     letters = MemoryDeadLetters()
-    images = ["raise", *map(str, range(999))]
+    images = ["raise"] * 1000
     agent = pipeline(tmp_path, ListSource(records(*images)), dead_letters=letters, rule=CutRule(), quarantine=True)
-    assert agent.run().offsets == {LIST: 1000}
+    commit = agent.run()
+    assert (commit.offsets, commit.totals["rejected_task_failed"]) == ({LIST: 1000}, 1000)
+    assert commit.tasks == HALVINGS + 1
     assert [letter.offset for letter in letters.acknowledged] == list(range(1000))
 
 

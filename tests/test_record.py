@@ -2,12 +2,13 @@
 
 import io
 import random
+import time
 import timeit
 
 import pytest
 from PIL import Image
 
-from streams.record import Reason, Unusable, canonical_label, check_image
+from streams.record import LABEL_BYTES_PER_CHAR, MAX_DETAIL_CHARS, Reason, Unusable, canonical_label, check_image
 from tests.bad_images import MAX_BYTES, MAX_PIXELS, OddImage, bad_images, encoded, good_images, picture
 
 FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"]
@@ -47,6 +48,30 @@ def test_a_label_that_is_no_text_is_unusable_with_a_reason(raw, reason):
         canonical_label(raw, max_chars=20)
     assert caught.value.reason == reason
     caught.value.detail.encode()  # can be written to a dead letter
+
+
+def test_a_label_is_bounded_before_anything_is_done_with_it():
+    # given a syllable in three parts for every character allowed, the most that text can shrink
+    hangul = "\u1112\u1161\u11ab" * 20
+    assert canonical_label(hangul, max_chars=20) == "\ud55c" * 20
+    assert canonical_label("x" + " " * (20 * LABEL_BYTES_PER_CHAR - 1), max_chars=20) == "x"
+
+    # when there is one byte more than the bound
+    with pytest.raises(Unusable, match="label of 241 bytes or characters, at most 240") as caught:
+        canonical_label(b"x" + b" " * (20 * LABEL_BYTES_PER_CHAR), max_chars=20)
+    assert caught.value.reason == Reason.LABEL_TYPE
+
+    # then what is slow to put in order costs nothing
+    slow = "a" + "\u0301\u0316" * 44_000
+    began = time.perf_counter()
+    with pytest.raises(Unusable):
+        canonical_label(slow, max_chars=200)
+    assert time.perf_counter() - began < 0.05
+
+
+def test_the_detail_of_a_rejection_is_cut():
+    assert len(Unusable(Reason.BOMB, "x" * 10**6).detail) == MAX_DETAIL_CHARS
+    assert len(str(Unusable(Reason.BOMB, "x" * 10**6))) < MAX_DETAIL_CHARS + 20
 
 
 def accepted(image: OddImage) -> None:

@@ -1,5 +1,6 @@
 """Readers can be sent to an older release and back, whatever becomes of its commit, and Triton follows them."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,33 @@ def test_following_again_is_the_newest_of_now_and_leaves_nothing_behind(state):
 
     assert release.path == state / "commits" / "000004" / "release" == releases.current(state)
     assert not (state / "pinned").exists() and pinned(state) is None
+
+
+def test_a_rollback_is_on_the_disk_before_readers_are_sent_there(state, monkeypatch):
+    # given a record of what reaches the disk
+    events = []
+    fsync, replace = os.fsync, Path.replace
+
+    def recorded_fsync(descriptor):
+        fsync(descriptor)
+        events.append(Path(f"/proc/self/fd/{descriptor}").readlink().relative_to(state).as_posix())
+
+    def recorded_replace(self, target):
+        events.append("readers are sent")
+        return replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    monkeypatch.setattr(Path, "replace", recorded_replace)
+
+    # when
+    pin(state, 1)
+
+    # then every file, then the folder, its name, and that of its parent
+    before = events[: events.index("readers are sent")]
+    names = [path.name for path in (state / "pinned/000001").iterdir()]
+    assert {*before[:-3]} == {f"pinned/000001.staging/{name}" for name in names}
+    assert before[-3:] == ["pinned/000001.staging", "pinned", "."]
+    assert events[-1] == "."
 
 
 def test_another_rollback_replaces_the_first(state):

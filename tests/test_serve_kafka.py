@@ -16,6 +16,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from agent.cli import main
+from agent.commands import serve_kafka
 from agent.commands.serve_kafka import Responder
 from agent.config import load
 from exporter.release import ReleaseError
@@ -23,7 +24,7 @@ from exporter.runtime import Classifier
 from exporter.serving_metrics import KafkaMetrics
 from streams.formats import Claim, Codec
 from streams.kafka.exchange import Arrival, Reply
-from streams.record import Partition, Raw, Reason, Record, Rejected
+from streams.record import Partition, Raw, Reason, Record, Rejected, Unreachable
 from streams.source import StreamError
 from tests.test_runtime import State, Toy, picture, png
 
@@ -152,6 +153,17 @@ def test_what_cannot_be_answered_gets_its_reason_and_stops_nothing(state):
     assert value("gapstream_serve_kafka_transactions_total", {"result": "committed"}) == 1
     assert value("gapstream_serve_kafka_batch_duration_seconds_count") == 1
     wait_for(lambda: value("gapstream_serve_kafka_lag_records", {"topic": "images", "partition": "1"}) == 0)
+
+
+def test_a_store_of_images_that_is_away_is_an_answer():
+    class Store:
+        def fetch(self, url: str) -> bytes:
+            raise Unreachable("nobody at home")
+
+    claim = Claim(PLACE, 3, "", "https://x/a", SHA256, None, None, Raw(b"k", None))
+    item = serve_kafka._fetched(claim, CODEC, Store())  # type: ignore[arg-type]
+    assert isinstance(item, Rejected) and item.reason == Reason.FETCH_FAILED and item.offset == 3
+    assert item.detail == "nobody at home"
 
 
 def test_an_image_elsewhere_is_fetched_and_a_few_at_a_time(state):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from agent.commits import CommitStore, Provenance
@@ -15,6 +16,7 @@ from agent.config import Config
 from agent.scoring.report import Report
 from agent.trainer import LearnerError, Trainer
 from agent.values import Commit, Outcome, Progress
+from agent.worker import TaskFault
 from exporter.runtime import Classifier
 from streams.archive_folder import ArchiveFolder
 from streams.buffer import Task
@@ -179,6 +181,54 @@ def test_a_task_of_nothing_but_broken_images_commits_its_offsets_and_releases_no
     assert commit.offsets == {SAMPLE: 3} and commit.release is None
     # and the next one continues from there
     assert bench.learn(Trainer(bench.config, commit.path), bench.task(images_of("cat", "ship", count=4)))[1].release
+
+
+def breaking(error: Exception):
+    def update(task, on_progress):
+        raise error
+
+    return update
+
+
+@pytest.mark.parametrize("error", [ValueError("nan"), IndexError("3"), torch.linalg.LinAlgError("singular")])
+def test_values_that_cannot_be_learned_blame_the_task(tmp_path, monkeypatch, error):
+    bench = Bench(tmp_path)
+    learner = Trainer(bench.config, None)
+    monkeypatch.setattr(learner._method, "update", breaking(error))
+    with pytest.raises(TaskFault) as fault:
+        bench.learn(learner, bench.task(images_of("cat", count=4)))
+    assert fault.value.__cause__ is error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        MemoryError(),
+        OSError(28, "No space left on device"),
+    ],
+)
+def test_memory_gpu_and_disk_blame_no_task(tmp_path, monkeypatch, error):
+    bench = Bench(tmp_path)
+    learner = Trainer(bench.config, None)
+    monkeypatch.setattr(learner._method, "update", breaking(error))
+    with pytest.raises(type(error)) as raised:
+        bench.learn(learner, bench.task(images_of("cat", count=4)))
+    assert raised.value is error
+
+
+def test_a_disk_that_is_full_when_the_learner_is_saved_blames_no_task(tmp_path, monkeypatch):
+    bench = Bench(tmp_path)
+    learner = Trainer(bench.config, None)
+
+    def full(tensors, path):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("agent.trainer.save_file", full)
+    with pytest.raises(SafetensorError):
+        bench.learn(learner, bench.task(images_of("cat", count=4)))
 
 
 def test_one_sample_of_a_name_never_seen_is_a_task(tmp_path):

@@ -127,9 +127,10 @@ def _state(path: Path, running: str) -> Finding:
 def _told(commit: Commit | None) -> str:
     if commit is None:
         return "none yet, learning begins at the start"
+    intact = f"intact but for {', '.join(commit.damaged)}" if commit.damaged else "intact"
     if not commit.tasks:
-        return f"{commit.number:06d} is intact: nothing learned yet, it holds where reading begins"
-    return f"{commit.number:06d} is intact: {len(commit.classes)} classes after {commit.tasks} task(s)"
+        return f"{commit.number:06d} is {intact}: nothing learned yet, it holds where reading begins"
+    return f"{commit.number:06d} is {intact}: {len(commit.classes)} classes after {commit.tasks} task(s)"
 
 
 def _disk(config: Config, commit: Commit | None) -> Finding:

@@ -31,7 +31,7 @@ class ReportError(Exception):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `gapstream report`."""
     add_config(parser)
-    parser.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE", help="where to write the page (%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE", help="the page (%(default)s)")
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -25,17 +25,18 @@ from exporter.runtime import Classifier, Prediction, Prepared
 from exporter.serve import Server
 from exporter.serving_metrics import KafkaMetrics
 from streams.background import in_background
+from streams.claims import ImageStore
 from streams.dead_letter_format import message_size
-from streams.formats import CONTENT_TYPE, JSON, Claim
+from streams.formats import CONTENT_TYPE, JSON, Claim, Codec
 from streams.kafka.exchange import Arrival, Exchange, Reply
-from streams.record import Control, Partition, Reason, Record, Rejected
+from streams.record import Control, Partition, Reason, Record, Rejected, Unreachable
 from streams.source import StreamError
 
 log = logging.getLogger(__name__)
 
 STALLED_S = 300
 """/livez fails when the thread that answers was silent for this number of seconds. It says something after every batch,
-and the slowest fetches images, each in three attempts of at most 30 s, and then waits for a commit; with less, an image
+and the slowest fetches images, each in four requests of at most 30 s, and then waits for a commit; with less, an image
 store in trouble would restart the process, which does not help it. 300 s is also when Kafka itself gives up a consumer
 that does not poll (max.poll.interval.ms of the client)."""
 _POLL_S = 0.5
@@ -77,7 +78,7 @@ def beside(config: Config, server: Server) -> Iterator[None]:
         lambda: server.classifier,
         KafkaMetrics(server.registry, Reason),
         lambda: server.stopping,
-        fetch=lambda claim: decoder.fetch(claim, images.fetch if images else None),
+        fetch=lambda claim: _fetched(claim, decoder, images),
         top=section.top,
         headers=section.headers,
         max_batch=config.serve.max_batch,
@@ -270,6 +271,17 @@ class Responder:
         for where, waiting in lag.items():
             self._metrics.lag.labels(*where).set(waiting)
         self._shown = set(lag)
+
+
+def _fetched(claim: Claim, decoder: Codec, images: ImageStore | None) -> Record | Rejected:
+    """Fetch the image of a message that only points at one.
+
+    A store that is away is an answer too: the learner waits for it, but who asked here waits for a prediction.
+    """
+    try:
+        return decoder.fetch(claim, images.fetch if images else None)
+    except Unreachable as error:
+        return Rejected(claim.partition, claim.offset, Reason.FETCH_FAILED, str(error), claim.raw)
 
 
 def _prepared(item: Record | Rejected | Control, classifier: Classifier) -> Prepared | Unusable | None:

@@ -118,8 +118,8 @@ class KafkaImages(Section):
     """Images are fetched from below these prefixes and nowhere else: `https://images.example.com/`,
     `s3://bucket/path/`, `file:///data/`, each ending in a slash. Empty fetches none, and rejects such records."""
     timeout_s: float = Field(10, gt=0, le=30)
-    """One attempt to fetch an image may take this number of seconds (more than 0, at most 30). After three failed
-    attempts the record is rejected."""
+    """One attempt to fetch an image may take this number of seconds from end to end (more than 0, at most 30). After
+    three failed attempts the record is rejected; where the store does not answer at all, it is waited for."""
     cafile: Annotated[Path | None, Unset] = None
     """Certificates of https servers are checked against those in this PEM file; empty takes the system's."""
     s3_endpoint: str = "https://s3.amazonaws.com"

@@ -259,8 +259,9 @@ class Agent(Section):
     """After SIGTERM or SIGINT the trainer has this number of seconds to end by itself before it is killed. Nothing is
     lost then: its task is read again."""
     on_task_failure: Literal["stop", "quarantine"] = "stop"
-    """A task that failed twice ends the agent with nothing of it committed (`stop`), or all its records go to the dead
-    letters and the agent goes on (`quarantine`)."""
+    """A task that failed twice ends the agent with nothing of it committed (`stop`). With `quarantine`, a task that
+    fails for its data is learned in halves until the guilty samples are found; these go to the dead letters, and the
+    agent goes on. A disk, memory or GPU that fails ends the agent either way."""
     trainer_silent_s: float = Field(600, gt=0)
     """A trainer that has said nothing for this number of seconds, while it is set up or learns, is killed, and what it
     did is tried again."""

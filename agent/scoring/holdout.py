@@ -7,6 +7,7 @@ earlier tasks are hard links to the parent commit's, so every commit is complete
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -21,19 +22,16 @@ from pathlib import Path
 from typing import Literal, Protocol
 from urllib.parse import quote, unquote
 
-from agent.layout import HOLDOUT
-from exporter.files import link_or_copy
+from agent.layout import HOLDOUT, TRAINED
+from exporter.files import link_or_copy, patiently
 
 log = logging.getLogger(__name__)
-
-TRAINED = "trained.zip"
-"""The file that says what was trained on; compressed, since the filter of a young stream is mostly zeros."""
 
 FRACTION = "facts.json"
 """The entry of trained.zip with the share of the hash space that qualifies for the hold-out."""
 
 FILTER = "filter"
-"""The entry of trained.zip with the cells of the TrainedFilter."""
+"""The entry of trained.zip with the cells of the TrainedFilter; compressed, since a young stream's are mostly zeros."""
 
 Choice = Literal["train", "hold", "drop"]
 """What becomes of a sample: it is learned, held out, or left alone because it is held out already."""
@@ -123,7 +121,8 @@ class HoldOut:
         fraction: share of the hash space that qualifies, 0 <= fraction < 1. It can be lowered but not raised for a
         state folder (images trained on before would qualify): the smaller one is used, with a warning.
         per_class: largest number of held images of one class; images already held stay.
-        Raises HoldOutError when a pack cannot be read.
+        A damaged pack is left out with an error in the log: its images are lost to scoring, and the next commit does
+        not take it over. Raises HoldOutError when `trained.zip` is damaged or the disk cannot read a pack.
         """
         holdout = cls(fraction, per_class)
         folder = None if commit is None else commit / HOLDOUT
@@ -141,10 +140,12 @@ class HoldOut:
             )  # fmt: skip
             holdout.fraction = before
         for pack in holdout._packs():
-            with _reading(pack), zipfile.ZipFile(pack) as archive:
-                for name in archive.namelist():
-                    label, _, digest = name.partition("/")
-                    holdout._held[bytes.fromhex(digest)] = (unquote(label), pack.name)
+            try:
+                holdout._held |= patiently(partial(_images_in, pack))
+            except _Damaged as error:
+                log.error("%s is damaged (%s): its images are not scored on any more", pack, error)
+            except OSError as error:
+                raise HoldOutError(f"{pack} cannot be read: {error.strerror or error}; mend the disk") from error
         return holdout
 
     def __len__(self) -> int:
@@ -254,6 +255,32 @@ class HoldOut:
                 self.close()
                 self._open = zipfile.ZipFile(path)
             return self._open.read(f"{quote(label, safe='')}/{digest.hex()}")
+
+
+class _Damaged(Exception):
+    """A pack is not what was written; the message says why."""
+
+
+def _images_in(pack: Path) -> dict[bytes, tuple[str, str]]:
+    """Read a pack: digest -> (class name, name of the pack). Raises _Damaged, and OSError when the disk refuses."""
+    found: dict[bytes, tuple[str, str]] = {}
+    try:
+        with zipfile.ZipFile(pack) as archive:
+            for name in archive.namelist():
+                label, _, digest = name.partition("/")
+                # All images, at every start: one that is found damaged while it is scored ends an update.
+                if hashlib.sha256(archive.read(name)).hexdigest() != digest:
+                    raise _Damaged(f"{name} is another image")
+                found[bytes.fromhex(digest)] = (unquote(label), pack.name)
+    except MemoryError:
+        raise
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        raise _Damaged("it points outside itself") from error
+    except Exception as error:  # zipfile answers a flipped bit with a dozen classes, NotImplementedError among them
+        raise _Damaged(f"{type(error).__name__}: {error}") from error
+    return found
 
 
 @contextmanager

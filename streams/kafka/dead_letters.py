@@ -26,7 +26,7 @@ from streams.kafka.connection import (
     describe_error,
     longest_message,
 )
-from streams.record import Rejected
+from streams.record import Offsets, Rejected
 from streams.source import DeadLetterDelayed, DeadLetterError, StreamError
 
 log = logging.getLogger(__name__)
@@ -58,6 +58,8 @@ class KafkaDeadLetters:
     A letter waits to be sent, then for its acknowledgement; what fails waits to be sent again, in the same order. After
     a crash, or an outage longer than the client goes on trying, the same coordinates may come twice.
     """
+
+    removed = 0
 
     def __init__(
         self,
@@ -128,6 +130,9 @@ class KafkaDeadLetters:
             failure = self._failure or "no answer"
             raise DeadLetterDelayed(f"{waiting} dead letters wait for {self._connection} ({failure})")
         self._failure = ""
+
+    def committed(self, offsets: Offsets) -> None:
+        """Nothing follows from a commit: the dead-letter topic's own retention decides what stays."""
 
     def close(self) -> None:
         """Let go of the producer. Letters that no `flush` followed may be lost."""

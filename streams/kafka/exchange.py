@@ -332,9 +332,8 @@ class Exchange:
                     raise message.error
                 yield from (Arrival(rejected, None, None) for rejected in rejections(partition, message))
                 continue
-            offset, timestamp_ms, key, value, headers = message
-            raw = Raw(key, value, headers)
-            item = self._codec.decode(partition, offset, raw, None)
+            raw, timestamp_ms = message.raw, message.timestamp_ms
+            item = self._codec.decode(partition, message.offset, raw, None)
             yield Arrival(item, timestamp_ms if timestamp_ms >= 0 else None, raw)
 
     @contextlib.contextmanager

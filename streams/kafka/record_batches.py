@@ -1,8 +1,9 @@
 """Record batches as they lie in a fetch response, read so that no content of theirs can stop or starve the client.
 
 kafka-python 3.0 decompresses a batch without any bound (204 kB of gzip became 200 MiB), fails on a header name that is
-not UTF-8, and once an exception left its unpacking, every later poll spins for ever at full load, deaf to its time-out:
-`Fetcher.fetched_records` waits for the broken batch to give something. `guard` closes the three for one consumer.
+not UTF-8, reads headers without a bound, and once an exception left its unpacking, every later poll spins for ever at
+full load, deaf to its time-out: `Fetcher.fetched_records` waits for the broken batch to give something. `guard` closes
+the four for one consumer.
 
 Batches are unpacked here rather than by the client's DefaultRecordBatch, which makes an object per record and decodes
 every header name anew.
@@ -29,7 +30,7 @@ from kafka.record.util import decode_varint
 
 from streams.formats import COMMON_HEADERS
 from streams.kafka.connection import describe_error
-from streams.record import Partition, Reason, Rejected
+from streams.record import MAX_HEADER_BYTES, MAX_HEADERS, Partition, Raw, Reason, Rejected
 
 MAX_INFLATED = 128 * 2**20
 """Bytes a batch may have once decompressed; beyond it all of its records are rejected. Batches have 1 MiB or less as a
@@ -49,6 +50,13 @@ class Message(NamedTuple):
     key: bytes | None
     value: bytes | None
     headers: tuple[tuple[str, bytes | None], ...]
+    dropped: str = ""
+    """What was not read because it is beyond a bound, as a text for people; see streams.record.Raw."""
+
+    @property
+    def raw(self) -> Raw:
+        """The message without its place."""
+        return Raw(self.key, self.value, self.headers, self.dropped)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +179,12 @@ def messages(batch: Any) -> Iterator[Message]:
         key, pos = _field(buffer, pos)
         value, pos = _field(buffer, pos)
         count, pos = decode_varint(buffer, pos)
-        headers = []
+        headers: list[tuple[str, bytes | None]] = []
+        dropped = ""
+        # Both are known before a header is read: 3 million empty ones lie in 1 MB, and take 1.6 GB once they are read.
+        if count > MAX_HEADERS or end - pos > MAX_HEADER_BYTES:
+            dropped = f"{count} headers of {end - pos} bytes"
+            count, pos = 0, end
         for _ in range(count):
             name, pos = _field(buffer, pos)
             content, pos = _field(buffer, pos)
@@ -179,7 +192,7 @@ def messages(batch: Any) -> Iterator[Message]:
         if pos != end or end > len(buffer):
             raise CorruptRecordError(f"record at byte {start} says it ends at {end} and ends at {pos} of {len(buffer)}")
         timestamp_ms = base_ms + elapsed_ms if appended_ms is None else appended_ms
-        yield Message(base_offset + offset, timestamp_ms, key, value, tuple(headers))
+        yield Message(base_offset + offset, timestamp_ms, key, value, tuple(headers), dropped)
 
 
 _NAMES: dict[bytes | None, str] = {name.encode(): name for name in COMMON_HEADERS}

@@ -183,7 +183,7 @@ class _TopicsReader:
                 for message in messages:
                     if isinstance(message, Unreadable) or message.offset >= self._ends[partition]:
                         continue
-                    raw = Raw(message.key, message.value, message.headers)
+                    raw = message.raw
                     try:
                         came_from = origin(raw)
                     except ValueError:

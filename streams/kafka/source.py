@@ -35,7 +35,7 @@ from streams.kafka.handover import Handover
 from streams.kafka.record_batches import Message, Unreadable, rejections
 from streams.kafka.topics import Topics, named
 from streams.merge import Merge
-from streams.record import MESSAGE_OVERHEAD, Item, Offsets, Partition, Raw, Record, Rejected
+from streams.record import MESSAGE_OVERHEAD, Item, Offsets, Partition, Record, Rejected, Unreachable
 from streams.source import StreamError
 
 log = logging.getLogger(__name__)
@@ -63,6 +63,10 @@ hand. An outage of the cluster does not end it: it is waited for without end."""
 _BACKOFF_S = 0.5
 """Half the seconds before the first new client; they double with each failure, up to 32. Chosen by hand: a cluster that
 comes back is read again within half a minute."""
+
+_STORE_WAIT_S = 30
+"""Longest seconds between attempts on a store of images that does not answer; the first is _BACKOFF_S. Chosen by hand:
+a store that comes back is read again within about half a minute."""
 
 _CLOSE_S = 2.5
 """Seconds that `close` waits for the reader's thread: its poll (0.5), the copy of the last commit (1.5), closing the
@@ -328,8 +332,7 @@ class KafkaSource:
                 self._gaps.read(partition, message.offset, message.next_offset)
                 self._positions[partition] = message.next_offset
                 continue
-            offset, timestamp_ms, key, value, headers = message
-            raw = Raw(key, value, headers)
+            offset, timestamp_ms, raw = message.offset, message.timestamp_ms, message.raw
             size = raw.memory_bytes
             total += size
             item = decode(partition, offset, raw, timestamp_ms / 1000 if timestamp_ms >= 0 else None)
@@ -398,20 +401,45 @@ class KafkaSource:
     def _put_with_images(self, entries: Iterable[tuple[Item | Claim, int]]) -> None:
         """Put entries one by one, with the images of claims fetched a few at a time ahead of it."""
         coming = iter(entries)
-        ahead: deque[tuple[Item | Future[Record | Rejected], int]] = deque()
+        ahead: deque[tuple[Item | Claim, Future[Record | Rejected] | None, int]] = deque()
         while not self._stopping.is_set():
             for item, size in islice(coming, _FETCHES - len(ahead)):
-                ahead.append((self._fetching(item) if isinstance(item, Claim) else item, size))
+                ahead.append((item, self._fetching(item) if isinstance(item, Claim) else None, size))
             if not ahead:
                 return
-            waiting, size = ahead.popleft()
-            if isinstance(waiting, Future):
-                item = waiting.result()
+            item, fetching, size = ahead.popleft()
+            if isinstance(item, Claim):
+                assert fetching is not None
+                fetched = self._fetched(item, fetching)
+                if fetched is None:
+                    return  # stopping
+                item = fetched
                 size += len(item.image) if isinstance(item, Record) else 0
-            else:
-                item = waiting
             self._handover.alive()
             self._put([item], size)
+
+    def _fetched(self, claim: Claim, fetching: Future[Record | Rejected]) -> Record | Rejected | None:
+        """What a claim became, however long its store is away; None when the end came first."""
+        failures = 0
+        while not self._stopping.is_set():
+            self._handover.alive()
+            try:
+                fetched = fetching.result(_POLL_S)
+            except TimeoutError:
+                continue
+            except Unreachable as error:
+                wait = min(_BACKOFF_S * 2**failures, _STORE_WAIT_S)
+                failures += 1
+                self._holding = f"images cannot be fetched, so nothing is read until they can: {error}"
+                log.log(logging.ERROR if failures == 1 else logging.DEBUG, "%s", self._holding)
+                self._stopping.wait(wait)
+                fetching = self._fetching(claim)
+                continue
+            if self._holding:
+                log.info("images can be fetched again")
+                self._holding = ""
+            return fetched
+        return None
 
     def _fetching(self, claim: Claim) -> Future[Record | Rejected]:
         return in_background(lambda: self._codec.fetch(claim, self._fetch_image), "image-fetch")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from kafka import KafkaProducer, TopicPartition
 from kafka.record.memory_records import MemoryRecords, MemoryRecordsBuilder
 
 from streams.kafka.record_batches import Message, PartitionRecords
-from streams.record import Reason, Record, Rejected
+from streams.record import MAX_HEADER_BYTES, MAX_HEADERS, Raw, Reason, Record, Rejected
 from tests.kafka.records import JPEG, Open, labels, read, send
 
 
@@ -33,6 +34,37 @@ def test_messages_are_unpacked_with_all_they_have() -> None:
         Message(offset, 7, b"k", value, (("label", b"cat"), ("none", None))) for offset, value in ((1, b"b"), (2, b"c"))
     ]
     assert records.next_fetch_offset == 3 and not records
+
+
+def batch_with(headers: list[tuple[str, bytes | None]]) -> list[Message]:
+    """What is read of a batch of three messages, of which the second has `headers`."""
+    builder = MemoryRecordsBuilder(2, 0, 10**9)
+    for value, own in ((b"a", []), (b"b", headers), (b"c", [])):
+        builder.append(timestamp=7, key=b"k", value=value, headers=own)
+    builder.close()
+    return list(PartitionRecords(0, TopicPartition("t", 0), MemoryRecords(bytes(builder.buffer()))).take())
+
+
+def test_headers_up_to_their_bounds_are_read_and_no_more() -> None:
+    for most in ([("a", b"")] * MAX_HEADERS, [("a", bytes(MAX_HEADER_BYTES - 5))]):
+        assert batch_with(most)[1] == Message(1, 7, b"k", b"b", tuple(most))
+    for more in ([("a", b"")] * (MAX_HEADERS + 1), [("a", bytes(MAX_HEADER_BYTES - 4))]):
+        before, over, after = batch_with(more)
+        assert (before.value, after.value) == (b"a", b"c") and not before.dropped
+        assert over.headers == () and over.dropped.startswith(f"{len(more)} headers of ")
+        assert over.raw == Raw(b"k", b"b", (), over.dropped)
+
+
+def test_a_million_empty_headers_take_no_memory() -> None:
+    builder = MemoryRecordsBuilder(2, 0, 10**9)
+    builder.append(timestamp=7, key=b"k", value=b"v", headers=[("", b"")] * 10**6)
+    builder.close()
+    records = PartitionRecords(0, TopicPartition("t", 0), MemoryRecords(bytes(builder.buffer())))
+    tracemalloc.start()
+    (message,) = records.take()
+    assert tracemalloc.get_traced_memory()[1] < 10 * 2**20
+    tracemalloc.stop()
+    assert message.dropped == "1000000 headers of 2000000 bytes"
 
 
 def test_a_batch_with_a_wrong_checksum_or_length_costs_only_itself() -> None:

@@ -21,7 +21,7 @@ from streams.kafka.breaker import Breaker
 from streams.kafka.connection import Connection
 from streams.kafka.record_batches import Message, Unreadable
 from streams.kafka.source import KafkaSource
-from streams.record import Control, ControlKind, Partition, Reason, Record, Rejected
+from streams.record import Control, ControlKind, Partition, Reason, Record, Rejected, Unreachable
 from streams.source import StreamError
 from tests.kafka.agents import wait_until
 from tests.kafka.broker import start_broker
@@ -208,6 +208,38 @@ def test_images_elsewhere_come_in_their_place_with_the_right_reasons(
     nowhere, _ = scripted([claim(0, urls[0])])
     (item,) = read(nowhere, 1)
     assert isinstance(item, Rejected) and item.reason == Reason.FETCH_FORBIDDEN
+
+
+def test_a_store_of_images_that_is_away_is_waited_for_and_rejects_nothing(
+    scripted: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # given a store that does not answer, behind a record that needs it
+    monkeypatch.setattr("streams.kafka.source._BACKOFF_S", 0.01)
+    away = threading.Event()
+    away.set()
+
+    class Store:
+        def fetch(self, url: str) -> bytes:
+            if away.is_set():
+                raise Unreachable("nobody at home")
+            return JPEG
+
+    headers = (("image-url", b"https://x/a"), ("image-sha256", hashlib.sha256(JPEG).hexdigest().encode()))
+    claims = [Message(offset, 7, b"k", None, (("label", b"far"), *headers)) for offset in (1, 2)]
+    source, _ = scripted([message(0), *claims, message(3)], images=Store(), stall_s=1.0)
+
+    # when it is away for longer than the reader may be silent
+    assert offsets(read(source, 1)) == [0]
+    wait_until(lambda: "nobody at home" in source.holding, 10)
+    until = time.monotonic() + 1.5
+    while time.monotonic() < until:
+        assert source.poll(0.1) == ()
+
+    # then all is learned once it is back
+    away.clear()
+    items = read(source, 3)
+    assert offsets(items) == [1, 2, 3] and all(isinstance(item, Record) for item in items)
+    assert source.holding == ""
 
 
 def test_messages_without_a_value_fill_the_memory_too(scripted: Callable[..., Any]) -> None:
