@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from itertools import islice
 from typing import Literal
@@ -31,7 +31,7 @@ from streams.kafka.breaker import Breaker
 from streams.kafka.client import Client
 from streams.kafka.connection import NOTHING_LOST, Connection, connecting, describe_error
 from streams.kafka.gaps import Gaps
-from streams.kafka.handover import Handover
+from streams.kafka.handover import Handover, no_record_lost
 from streams.kafka.record_batches import Message, Unreadable, rejections
 from streams.kafka.topics import Topics, named
 from streams.merge import Merge
@@ -302,12 +302,12 @@ class KafkaSource:
             if not self._moved_into_log():
                 raise
             return
-        with _no_record_lost():
+        with no_record_lost():
             for partition, messages in fetched.items():
                 self._add(partition, messages)
             self._pass_marks()
         self._ask_for_ends()
-        with _no_record_lost():
+        with no_record_lost():
             self._hand_over(self._merge.take(self._held_back_too_long()))
 
     def _add(self, partition: Partition, messages: Sequence[Message | Unreadable]) -> None:
@@ -500,16 +500,3 @@ class KafkaSource:
         self._positions.update(placed)
         self._client.assign(self._positions)
         return moved
-
-
-@contextlib.contextmanager
-def _no_record_lost() -> Iterator[None]:
-    """Between the client's hands and ours a new client cannot help: what fails there ends the stream."""
-    try:
-        yield
-    except StreamError:
-        raise
-    except Exception as error:
-        log.exception("records could not be handed over")
-        why = f"records could not be handed over ({describe_error(error)})"
-        raise StreamError(f"{why}; stopping. {NOTHING_LOST}") from error
