@@ -17,12 +17,7 @@ from concurrent.futures import Future
 from itertools import islice
 from typing import Literal
 
-from kafka.errors import (
-    KafkaTimeoutError,
-    LogTruncationError,
-    OffsetOutOfRangeError,
-    RetriableError,
-)
+from kafka.errors import KafkaTimeoutError, LogTruncationError, OffsetOutOfRangeError, RetriableError
 
 from streams.background import in_background
 from streams.claims import ImageStore
