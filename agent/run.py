@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -30,6 +31,14 @@ STALLED_S = 30
 """A loop that gave no heartbeat for this time is not alive. A pass of the pipeline takes half a second, and a commit on
 a slow disk seconds; the supervisor restarts what is not alive, so a smaller value would end agents that are only slow.
 """
+
+_RETENTION_SHARE = 0.5
+"""Share of the stream's retention for which a task may fill. Chosen by hand: the other half is left for the update, and
+for an agent that is down meanwhile. Nearer to 1, a record may be gone before the commit that learns it."""
+
+_SHORT_S = 3600
+"""Seconds to fill a task below which the rule of retention is worth a warning: then it may be the one that cuts. Chosen
+by hand; Kafka's default retention leaves three and a half days."""
 
 
 def run_agent(
@@ -63,7 +72,7 @@ def run_agent(
             metrics.restored(commit)
         # The spool is a cache: what an earlier run left there is deleted, and read again from the commit's offsets.
         spool = Spool(config.state.path / SPOOL, config.spool.max_bytes)
-        rule = CutRule(**config.task.model_dump(exclude={"on_stop"}))
+        rule = _cut_rule(config, source.retention_s)
         known, done = (commit.seen, commit.tasks) if commit else ((), 0)
         worker = ProcessWorker(config, learner or TRAINER)
         published = _publisher(config, commit, parts)
@@ -111,6 +120,16 @@ def run_agent(
             )
         )
         return pipeline.run()
+
+
+def _cut_rule(config: Config, retention_s: float) -> CutRule:
+    """The rules of [task], and one that no key sets: a task ends before retention deletes what it holds."""
+    age_s = _RETENTION_SHARE * retention_s if math.isfinite(retention_s) else 0
+    if age_s:
+        told = "the stream keeps records for %.0f s, so a task is cut when its first sample has waited for %.0f s"
+        level = logging.INFO if age_s > _SHORT_S else logging.WARNING
+        log.log(level, told, retention_s, age_s)
+    return CutRule(**config.task.model_dump(exclude={"on_stop"}), age_s=age_s)
 
 
 def _publisher(config: Config, commit: Commit | None, parts: contextlib.ExitStack) -> Callable[[Commit], None]:

@@ -26,7 +26,7 @@ REASONS = (
 )  # fmt: skip
 """The values of streams.record.Reason, which cannot be imported here."""
 
-CUT_REASONS = ("new_classes", "samples", "bytes", "boundary", "idle", "end", "stop")
+CUT_REASONS = ("new_classes", "samples", "bytes", "boundary", "idle", "age", "end", "stop")
 """Why a task was cut: the rules of streams.buffer.CutRule, and the stream's or the agent's end."""
 
 SET_ASIDE = ("ok", "error", "removed")

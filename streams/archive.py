@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -51,6 +52,7 @@ class ArchiveSource:
     """
 
     holding = ""
+    retention_s = math.inf
     live = False
 
     def __init__(

@@ -1,7 +1,7 @@
 """Records in, tasks out: the cutting rule, and the offsets that follow each cut.
 
 A task is a contiguous range of every partition, so one next offset per partition says what it covers. All cuts but
-`idle` depend on the items alone, not on how they were polled: the same stream gives the same tasks.
+`idle` and `age` depend on the items alone, not on how they were polled: the same stream gives the same tasks.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ class CutRule:
     """Bytes of encoded images after which a task ends."""
     idle_s: float = 0
     """Seconds without an item after which a task ends."""
+    age_s: float = 0
+    """Seconds after its first sample at which a task ends: what it holds is in no commit yet."""
     boundaries: bool = True
     """Whether a task boundary mark ends a task."""
 
@@ -43,7 +45,7 @@ class Task:
     next_offsets: dict[Partition, int]
     """The offset that follows the task, for every partition seen so far."""
     reason: str
-    """Why it was cut: new_classes | samples | bytes | boundary | idle | end | stop."""
+    """Why it was cut: new_classes | samples | bytes | boundary | idle | age | end | stop."""
     bytes: int
     """Bytes of the samples' encoded images."""
     records: int
@@ -71,6 +73,7 @@ class TaskBuffer:
         self._cut_tasks: deque[Task] = deque()
         self._samples_held = 0
         self._quiet_since: float | None = None
+        self._filling_since: float | None = None
         self._begin()
 
     @property
@@ -118,12 +121,16 @@ class TaskBuffer:
             self._end_task("bytes")
 
     def cut(self, now: float) -> Task | None:
-        """The oldest task not handed out yet, or None. `now`: seconds of a monotonic clock, for the idle rule alone."""
+        """The oldest task not handed out yet, or None. `now`: seconds of a monotonic clock, for idle and age alone."""
         # The idle rule counts from the first call without an item: a poll that took long is no silence of the stream.
         if self._quiet_since is None:
             self._quiet_since = now
+        if self._samples and self._filling_since is None:
+            self._filling_since = now
         if not self._cut_tasks and self._samples and 0 < self._rule.idle_s <= now - self._quiet_since:
             self._end_task("idle")
+        elif self._filling_since is not None and 0 < self._rule.age_s <= now - self._filling_since:
+            self._end_task("age")
         return self._cut_tasks.popleft() if self._cut_tasks else None
 
     def end(self, reason: str) -> Task | None:
@@ -141,6 +148,7 @@ class TaskBuffer:
         self._samples_held -= len(task.samples)
 
     def _begin(self) -> None:
+        self._filling_since = None
         self._samples: list[Sample] = []
         self._classes: dict[str, None] = {}
         self._new_classes = 0

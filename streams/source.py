@@ -62,6 +62,13 @@ class Source(Protocol):
         """The number of records not yet read, per (topic, partition); empty where it is unknown."""
 
     @property
+    def retention_s(self) -> float:
+        """Seconds for which the stream keeps its records at least; infinite where that is for ever, or is not known.
+
+        What is read and not committed by then would be lost with this process.
+        """
+
+    @property
     def skipped(self) -> Mapping[str, int]:
         """The number of records by topic that were gone before they were read, since the process began."""
 

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import logging
+import math
 import os
 import signal
 import threading
@@ -172,6 +173,7 @@ class ListSource:
     """Brings the given items, `batch` in a poll; with `live` it never ends."""
 
     holding = ""
+    retention_s = math.inf
 
     def __init__(self, items: Sequence[Item], batch: int = 7, live: bool = False, fingerprint: str = "list") -> None:
         self.items = list(items)

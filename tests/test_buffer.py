@@ -125,6 +125,19 @@ def test_a_quiet_stream_is_cut_after_the_idle_time(buffer):
     assert buffered.cut(now=1000) is None
 
 
+def test_a_task_that_fills_slowly_is_cut_by_its_age_also_when_the_stream_is_never_quiet(buffer):
+    buffered = buffer(CutRule(age_s=100, idle_s=60))
+    items = stream("a b c d")
+    assert buffered.cut(now=0) is None
+    for item, now in zip(items, (50, 90, 140), strict=False):
+        buffered.add(item)
+        assert buffered.cut(now) is None
+    assert words([buffered.cut(now=150)]) == ["age: a b c -> 3"]
+    buffered.add(items[3])
+    assert buffered.cut(now=200) is None
+    assert words([buffered.cut(now=260)]) == ["idle: d -> 4"]
+
+
 def test_labels_that_differ_in_case_are_the_class_seen_first(buffer):
     tasks = taken(buffer(CutRule(new_classes=1), known=["Polar Bear"]), stream("Cat CAT cat STRASSE Straße"))
     assert [task.classes for task in tasks] == [("Cat",), ("STRASSE",)]

@@ -2,6 +2,7 @@
 
 import shutil
 import socket
+import threading
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,12 @@ from PIL import Image
 from agent.cli import main
 from agent.commands import doctor
 from agent.commands.doctor import Finding, examine
+from agent.commands.report import ReportError, write_report
 from agent.commits import CommitStore
 from agent.config import Config
-from tests.fakes import ListSource, pipeline, records
+from agent.releases import kept_releases
+from streams.buffer import CutRule, TaskBuffer
+from tests.fakes import LIST, ListSource, pipeline, records
 
 
 def settings(state: Path, **sections: dict) -> Config:
@@ -53,6 +57,24 @@ def test_a_new_agent_has_no_problem_and_nothing_is_made(tmp_path):
     assert {finding.level for finding in found} == {"ok"}
     assert "gapstream on tinyclip" in found[5].text
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_commit_of_offsets_alone_is_no_problem_and_has_no_report(tmp_path):
+    # given an agent on a live stream that was stopped before it had learned anything
+    source, stop = ListSource([], live=True), threading.Event()
+    agent = pipeline(tmp_path / "state", source, stop=stop)
+    source.positions = {LIST: 3}
+    stop.set()
+    agent.buffer = TaskBuffer(CutRule(samples=3), agent.spool, (), 1, source.positions)
+    agent.run()
+    agent.commits.close()
+
+    # then nobody takes it for something learned
+    found = findings(settings(tmp_path / "state"), "commit")["commit"]
+    assert (found.level, found.text) == ("ok", "000001 is intact: nothing learned yet, it holds where reading begins")
+    assert kept_releases(tmp_path / "state") == []
+    with pytest.raises(ReportError, match="nothing is learned in"):
+        write_report(tmp_path / "state", tmp_path / "report.html")
 
 
 def test_a_problem_is_printed_with_its_cure_and_is_exit_code_1(tmp_path, capsys, monkeypatch):

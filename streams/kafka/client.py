@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from typing import Any
 
 from kafka import KafkaConsumer, OffsetAndMetadata, TopicPartition
-from kafka.admin import KafkaAdminClient
+from kafka.admin import ConfigResource, ConfigResourceType, KafkaAdminClient
+from kafka.errors import KafkaError
 
 from streams.kafka.connection import METADATA_MS, PARTITION_BYTES, REQUEST_MS, Connection, describe_error
 from streams.kafka.record_batches import Message, Unreadable, guard
@@ -77,6 +79,27 @@ class Client:
     def describe(self, topics: Iterable[str]) -> list[dict[str, Any]]:
         """What the cluster says of topics: `name`, `error_code`, `topic_id` and `partitions` of each."""
         return self._admin.describe_topics(list(topics))
+
+    def retention_s(self, topics: Iterable[str]) -> float:
+        """The shortest time in seconds for which one of the topics keeps its messages.
+
+        It is infinite where none is deleted for its age, or where we may not ask.
+        """
+        names = ("retention.ms", "cleanup.policy")
+        wanted = [ConfigResource(ConfigResourceType.TOPIC, topic, dict.fromkeys(names)) for topic in topics]
+        shortest = math.inf
+        try:
+            for of_topic in self._admin.describe_configs(wanted, config_filter="all")["topic"].values():
+                kept_ms, policy = (of_topic[name]["value"] for name in names)
+                if "delete" in policy and int(kept_ms) >= 0:
+                    shortest = min(shortest, int(kept_ms) / 1000)
+        except (KafkaError, KeyError, ValueError, TypeError) as error:
+            log.warning(
+                "how long the topics keep records is not known (%s); a task that fills more slowly may lose its own, "
+                "which task.idle_s prevents",
+                describe_error(error),
+            )
+        return shortest
 
     def assign(self, positions: Offsets) -> None:
         """Read exactly these partitions from now on, each from its offset."""

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+from streams.kafka.connection import NOTHING_LOST, describe_error
 from streams.record import Item, Offsets
 from streams.source import StreamError
+
+log = logging.getLogger(__name__)
 
 _WAIT_S = 0.25
 """Seconds that the reader waits for room before it shows that it lives, and looks for a commit to copy."""
@@ -112,3 +117,16 @@ class Handover:
         with self._changed:
             offsets, self._committed = self._committed, None
         return offsets
+
+
+@contextlib.contextmanager
+def no_record_lost() -> Iterator[None]:
+    """Between the client's hands and ours a new client cannot help: what fails there ends the stream."""
+    try:
+        yield
+    except StreamError:
+        raise
+    except Exception as error:
+        log.exception("records could not be handed over")
+        why = f"records could not be handed over ({describe_error(error)})"
+        raise StreamError(f"{why}; stopping. {NOTHING_LOST}") from error

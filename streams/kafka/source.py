@@ -12,15 +12,10 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from kafka.errors import (
-    KafkaTimeoutError,
-    LogTruncationError,
-    OffsetOutOfRangeError,
-    RetriableError,
-)
+from kafka.errors import KafkaTimeoutError, LogTruncationError, OffsetOutOfRangeError, RetriableError
 
 from streams.claims import ImageStore
 from streams.formats import Claim, Codec
@@ -29,7 +24,7 @@ from streams.kafka.claimed_images import ClaimedImages
 from streams.kafka.client import Client
 from streams.kafka.connection import NOTHING_LOST, Connection, connecting, describe_error
 from streams.kafka.gaps import Gaps
-from streams.kafka.handover import Handover
+from streams.kafka.handover import Handover, no_record_lost
 from streams.kafka.record_batches import Message, Unreadable, rejections
 from streams.kafka.topics import Topics, named
 from streams.merge import Merge
@@ -209,6 +204,11 @@ class KafkaSource:
         }
 
     @property
+    def retention_s(self) -> float:
+        """The shortest time in seconds for which a topic keeps records, as it was set when the source was opened."""
+        return self._topics.retention_s
+
+    @property
     def skipped(self) -> Mapping[str, int]:
         """Records by topic that were gone before they were read, where `on_lost` is skip."""
         return self._topics.skipped.copy()
@@ -290,12 +290,12 @@ class KafkaSource:
             if not self._moved_into_log():
                 raise
             return
-        with _no_record_lost():
+        with no_record_lost():
             for partition, messages in fetched.items():
                 self._add(partition, messages)
             self._pass_marks()
         self._ask_for_ends()
-        with _no_record_lost():
+        with no_record_lost():
             self._hand_over(self._merge.take(self._held_back_too_long()))
 
     def _add(self, partition: Partition, messages: Sequence[Message | Unreadable]) -> None:
@@ -447,16 +447,3 @@ class KafkaSource:
         self._positions.update(placed)
         self._client.assign(self._positions)
         return moved
-
-
-@contextlib.contextmanager
-def _no_record_lost() -> Iterator[None]:
-    """Between the client's hands and ours a new client cannot help: what fails there ends the stream."""
-    try:
-        yield
-    except StreamError:
-        raise
-    except Exception as error:
-        log.exception("records could not be handed over")
-        why = f"records could not be handed over ({describe_error(error)})"
-        raise StreamError(f"{why}; stopping. {NOTHING_LOST}") from error

@@ -53,6 +53,7 @@ class Topics:
         self._unvouched = False
         self.skipped: Counter[str] = Counter()
         """Records by topic that were gone before they were read, where `on_lost` is skip."""
+        self.retention_s = client.retention_s(names)
         self._ids, self._partitions = self._describe(client.describe(self._names))
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -43,6 +44,9 @@ class FakeClient:
 
     def describe(self, topics: Iterable[str]) -> list[dict[str, Any]]:
         return [{"name": "t", "error_code": 0, "topic_id": "id", "partitions": [{"partition_index": 0}]}]
+
+    def retention_s(self, topics: Iterable[str]) -> float:
+        return math.inf
 
     def assign(self, positions: dict[Partition, int]) -> None:
         self.positions = dict(positions)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,8 @@ import pytest
 from kafka import KafkaProducer, TopicPartition
 from kafka.admin import KafkaAdminClient
 
+from agent.config import Config
+from agent.run import _cut_rule
 from streams.kafka.connection import Connection
 from streams.kafka.gaps import Gaps
 from streams.kafka.source import KafkaSource
@@ -230,3 +233,12 @@ def test_only_some_thousand_gaps_are_remembered() -> None:
     assert len(gaps._ends[here]) == 10_000
     gaps.forget({here: 23_999})
     assert gaps._ends[here] == {23_998: 23_999}
+
+
+def test_the_shortest_retention_of_the_topics_is_known(open_source: Open, new_topic: Any) -> None:
+    hour, day = new_topic(**{"retention.ms": "3600000"}), new_topic(**{"retention.ms": "86400000"})
+    ever, compacted = new_topic(**{"retention.ms": "-1"}), new_topic(**{"cleanup.policy": "compact"})
+    assert open_source(day, hour, ever).retention_s == 3600
+    # and a task never fills for longer than half of it
+    assert [_cut_rule(Config(), kept_s).age_s for kept_s in (3600, math.inf)] == [1800, 0]
+    assert open_source(ever, compacted).retention_s == math.inf
