@@ -160,6 +160,7 @@ class ListSource:
     def __init__(self, items: Sequence[Item], batch: int = 7, live: bool = False, fingerprint: str = "list") -> None:
         self.items = list(items)
         self.skipped: dict[str, int] = {}
+        self.clamped: dict[str, int] = {}
         self.fingerprint = fingerprint
         self.acknowledged: list[dict[Partition, int]] = []
         self.judgements: list[tuple[int, int]] = []
