@@ -85,6 +85,7 @@ class Instruments:
         self._age = make.histogram("record_age_seconds", "Time from production of a record to its intake", _AGES)
         self._lag_records = make.gauge("consumer_lag_records", "Records not read yet", "topic", "partition")
         self._skipped = make.counter("skipped_records", "Records that retention removed before they were read", "topic")
+        self._clamped = make.counter("future_timestamps", "Records dated far after their arrival", "topic")
         self._holding = make.gauge("source_holding", "1 while the source waits for something and reads nothing, else 0")
         self._last_poll_s = make.measured("last_poll_timestamp_seconds", "Last time the source was polled")
         self._spool_records = make.gauge("spool_records", "Samples waiting on disk for their update")

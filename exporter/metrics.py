@@ -69,6 +69,8 @@ class Metrics(Instruments):
         self._alive = {"pipeline": time.monotonic()}
         self._skipped_before: dict[str, int] = {}
         """Totals that `skipped` was told last."""
+        self._clamped_before: dict[str, int] = {}
+        """Totals that `clamped` was told last."""
         self._removed_before = 0
         """Total that `dead_letters_removed` was told last."""
         self._counted = {"tasks": 0.0, "training_samples": 0.0, "training_steps": 0.0}
@@ -142,6 +144,12 @@ class Metrics(Instruments):
         for topic, records in skipped.items():
             self._skipped.labels(topic).inc(records - self._skipped_before.get(topic, 0))
         self._skipped_before = dict(skipped)
+
+    def clamped(self, clamped: Mapping[str, int]) -> None:
+        """This number of records per topic was dated far after its arrival, since the process started."""
+        for topic, records in clamped.items():
+            self._clamped.labels(topic).inc(records - self._clamped_before.get(topic, 0))
+        self._clamped_before = dict(clamped)
 
     def cut(self, reason: str, samples: int, classes: int) -> None:
         """A task was cut; `reason` is one of exporter.instruments.CUT_REASONS."""

@@ -84,6 +84,7 @@ class ArchiveSource:
         self._at = 0
         self.positions: Offsets = {self._partition: 0}
         self.skipped: dict[str, int] = {}
+        self.clamped: dict[str, int] = {}
         self._throttled = False
         self._due: float | None = None
         names = [*self._archive.classes, *sorted(self._archive.unusable)]

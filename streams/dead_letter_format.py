@@ -89,8 +89,8 @@ def dead_letter(rejected: Rejected, max_bytes: int) -> Raw:
     if nulls:
         notes[NULL_HEADERS] = ",".join(nulls)
     written = tuple((name, content or b"") for name, content in headers)
-    # The record may be a dead letter itself, with the same names. Its own headers come first, and this says where they
-    # end; of a repeated name the last one counts.
+    # The record may be a dead letter itself, or be made to look like one. Its own headers come first, and this, the
+    # very last, says where they end.
     notes[OWN_HEADERS] = len(written)
     return Raw(key, value, written + tuple((name, str(note).encode()) for name, note in notes.items()))
 
@@ -118,12 +118,27 @@ class Origin:
     """What was too large to be kept; empty when nothing was."""
 
 
+def _notes(letter: Raw) -> tuple[int, dict[str, bytes | None]]:
+    """The number of the record's own headers, which come first, and the headers that `dead_letter` added to them.
+
+    Whoever may write a record may give it headers with our names; only those that follow its own are ours.
+    """
+    name, written = letter.headers[-1] if letter.headers else ("", None)
+    try:
+        count = int(written or b"") if name == OWN_HEADERS else -1
+    except ValueError:
+        count = -1
+    if not 0 <= count < len(letter.headers):
+        raise ValueError(f"not a dead letter of gapstream: its last header is not {OWN_HEADERS} with their number")
+    return count, dict(letter.headers[count:])
+
+
 def origin(letter: Raw) -> Origin:
     """Where a dead letter's record came from and why it was rejected.
 
     Raises ValueError for a message that `dead_letter` did not write.
     """
-    notes = {name: (value or b"").decode("utf-8", "replace") for name, value in letter.headers}
+    notes = {name: (value or b"").decode("utf-8", "replace") for name, value in _notes(letter)[1].items()}
     try:
         return Origin(
             Partition(notes[CONNECT_TOPIC], int(notes[CONNECT_PARTITION])),
@@ -141,14 +156,10 @@ def original(letter: Raw) -> Raw:
 
     Raises ValueError when parts of it were dropped, or for a message that `dead_letter` did not write.
     """
-    notes = dict(letter.headers)
+    count, notes = _notes(letter)
     if DROPPED in notes:
         dropped = (notes[DROPPED] or b"").decode()
         raise ValueError(f"cannot be sent again: its {dropped} was too large to be kept")
-    try:
-        count = int(notes[OWN_HEADERS] or b"")
-    except KeyError as missing:
-        raise ValueError(f"not a dead letter of gapstream: no header {missing}") from None
     nulls = {int(index) for index in (notes.get(NULL_HEADERS) or b"").split(b",") if index}
     headers = tuple((name, None if at in nulls else value) for at, (name, value) in enumerate(letter.headers[:count]))
     return Raw(None if NULL_KEY in notes else letter.key, letter.value, headers)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import enum
 import io
+import re
 import struct
 import unicodedata
 from collections.abc import Mapping
@@ -208,10 +209,12 @@ take seconds."""
 def check_image(data: bytes, max_bytes: int, max_pixels: int) -> None:
     """Look at the first bytes of an encoded image and raise `Unusable` when it cannot or must not be decoded.
 
-    Takes a microsecond or two (TIFF, PPM and AVIF a hundred) and decodes nothing: what only a decoder finds (a cut or
-    damaged body) passes. The format is known by content: JPEG, PNG, WEBP, GIF, BMP, TIFF, PPM or AVIF. Reasons: EMPTY,
-    TOO_LARGE (more than `max_bytes`), UNSUPPORTED_FORMAT, TRUNCATED or UNDECODABLE (no complete, sensible header),
-    BAD_DIMENSIONS (a side is 0, or one is more than MAX_ASPECT times the other), BOMB (more than `max_pixels`).
+    Takes some microseconds (TIFF, PPM, AVIF and a progressive JPEG a few hundred) and decodes nothing: what
+    only a decoder finds (a cut or damaged body) passes. The format is known by content: JPEG, PNG, WEBP, GIF,
+    BMP, TIFF, PPM or AVIF. Reasons: EMPTY, TOO_LARGE (more than `max_bytes`), UNSUPPORTED_FORMAT, TRUNCATED or
+    UNDECODABLE (no complete, sensible header),
+    BAD_DIMENSIONS (a side is 0, or one is more than MAX_ASPECT times the other), BOMB (more than `max_pixels`, or
+    work or memory out of all proportion: see `_check_cost`).
     """
     if not data:
         raise Unusable(Reason.EMPTY, "no bytes")
@@ -226,6 +229,75 @@ def check_image(data: bytes, max_bytes: int, max_pixels: int) -> None:
         raise Unusable(Reason.BAD_DIMENSIONS, detail)
     if width * height > max_pixels:
         raise Unusable(Reason.BOMB, f"{width} x {height} pixels, at most {max_pixels} in all")
+    _check_cost(data, width * height, max_pixels)
+
+
+MAX_SCANS = 64
+"""Scans of a JPEG. Encoders write 1 to 12 (libjpeg's progressive script: 10), each over all pixels again; 400 scans
+made 28 s of work out of 316 kB. As in exporter.image_header, which cannot be imported here."""
+
+_MAX_SLOW_VALUES = 2_000_000
+"""Values (pixels times channels) of an image that Pillow decodes in Python, about a microsecond each: plain PPM and
+run-length BMP."""
+
+_USUAL_BYTES, _WEBP_BYTES, _DEEP_BYTES = 11, 18, 22
+"""Bytes of memory for a pixel while it is decoded, measured: of most formats at most, of WEBP, of 16-bit PNG. What
+takes more than most may have fewer pixels, so that no image takes more memory than the largest of the usual ones."""
+
+_SPARE_BYTES = 64 * 2**20
+"""Bytes of memory that any image may take, whatever `max_pixels` is."""
+
+_JPEG_PROGRESSIVE = frozenset({0xC2, 0xC6, 0xCA, 0xCE})
+"""Markers of the frames that are refined scan by scan."""
+
+_JPEG_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
+"""A marker of a JPEG that ends a scan: neither a stuffed zero nor a restart."""
+
+
+def _check_cost(data: bytes, pixels: int, max_pixels: int) -> None:
+    """Raise Unusable with BOMB for an image that takes far more work or memory than others of its size."""
+    if data.startswith(b"\xff\xd8"):
+        if _jpeg_scans(data) > MAX_SCANS:
+            raise Unusable(Reason.BOMB, f"JPEG of more than {MAX_SCANS} scans")
+        return
+    slow = data[:2] in (b"P1", b"P2", b"P3") or (data[:2] == b"BM" and data[30:34] in (b"\1\0\0\0", b"\2\0\0\0"))
+    if slow and pixels * (3 if data[:2] == b"P3" else 1) > _MAX_SLOW_VALUES:
+        raise Unusable(Reason.BOMB, f"{pixels} pixels in a rare form, at most {_MAX_SLOW_VALUES} values of it")
+    each = (
+        _WEBP_BYTES
+        if data.startswith(b"RIFF")
+        else _DEEP_BYTES
+        if data.startswith(_PNG) and data[24:25] > b"\x08"
+        else 0
+    )
+    most = _SPARE_BYTES + _USUAL_BYTES * max_pixels
+    if pixels * each > most:
+        raise Unusable(Reason.BOMB, f"{pixels} pixels of {each} bytes of memory each to decode, at most {most} in all")
+
+
+def _jpeg_scans(data: bytes) -> int:
+    """Scans of a JPEG that are decoded, or MAX_SCANS + 1 if there are more, or too many segments to tell."""
+    at, scans, components, progressive = 2, 0, 0, False
+    for _ in range(_JPEG_SEGMENTS):
+        found = _JPEG_MARKER.search(data, at)
+        if found is None or found.end() + 8 > len(data):
+            return scans
+        marker, at = data[found.start() + 1], found.end()
+        if marker in _JPEG_FRAMES:
+            components, progressive = data[at + 7], marker in _JPEG_PROGRESSIVE
+        elif marker == 0xDA:
+            # One scan over all components is decoded in one pass, and what follows is never looked at.
+            if not scans and not progressive and data[at + 2] >= components:
+                return 1
+            # Where no such bytes are no scan begins; they may also be part of a film after the image.
+            if not scans and (possible := data.count(b"\xff\xda", at)) < MAX_SCANS:
+                return possible + 1
+            scans += 1
+        if marker == 0xD9 or scans > MAX_SCANS:
+            return scans
+        if marker not in (0x01, 0xD8):
+            at += data[at] << 8 | data[at + 1]
+    return MAX_SCANS + 1
 
 
 _PNG = b"\x89PNG\r\n\x1a\n"

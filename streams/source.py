@@ -73,6 +73,10 @@ class Source(Protocol):
         """The number of records by topic that were gone before they were read, since the process began."""
 
     @property
+    def clamped(self) -> Mapping[str, int]:
+        """The number of records by topic that were dated far after their arrival, since the process began."""
+
+    @property
     def holding(self) -> str:
         """Why the source itself does not read at present; empty when it does."""
 

@@ -179,6 +179,7 @@ class ListSource:
         self.items = list(items)
         self.skipped: dict[str, int] = {}
         self.live = live
+        self.clamped: dict[str, int] = {}
         self.fingerprint = fingerprint
         self.acknowledged: list[dict[Partition, int]] = []
         self.judgements: list[tuple[int, int]] = []

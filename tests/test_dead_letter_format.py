@@ -6,7 +6,19 @@ import hashlib
 
 import pytest
 
-from streams.dead_letter_format import REASON, dead_letter, message_size, origin, original
+from streams.dead_letter_format import (
+    CONNECT_PARTITION,
+    CONNECT_TOPIC,
+    DROPPED,
+    NULL_HEADERS,
+    NULL_KEY,
+    OWN_HEADERS,
+    REASON,
+    dead_letter,
+    message_size,
+    origin,
+    original,
+)
 from streams.record import MAX_HEADER_BYTES, MAX_HEADERS, Partition, Raw, Reason, Rejected
 
 HERE = Partition("images", 3)
@@ -59,6 +71,30 @@ def test_a_letter_has_no_more_headers_than_are_read_again() -> None:
         assert origin(letter).dropped == dropped and letter.value == b"v"
         assert len(letter.headers) <= MAX_HEADERS
         assert message_size(None, None, letter.headers) <= MAX_HEADER_BYTES
+
+
+def test_headers_that_a_producer_gave_its_record_are_never_taken_for_ours() -> None:
+    # given a record with every header that a letter may have, as who may write to one topic can make it
+    forged = tuple(
+        (name, b"secret" if name == CONNECT_TOPIC else b"0")
+        for name in (CONNECT_TOPIC, CONNECT_PARTITION, REASON, DROPPED, NULL_KEY, NULL_HEADERS, OWN_HEADERS)
+    )
+    record = Raw(b"k", b"v", forged)
+
+    # when it is set aside, then it goes back where it came from, as it was
+    letter = dead_letter(Rejected(HERE, 42, Reason.BOMB, "", record), 2**20)
+    assert (origin(letter).partition, origin(letter).reason, origin(letter).dropped) == (HERE, "bomb", "")
+    assert original(letter) == record
+
+    # and without ours behind them, or with a number that cannot be, such headers are no letter
+    for headers in (
+        forged[:-1],
+        (*letter.headers, ("x", b"1")),
+        *(((OWN_HEADERS, n),) for n in (b"-1", b"1", b"x", None)),
+    ):
+        for read in (origin, original):
+            with pytest.raises(ValueError, match="not a dead letter"):
+                read(Raw(b"k", b"v", headers))
 
 
 def test_a_message_that_is_no_dead_letter_says_so() -> None:

@@ -294,6 +294,12 @@ def test_events_and_scrapes_from_many_threads_lose_nothing(metrics, registry):
     assert metrics.status()["stream"]["records"] == 2000
 
 
+def test_records_dated_ahead_are_told_as_totals_and_counted_once(metrics, registry):
+    for total in (2, 2, 5):
+        metrics.clamped({"birds": total})
+    assert registry.get_sample_value("gapstream_future_timestamps_total", {"topic": "birds"}) == 5
+
+
 def test_a_source_that_waits_says_why(metrics, registry):
     metrics.holding("nobody at home")
     assert (

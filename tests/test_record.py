@@ -2,14 +2,23 @@
 
 import io
 import random
+import struct
 import time
 import timeit
 
 import pytest
 from PIL import Image
 
-from streams.record import LABEL_BYTES_PER_CHAR, MAX_DETAIL_CHARS, Reason, Unusable, canonical_label, check_image
-from tests.bad_images import MAX_BYTES, MAX_PIXELS, OddImage, bad_images, encoded, good_images, picture
+from streams.record import (
+    LABEL_BYTES_PER_CHAR,
+    MAX_DETAIL_CHARS,
+    MAX_SCANS,
+    Reason,
+    Unusable,
+    canonical_label,
+    check_image,
+)
+from tests.bad_images import MAX_BYTES, MAX_PIXELS, OddImage, bad_images, encoded, good_images, picture, png_of
 
 FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"]
 
@@ -121,6 +130,55 @@ def test_no_mutation_makes_the_check_fail_otherwise_or_refuse_what_pillow_opens(
                 continue
             with pytest.raises(Exception):  # noqa: B017 (Pillow raises nearly anything)
                 Image.open(io.BytesIO(data), formats=FORMATS).load()
+
+
+def scans_of(count: int) -> bytes:
+    """A progressive JPEG of `count` scans: its last one again and again."""
+    data = encoded(picture(), "JPEG", progressive=True)
+    last = data.rindex(b"\xff\xda")
+    return data[:last] + data[last:-2] * (count - data.count(b"\xff\xda") + 1) + data[-2:]
+
+
+def bomb(data: bytes, max_pixels: int) -> bool:
+    try:
+        check_image(data, 10**7, max_pixels)
+    except Unusable as unusable:
+        return unusable.reason == Reason.BOMB
+    return False
+
+
+def test_a_jpeg_may_have_scans_up_to_their_bound_and_no_more():
+    assert not bomb(scans_of(MAX_SCANS), MAX_PIXELS) and bomb(scans_of(MAX_SCANS + 1), MAX_PIXELS)
+    # what only looks like scans, in a comment or behind the image, counts for nothing
+    plain = encoded(picture(), "JPEG", comment=b"\xff\xda" * 100)
+    assert not bomb(plain + b"\xff\xda\0\2" * 100, MAX_PIXELS)
+
+
+def test_what_takes_more_memory_to_decode_than_others_may_have_fewer_pixels():
+    # with 50 million pixels allowed, 617 MB of memory are
+    def deep(width: int, bits: int) -> bytes:
+        data = bytearray(png_of(width, 5000))
+        data[24] = bits
+        return bytes(data)
+
+    def webp(width: int, height: int) -> bytes:
+        bits = struct.pack("<I", (width - 1) | (height - 1) << 14)
+        return b"RIFF" + struct.pack("<I", 22) + b"WEBPVP8L" + struct.pack("<I", 9) + b"\x2f" + bits + bytes(5)
+
+    assert not bomb(deep(5610, 16), 50_000_000) and bomb(deep(5620, 16), 50_000_000)
+    assert not bomb(deep(9999, 8), 50_000_000)
+    assert not bomb(webp(6800, 5000), 50_000_000) and bomb(webp(6900, 5000), 50_000_000)
+
+
+def test_forms_that_are_decoded_in_python_are_small():
+    assert not bomb(b"P2 2000 1000 255\n", 10**7) and bomb(b"P2 2001 1000 255\n", 10**7)
+    assert not bomb(b"P3 1000 666 255\n", 10**7) and bomb(b"P3 1000 667 255\n", 10**7)
+    assert not bomb(b"P6 2001 1000 255\n", 10**7)
+    bmp = bytearray(encoded(picture("P"), "BMP"))
+    bmp[18:26] = struct.pack("<ii", 2001, 1000)
+    assert not bomb(bytes(bmp), 10**7)
+    bmp[30] = 1
+    assert bomb(bytes(bmp), 10**7)
 
 
 def test_the_check_costs_a_few_microseconds():

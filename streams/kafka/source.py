@@ -41,10 +41,6 @@ _ENDS_S = 0.25
 """Seconds between looks at the ends of partitions while records wait for them. Records of a stream with a silent
 partition come later by up to this much, and each look costs a request to every broker."""
 
-_HELD_BACK_S = 60
-"""Seconds that records are held back for partitions of which nothing is known. Chosen by hand: a partition without a
-leader has a new one within seconds as a rule. Longer stops the stream for longer, shorter gives up the order sooner."""
-
 _FAILURES, _FAILURES_WITHIN_S = 5, 300
 """Failures of the client that end the stream, when none comes later than 300 seconds after the one before. Chosen by
 hand. An outage of the cluster does not end it: it is waited for without end."""
@@ -115,7 +111,7 @@ class KafkaSource:
         self._gaps = Gaps()
         self._merging_bytes: Counter[Partition] = Counter()
         self._fetched_again: set[tuple[Partition, int]] = set()
-        self._held_back_since = 0.0
+        self._last_merge = time.monotonic()
         self._next_discovery = self._next_ends = 0.0
         self._holding = ""
         self.positions: Offsets = {}
@@ -214,6 +210,11 @@ class KafkaSource:
         return self._topics.skipped.copy()
 
     @property
+    def clamped(self) -> Mapping[str, int]:
+        """Records by topic whose time was so far ahead of their arrival that it was not believed."""
+        return self._merge.clamped.copy()
+
+    @property
     def holding(self) -> str:
         """Why nothing is read at present; empty when reading."""
         return self._holding
@@ -296,7 +297,7 @@ class KafkaSource:
             self._pass_marks()
         self._ask_for_ends()
         with no_record_lost():
-            self._hand_over(self._merge.take(self._held_back_too_long()))
+            self._hand_over(self._merge.take(self._elapsed_s()))
 
     def _add(self, partition: Partition, messages: Sequence[Message | Unreadable]) -> None:
         """Decode messages and give them to the merge."""
@@ -328,7 +329,7 @@ class KafkaSource:
             self._gaps.read(partition, offset, offset + 1)
             self._positions[partition] = offset + 1
         self._merging_bytes[partition] += total
-        self._merge.add(partition, entries)
+        self._merge.add(partition, entries, time.time() * 1000)
         end = self._client.end(partition)
         if end is not None:
             self._ends[partition] = end
@@ -345,7 +346,7 @@ class KafkaSource:
         if not self._merge.blocking or time.monotonic() < self._next_ends:
             return
         before_ms = time.time() * 1000
-        # A partition without a leader has no end to tell; `_held_back_too_long` goes on without it.
+        # A partition without a leader has no end to tell; the merge goes on without it after a while.
         with contextlib.suppress(KafkaTimeoutError):
             for partition, end in self._client.ends(self._positions).items():
                 self._ends[partition] = end
@@ -354,28 +355,14 @@ class KafkaSource:
                     self._merge.quiet(partition, before_ms)
         self._next_ends = time.monotonic() + _ENDS_S
 
-    def _held_back_too_long(self) -> bool:
-        """True when records have waited too long for other partitions: they go on, in an order that may not repeat."""
-        if not self._merge.blocking:
-            self._held_back_since = 0.0
-            return False
-        now = time.monotonic()
-        if not self._held_back_since:
-            self._held_back_since = now
-        if now - self._held_back_since < _HELD_BACK_S:
-            return False
-        log.warning(
-            "records waited %d s for those of %s, which cannot be read or have other dates; they go on before them",
-            _HELD_BACK_S,
-            named(self._merge.blocking),
-        )
-        self._held_back_since = 0.0
-        return True
+    def _elapsed_s(self) -> float:
+        """Seconds since the last call; no more than one, as while nothing was read nothing could be learned either."""
+        before, self._last_merge = self._last_merge, time.monotonic()
+        return min(1.0, self._last_merge - before)
 
     def _hand_over(self, entries: Sequence[tuple[Item | Claim, int]]) -> None:
         if not entries:
             return
-        self._held_back_since = 0.0
         if len(self._positions) > 1:
             for item, size in entries:
                 self._merging_bytes[item.partition] -= size
