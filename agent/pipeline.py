@@ -49,7 +49,6 @@ _SETTLE_S = 0.5
 """Longest wait for the dead letters' acknowledgement, and for the source to vouch; as long as an idle poll. When it is
 over the loop turns and asks again, so a larger one only makes the agent slower to hear a signal."""
 
-
 _PASS_S = 300.0
 """Seconds after which the offsets of rejected records and marks are committed when nothing else comes: chosen by hand.
 An agent that is killed sets aside again what it rejected in this time at most; a shorter one writes more commits."""
@@ -427,6 +426,7 @@ class Pipeline:
         """Commit `offsets` alone."""
         tasks = self.commit.tasks if self.commit else 0
         self.commit = self.commits.carry(offsets, tasks, self._provenance(None, None))
+        self.dead_letters.committed(self.commit.offsets)
         self.source.acknowledge(self.commit.offsets)
 
     def _tell(self) -> None:
