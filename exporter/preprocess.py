@@ -16,14 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
-"""Formats that are decoded, by Pillow's names. Anything else is `unsupported_format`, however well Pillow would do:
-each of its forty plugins is code that hostile bytes can reach."""
-
-MAX_ASPECT = 100
-"""Longer side over shorter side of the narrowest image that is taken. Resizing the shorter side to 224 would make 50
-gigapixels of a 1 x 1,000,000 image. The same as in streams.record, which cannot be imported here; a test compares the
-two."""
+from exporter.image_header import FORMATS, MAX_ASPECT, ImageError, check_header
 
 _MAGIC = (b"\xff\xd8", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"P1", b"P2", b"P3", b"P4", b"P5", b"P6")
 """How files of FORMATS begin, but for WEBP and AVIF, whose names come later. They tell a broken image (`undecodable`)
@@ -36,31 +29,20 @@ _RESIZE_MODES = ("shortest", "longest", "squash")
 """open_clip's names of what is done to an image that is not square, see Preprocess.resize_mode."""
 
 
-class ImageError(Exception):
-    """Bytes that give no usable image."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        """`reason`: one of `empty`, `unsupported_format`, `undecodable`, `truncated`, `bomb` (more pixels than
-        allowed), `bad_dimensions` (sides differ too much); `detail`: what was found."""
-        super().__init__(f"{reason}: {detail}")
-        self.reason = reason
-        self.detail = detail
-
-
 def decode(data: bytes, max_pixels: int) -> Image.Image:
     """The first frame of an encoded image as an upright (EXIF orientation applied) 8-bit RGB image.
 
     Transparency is dropped, not composited, as CLIP's own training data was read; 16-bit grey keeps its upper 8 bits.
-    `max_pixels`: an image of more pixels is refused. Raises ImageError, before any pixel is decoded when the header
-    alone tells. Pillow itself takes headers of more than 178 million pixels for bombs, so a larger `max_pixels` has no
-    effect.
+    `max_pixels`: an image of more pixels is refused. Raises ImageError, before a decoder sees the bytes when the header
+    alone tells (see exporter.image_header). Pillow itself takes headers of more than 178 million pixels for bombs, so a
+    larger `max_pixels` has no effect.
     """
-    if not data:
-        raise ImageError("empty", "got 0 bytes, expected an encoded image")
+    check_header(data, max_pixels)
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)  # reads the header alone
         width, height = image.size
         if width * height > max_pixels:
+            # A header may say another size than the frame inside it has.
             raise ImageError("bomb", f"{width} x {height} pixels, at most {max_pixels} are decoded")
         if max(width, height) > MAX_ASPECT * min(width, height):
             raise ImageError("bad_dimensions", f"{width} x {height} pixels, sides may differ {MAX_ASPECT}-fold at most")

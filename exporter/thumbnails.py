@@ -19,7 +19,8 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageFile
 
-from exporter.preprocess import FORMATS, upright_rgb
+from exporter.image_header import FORMATS
+from exporter.preprocess import upright_rgb
 
 COUNT = 12
 """Rejected records that have a picture, the newest. Chosen by hand: most of those the page lists (LAST_REJECTED in

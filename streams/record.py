@@ -199,7 +199,7 @@ def _canonical(raw: str | bytes, max_chars: int) -> str:
 MAX_ASPECT = 100
 """Longest over shortest side. Beyond it the resize of the shortest side to the model's input is itself a bomb: at 224
 pixels a needle of 1 x 500,000 would become one of 224 x 112,000,000. Chosen by hand, far beyond any panorama.
-The same as in exporter.preprocess, which cannot be imported here; a test compares the two."""
+The same as in exporter.image_header, which cannot be imported here; a test compares the two."""
 
 _JPEG_SEGMENTS = 2000
 """Segments that are walked to find the frame header. Real files have a dozen; to walk megabytes of empty ones would

@@ -71,6 +71,20 @@ def jpeg_of(width: int, height: int) -> bytes:
     return bytes(data)
 
 
+def jpeg_with_scans(scans: int, size: tuple[int, int] = (48, 32)) -> bytes:
+    """A progressive JPEG whose last scan is repeated until there are `scans`; it is decoded to the same pixels."""
+    data = encoded(Image.new("RGB", size, (90, 120, 30)), "JPEG", progressive=True)
+    last = data.rindex(b"\xff\xda")
+    return data[:-2] + data[last:-2] * (scans - data.count(b"\xff\xda")) + data[-2:]
+
+
+def webp_of(width: int, height: int) -> bytes:
+    """A WebP of 38 bytes that claims a canvas of `width` x `height`, and has an empty frame."""
+    sides = (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
+    body = b"WEBPVP8X" + struct.pack("<I", 10) + bytes(4) + sides + b"VP8L" + bytes(4)
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
 def _frames(mode: str = "RGB") -> list[Image.Image]:
     return [picture(mode, seed=seed) for seed in range(3)]
 

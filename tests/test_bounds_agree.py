@@ -3,15 +3,16 @@
 import pytest
 
 from agent.config.kafka import KafkaImages
-from exporter import preprocess
+from exporter import image_header
 from exporter.instruments import REASONS
 from streams import record
 from streams.claims import check_prefix
 from streams.record import Reason
 
 
-def test_the_narrowest_image_is_the_same_at_intake_and_at_decoding():
-    assert record.MAX_ASPECT == preprocess.MAX_ASPECT
+def test_the_narrowest_image_and_the_most_scans_are_the_same_at_intake_and_at_decoding():
+    assert record.MAX_ASPECT == image_header.MAX_ASPECT
+    assert record.MAX_SCANS == image_header.MAX_SCANS
 
 
 def test_the_reasons_of_the_metrics_are_those_of_the_stream():

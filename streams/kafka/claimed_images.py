@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
@@ -83,7 +84,9 @@ class ClaimedImages:
                 why = f"images cannot be fetched, so nothing is read until they can: {error}"
                 self._hold(why)
                 log.log(logging.ERROR if failures == 1 else logging.DEBUG, "%s", why)
-                self._stopping.wait(wait)
+                until = time.monotonic() + wait
+                while (left := until - time.monotonic()) > 0 and not self._stopping.wait(min(left, _LOOK_S)):
+                    self._alive()  # the pause may be longer than a reader may be silent
                 fetching = self._fetching(claim)
                 continue
             if failures:
