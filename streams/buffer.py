@@ -53,7 +53,7 @@ class Task:
 
 
 class TaskBuffer:
-    """Cuts a stream into tasks, in order. Used from one thread.
+    """It cuts a stream into tasks, in order. Used from one thread.
 
     `known` are the class names of the commit the stream continues from, `offsets` its positions, `next_number` the
     number of the next task. Labels that differ only in case are one class, spelled as in `known` or as first seen.
@@ -118,7 +118,9 @@ class TaskBuffer:
             self._end_task("bytes")
 
     def cut(self, now: float) -> Task | None:
-        """The oldest task not handed out yet, or None. `now`: seconds of a monotonic clock, for the idle rule alone."""
+        """Give the oldest task not handed out yet, or None. `now`: seconds of a monotonic clock, for the idle rule
+        alone.
+        """
         # The idle rule counts from the first call without an item: a poll that took long is no silence of the stream.
         if self._quiet_since is None:
             self._quiet_since = now

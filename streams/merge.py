@@ -32,7 +32,7 @@ class Merge(Generic[Entry]):
         self._quiet: dict[Partition, float] = {}
 
     def track(self, partitions: Iterable[Partition]) -> None:
-        """From now on these partitions count."""
+        """Count these partitions from now on."""
         for partition in partitions:
             self._waiting.setdefault(partition, deque())
             self._quiet.setdefault(partition, float("-inf"))
@@ -46,7 +46,7 @@ class Merge(Generic[Entry]):
         self._quiet[partition] = max(self._quiet[partition], time_ms)
 
     def waiting(self, partition: Partition) -> int:
-        """The number of entries of a partition that are held back."""
+        """Give the number of entries of a partition that are held back."""
         return len(self._waiting[partition])
 
     @property
@@ -57,7 +57,7 @@ class Merge(Generic[Entry]):
         return [partition for partition, entries in self._waiting.items() if not entries]
 
     def take(self, uncertain: bool = False) -> list[Entry]:
-        """The entries whose place is certain; with `uncertain`, also the others as far as they are known."""
+        """Take the entries whose place is certain; with `uncertain`, also the others as far as they are known."""
         if len(self._waiting) == 1:
             (only,) = self._waiting.values()
             entries = [entry for _, entry in only]
@@ -83,6 +83,6 @@ class Merge(Generic[Entry]):
         return taken
 
     def _certain_ms(self) -> float:
-        """The timestamp that whatever comes will have at least."""
+        """Give the timestamp that whatever comes will have at least."""
         silent = [self._quiet[partition] for partition, queue in self._waiting.items() if not queue]
         return min(silent, default=float("inf")) - self._wait_ms
