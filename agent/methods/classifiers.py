@@ -12,7 +12,7 @@ from agent.methods.base import InferenceModule
 
 
 class TowerWithHead(InferenceModule):
-    """An image tower with a head of rows per class. Subclasses say how an embedding becomes probabilities."""
+    """It is an image tower with a head of rows per class. Subclasses say how an embedding becomes probabilities."""
 
     def __init__(self, tower: nn.Module, classes: tuple[str, ...]) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class TowerWithHead(InferenceModule):
 
 
 class TextHead(TowerWithHead):
-    """CLIP's own prediction: softmax(scale * cosine to the class names)."""
+    """It is CLIP's own prediction: softmax(scale * cosine to the class names)."""
 
     names: Tensor
 
