@@ -128,7 +128,7 @@ class _Server(ThreadingHTTPServer):
     heartbeat: Callable[[str, float], None] | None = None
 
     def service_actions(self) -> None:
-        """Run after every turn of its loop, which waits half a second for a request."""
+        """Run after every turn of socketserver's loop, which waits half a second for a request."""
         if self.heartbeat is not None:
             self.heartbeat("http", time.time())
 

@@ -29,7 +29,7 @@ class Tokens(Protocol):
 
 @dataclass(frozen=True)
 class TaskData:
-    """:It is a task as a method sees it:: class names, labels, and images as tokens. Never changed by a method."""
+    """It is a task as a method sees it: class names, labels, and images as tokens. Never changed by a method."""
 
     number: int
     """From 1; with the configured seed it determines all randomness of the update."""

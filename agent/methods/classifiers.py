@@ -67,7 +67,7 @@ class Fusion(TowerWithHead):
 
 
 class FaithfulFusion(Fusion):
-    """MG-CLIP's published prediction: (softmax(softmax(scale * text)) + 4 softmax(visual cosine)) / 5.
+    """It is MG-CLIP's published prediction: (softmax(softmax(scale * text)) + 4 softmax(visual cosine)) / 5.
 
     The published code softmaxes the text branch twice (its model already returns probabilities); kept to agree with it.
     """
@@ -79,7 +79,7 @@ class FaithfulFusion(Fusion):
 
 
 class CalibratedFusion(Fusion):
-    """(softmax(scale * text) + 2 softmax(scale * visual)) / 3: each branch softmaxed once, at CLIP's own temperature.
+    """It is (softmax(scale * text) + 2 softmax(scale * visual)) / 3: each branch softmaxed once at CLIP's temperature.
 
     The published fusion's probabilities are nearly flat (they rank like text probability plus 4 x visual cosine); here
     they are usable as scores. The weight was chosen on training images that were not trained on.
