@@ -28,7 +28,7 @@ EXIT_CONFIG = 78
 
 
 class Command(NamedTuple):
-    """One command of the table."""
+    """It is one command of the table."""
 
     group: str
     """It is listed under this heading."""
@@ -138,7 +138,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _grouped() -> str:
-    """The table for people: a heading for each group, a line for each command."""
+    """Write the table for people: a heading for each group, a line for each command."""
     lines: list[str] = []
     for group in dict.fromkeys(command.group for command in COMMANDS.values()):
         lines += ["", f"{group}:"]

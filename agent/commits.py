@@ -79,7 +79,7 @@ Files = Mapping[str, tuple[int, str]]
 
 @dataclass(frozen=True)
 class Provenance:
-    """What a commit records beside the outcome."""
+    """It is what a commit records beside the outcome."""
 
     fingerprint: str
     """Fingerprint of the source whose offsets are committed."""
@@ -99,7 +99,8 @@ class StateError(Exception):
     """
 
 
-class StateLocked(StateError): ...
+class StateLocked(StateError):
+    """Another agent works on the state folder."""
 
 
 class _Damaged(Exception):
@@ -134,7 +135,7 @@ class _Verified:
 
 
 class CommitStore:
-    """Owns a state folder: its lock, its commits, and which of them is current. Used from one thread."""
+    """It owns a state folder: its lock, its commits, and which of them is current. Used from one thread."""
 
     def __init__(self, path: Path, keep: int) -> None:
         """keep: number of commits that stay when a new one is made, at least 1; older ones are deleted."""
@@ -175,13 +176,14 @@ class CommitStore:
         self._lock = file
 
     def close(self) -> None:
+        """Let go of the lock."""
         if self._lock is not None:
             self._lock.close()
             self._lock = None
 
     def current(self) -> Commit | None:
-        """The commit to continue from, every file verified (what learning does without may be `damaged`); None in a
-        new folder.
+        """Give the commit to continue from, every file verified (what learning does without may be `damaged`); None in
+        a new folder.
 
         A damaged commit is set aside and the newest intact one before it becomes current, with its own offsets: what
         was learned since is learned again. Without CURRENT (a copy that lost its symlinks) the newest intact commit is
@@ -220,7 +222,8 @@ class CommitStore:
         return None
 
     def verified(self) -> Commit | None:
-        """What CURRENT names, every file compared with its hash; None in a new folder. Changes nothing, needs no lock.
+        """Read what CURRENT names, every file compared with its hash; None in a new folder. Changes nothing, needs no
+        lock.
 
         Raises StateError when it is damaged or missing.
         """
@@ -477,7 +480,7 @@ def _check_present(folder: Path, files: Files) -> None:
 
 
 def _digest(body: Mapping[str, Any]) -> str:
-    """The checksum that a manifest carries of its own content, whatever the order of its keys."""
+    """Give the checksum that a manifest carries of its own content, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 

@@ -33,10 +33,12 @@ SCRATCH = "scratch"
 DEAD_LETTERS = "dead_letters"
 POINTER = CURRENT
 
+# Endings of a commit's folder that is no commit, or none any more: see the tree.
 STAGING = ".staging"
 PRUNED = ".pruned"
 DAMAGED = ".damaged"
 
+# What is in a commit's folder. The manifest lists the others with their hashes, so a rename breaks old commits.
 MANIFEST = "manifest.json"
 LEARNER_TENSORS = "learner.safetensors"
 LEARNER_VALUES = "learner.json"
@@ -54,31 +56,31 @@ _NUMBER = re.compile(r"\d{6,}")
 
 
 def commit_name(number: int) -> str:
-    """The folder name of a commit, and of the release that is pinned of it."""
+    """Give the folder name of a commit, and of the release that is pinned of it."""
     return f"{number:06d}"
 
 
 def commit_number(name: str) -> int | None:
-    """The number that a folder is named after; None for every other name, like those of unfinished commits."""
+    """Give the number that a folder is named after; None for every other name, like those of unfinished commits."""
     return int(name) if _NUMBER.fullmatch(name) else None
 
 
 def current_commit(state: Path) -> Path | None:
-    """The folder of the current commit of a state folder, or None when there is none yet."""
+    """Give the folder of the current commit of a state folder, or None when there is none yet."""
     pointer = state / POINTER
     return pointer.resolve() if pointer.exists() else None
 
 
 def is_of_release(name: str) -> bool:
-    """Whether a file of a commit, named relative to its folder, is part of the release."""
+    """Tell whether a file of a commit, named relative to its folder, is part of the release."""
     return name.startswith(f"{RELEASE_IN_COMMIT}/")
 
 
 def is_dispensable(name: str) -> bool:
-    """Whether learning does without a file of a commit: it only scores, as hold-out packs do, or is served."""
+    """Tell whether learning does without a file of a commit: it only scores, as hold-out packs do, or is served."""
     return is_of_release(name) or (name.startswith(f"{HOLDOUT}/") and name != f"{HOLDOUT}/{TRAINED}")
 
 
 def has_learned(commit: Path) -> bool:
-    """Whether a commit's folder holds a learner; before the first task is learned, commits hold offsets alone."""
+    """Tell whether a commit's folder holds a learner; before the first task is learned, commits hold offsets alone."""
     return (commit / LEARNER_VALUES).exists()

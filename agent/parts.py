@@ -41,14 +41,14 @@ class SourceParts(Protocol):
         """Say where outside the state folder rejected records go, for people; empty where they stay inside it."""
 
     def may_create_dead_letters(self, config: Config) -> bool:
-        """Whether the agent makes that place where it does not exist."""
+        """Tell whether the agent makes that place where it does not exist."""
 
     def learn_at_end(self, config: Config) -> bool:
-        """Whether the unfinished task is learned at the end of the stream; one without an end is never asked."""
+        """Tell whether the unfinished task is learned at the end of the stream; one without an end is never asked."""
 
 
 class ArchiveParts:
-    """The parts of an archive: a folder or zip on disk, whose rejected records are kept in the state folder."""
+    """They are the parts of an archive: a folder or zip on disk; rejected records are kept in the state folder."""
 
     def source(self, config: Config) -> ArchiveSource:
         from streams.archive import ArchiveSource
@@ -75,7 +75,7 @@ class ArchiveParts:
 
 
 class KafkaParts:
-    """The parts of topics: a reader of their partitions, and a producer for the dead-letter topics."""
+    """These are the parts of topics: a reader of their partitions, and a producer for the dead-letter topics."""
 
     def source(self, config: Config) -> KafkaSource:
         from streams.kafka.breaker import Breaker

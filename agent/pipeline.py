@@ -83,7 +83,7 @@ class Rules:
 
 
 class Metrics(Protocol):
-    """What the pipeline tells of its work; every call is cheap. See exporter.metrics.Metrics."""
+    """It is told of the pipeline's work, in cheap calls; each method's sentence is in exporter.metrics.Metrics."""
 
     def state(self, name: str) -> None: ...
     def heartbeat(self, loop: str, now: float) -> None: ...
@@ -447,7 +447,9 @@ class Pipeline:
         return self.commit.path if self.commit and has_learned(self.commit.path) else None
 
     def _provenance(self, task: Task | None, outcome: Outcome | None) -> Provenance:
-        """What the next commit records. task: None when it carries offsets alone; outcome: None for a task given up."""
+        """Say what the next commit records. task: None when it carries offsets alone; outcome: None for a task given
+        up.
+        """
         totals: Mapping[str, float] = self.commit.totals if self.commit else {}
         if task is not None:
             totals = counted(totals, task, outcome)
@@ -495,6 +497,6 @@ def _halves(task: Task) -> tuple[Task, Task]:
 
 
 def _name(task: Task) -> str:
-    """A task as logs and errors call it: by its number, its size and where it ends."""
+    """Name a task as logs and errors call it: by its number, its size and where it ends."""
     ends = ", ".join(f"{topic}/{number}:{offset}" for (topic, number), offset in sorted(task.next_offsets.items()))
     return f"task {task.number} ({len(task.samples)} samples up to {ends})"

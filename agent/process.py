@@ -27,7 +27,7 @@ def log_to_stderr(config: Config) -> None:
 
 @contextlib.contextmanager
 def stop_on_signals(stop: threading.Event) -> Iterator[None]:
-    """SIGTERM and SIGINT set `stop`; a second one ends the process at once, which loses nothing either."""
+    """Let SIGTERM and SIGINT set `stop`; a second one ends the process at once, which loses nothing either."""
 
     def handle(number: int, _: Any) -> None:
         # No more than this: a handler runs between any two instructions, and a lock taken here may be held already.
@@ -45,5 +45,5 @@ def stop_on_signals(stop: threading.Event) -> Iterator[None]:
 
 
 def is_ours(error: BaseException) -> bool:
-    """Whether an exception is of a class of this project, so that its message is written for people."""
+    """Tell whether an exception is of a class of this project, so that its message is written for people."""
     return type(error).__module__.partition(".")[0] in ("agent", "exporter", "streams")

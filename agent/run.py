@@ -133,7 +133,7 @@ def _cut_rule(config: Config, retention_s: float) -> CutRule:
 
 
 def _publisher(config: Config, commit: Commit | None, parts: contextlib.ExitStack) -> Callable[[Commit], None]:
-    """What takes each release where `release.layout` wants it, beside the state folder.
+    """Make what takes each release where `release.layout` wants it, beside the state folder.
 
     It begins with the release of `commit`: an agent killed between commit and publishing has left it out.
     """
@@ -147,8 +147,8 @@ def _publisher(config: Config, commit: Commit | None, parts: contextlib.ExitStac
 
 
 def _why_not_alive(status: dict[str, Any]) -> list[str]:
-    """Reasons for /livez and the watchdog to call the agent dead; none while every loop turns. The stream's own state
-    is no reason: a restart mends no broker."""
+    """Give the reasons for /livez and the watchdog to call the agent dead; none while every loop turns. The stream's
+    own state is no reason: a restart mends no broker."""
     return [
         f"the {loop} loop was last seen {silent:.0f} s ago, expected every few seconds"
         for loop, silent in status["silent_s"].items()
@@ -157,14 +157,14 @@ def _why_not_alive(status: dict[str, Any]) -> list[str]:
 
 
 def _doing(status: dict[str, Any]) -> str:
-    """The line that `systemctl status` shows."""
+    """Write the line that `systemctl status` shows."""
     commit = status["commit"]
     learned = f"{commit['classes']} classes learned" if commit and commit["tasks"] else "nothing learned yet"
     return f"{status['state']}; {learned}"
 
 
 def _why_not_ready(trainer_ready: bool, commit: Commit | None) -> list[str]:
-    """Reasons for /readyz: a ready agent can learn, and has a release for readers."""
+    """Give the reasons for /readyz: a ready agent can learn, and has a release for readers."""
     reasons = [] if trainer_ready else ["the trainer is being set up"]
     if commit is None or commit.release is None:
         reasons.append("nothing is released yet; the first release comes with the first learned task")

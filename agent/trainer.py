@@ -202,7 +202,7 @@ class Trainer:
         return ReleaseSummary(refused=refused)
 
     def _forgets_too_much(self, old: OldClasses) -> str | None:
-        """The gate for old classes: why the release that serves is better kept; None where it is not."""
+        """Apply the gate for old classes: why the release that serves is better kept; None where it is not."""
         limit = self._config.release.max_old_class_drop
         if not limit or old.before is None or old.after is None or old.before - old.after <= limit:
             return None
@@ -212,7 +212,7 @@ class Trainer:
         )
 
     def _release_facts(self, report: Report) -> dict[str, Any]:
-        """What release.json says about the model, for whoever finds nothing but the release."""
+        """Tell what release.json says about the model, for whoever finds nothing but the release."""
         return {
             "task": report.task,
             "method": self._config.method.name,
@@ -222,14 +222,16 @@ class Trainer:
         }
 
     def _text(self) -> TextToRelease | None:
-        """The text tower with its tokenizer, to be released beside the image tower; None where that is switched off."""
+        """Give the text tower with its tokenizer, to be released beside the image tower; None where that is switched
+        off.
+        """
         # The exporter asks for the tokenizer: one that cannot be released is a reason to leave the text part out.
         if not self._config.release.text:
             return None
         return TextToRelease(self._method.text_module(), lambda: self._clip.tokenizer)
 
     def _check_images(self, held: Sequence[Sample]) -> np.ndarray:
-        """Images the release is checked on and tested with, float32 [n, 3, H, W]: newly held-out ones, or noise.
+        """Choose images the release is checked on and tested with, float32 [n, 3, H, W]: newly held-out ones, or noise.
 
         A release ships some of them, and no image that was trained on may leave in one.
         """
@@ -240,7 +242,7 @@ class Trainer:
         return np.stack([preprocess(Image.fromarray(pixels)) for pixels in noise])
 
     def _accuracy_images(self, classes: Sequence[str]) -> list[Labelled]:
-        """Held-out images that smaller models are judged by, spread over all classes; none where none is made."""
+        """Choose held-out images that smaller models are judged by, spread over all classes; none if none is made."""
         if not self._config.release.precisions:
             return []
         number = {name: i for i, name in enumerate(classes)}
@@ -279,7 +281,7 @@ class Trainer:
         (staging / LEARNER_VALUES).write_text(json.dumps(values, indent=1, ensure_ascii=False), encoding="utf-8")
 
     def _learned_under(self) -> dict[str, Any]:
-        """The settings under which the tensors of a checkpoint mean something."""
+        """Give the settings under which the tensors of a checkpoint mean something."""
         method = self._config.method
         return {"method": method.name, "lora": method.lora.model_dump(), "model": self._clip.identity}
 
@@ -319,7 +321,7 @@ def _blaming_the_task() -> Iterator[None]:
 
 
 def _parent(staging: Path) -> Path | None:
-    """The current commit's folder: what was learned last, perhaps carried on by a commit that learned nothing.
+    """Give the current commit's folder: what was learned last, perhaps carried on by a commit that learned nothing.
 
     Looked up for every task, not remembered: the commit that this trainer began with may have been deleted since.
     """
@@ -331,7 +333,7 @@ def _last_report(parent: Path | None) -> Report | None:
 
 
 def _task_data(task: Task, good: Sequence[Sample], rows: Sequence[int], loaded: LoadedImages) -> TaskData:
-    """The samples to train on, and the class names among them in order of first appearance.
+    """Give the samples to train on, and the class names among them in order of first appearance.
 
     good: the samples that could be decoded; rows: indices into it, and into the loaded tokens, of those to train on.
     """
@@ -347,13 +349,13 @@ def _late(sample: Sample, reason: str, detail: str) -> LateRejection:
 
 
 def _compatibility(learned: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What must be equal for a checkpoint to be continued. Weights are told by their digest: the same ones may have
-    another tag or path."""
+    """Tell what must be equal for a checkpoint to be continued. Weights are told by their digest: the same ones may
+    have another tag or path."""
     return learned["method"], learned["lora"], learned["model"]["sha256"], learned["model"]["prompt"]
 
 
 def _in_words(learned: Mapping[str, Any]) -> str:
-    """The same for people."""
+    """Say the same for people."""
     model, lora = learned["model"], learned["lora"]
     return (
         f"{learned['method']} (adapters of rank {lora['rank']}, alpha {lora['alpha']:g}) on {model['name']} "

@@ -60,7 +60,7 @@ class GapStatistics:
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """What a method did with a task."""
+    """It says what a method did with a task."""
 
     epochs: int
     """Epochs whose effect is in the model (rolled-back ones are not)."""
@@ -93,7 +93,7 @@ class Update:
 
 @dataclass(frozen=True, slots=True)
 class LateRejection:
-    """A record the trainer could not decode: set aside by the agent before the commit."""
+    """It is a record the trainer could not decode: set aside by the agent before the commit."""
 
     partition: Partition
     offset: int
@@ -103,7 +103,7 @@ class LateRejection:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The trainer's answer to a task: everything is in `staging`, fsynced, except the manifest."""
+    """It is the trainer's answer to a task: everything is in `staging`, fsynced, except the manifest."""
 
     task: int
     """Number of the task."""

@@ -103,7 +103,7 @@ class Worker(Protocol):
         """Learn `task` into `staging`. A learner that is not there is set up from `commit` first."""
 
     def poll(self) -> Progress | Outcome | None:
-        """The newest news, or None when there is none. Raises WorkerDied."""
+        """Give the newest news, or None when there is none. Raises WorkerDied."""
 
     def stop(self, timeout_s: float) -> None:
         """Let the learner end by itself within `timeout_s`, then kill it. A task in hand is lost."""
@@ -111,7 +111,7 @@ class Worker(Protocol):
 
 @dataclass(frozen=True)
 class _Order:
-    """To the child: a task to learn, and the folder to leave the next commit in."""
+    """It tells the child a task to learn, and the folder to leave the next commit in."""
 
     task: Task
     staging: Path
@@ -119,12 +119,12 @@ class _Order:
 
 @dataclass(frozen=True)
 class _Ready:
-    """From the child: the learner is set up."""
+    """The child says that the learner is set up."""
 
 
 @dataclass(frozen=True)
 class _Failed:
-    """From the child: an exception ended it."""
+    """The child says that an exception ended it."""
 
     message: str
     """The exception in one line."""
@@ -157,7 +157,7 @@ class _Child:
 
 
 class ProcessWorker:
-    """The learner in a spawned child. It lives from task to task, and never longer than this process."""
+    """It is the learner in a spawned child. It lives from task to task, and never longer than this process."""
 
     def __init__(
         self,
@@ -270,14 +270,14 @@ class ProcessWorker:
 
 
 def _child_main(config: Config, learner: str, commit: Path | None, orders: Connection, news: Connection) -> None:
-    """The child's whole life: set the learner up, then learn what comes until the pipe is closed."""
+    """Live the child's whole life: set the learner up, then learn what comes until the pipe is closed."""
     _die_with_parent()
     # Ctrl-C reaches the whole process group, but when the trainer ends is for the agent to say.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     faulthandler.enable()  # a crash inside torch or CUDA leaves the Python stack on standard error
     logging.basicConfig(level=config.agent.log_level, format=LOG_FORMAT)
-    # onnxruntime's quantisation logs a line for every node it leaves alone, as nobody in particular.
+    # onnxruntime's quantisation logs a line for every node it leaves alone, under no logger's name.
     logging.getLogger().addFilter(lambda record: record.levelno > logging.INFO)
     # OpenMP reads it once, when torch is imported below with the learner.
     if config.model.threads:
@@ -315,7 +315,7 @@ class _ProgressSender:
 
 
 def _receive(news: Connection, into: queue.SimpleQueue[_News]) -> None:
-    """A thread's whole life: fetch what the child sends until it is gone."""
+    """Live a thread's whole life: fetch what the child sends until it is gone."""
     with contextlib.suppress(EOFError, OSError), news:
         while True:
             into.put(news.recv())
@@ -358,7 +358,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def _in_words(code: int | None) -> str:
-    """How a process ended, from its exit code: None while it has none, negative for the signal that killed it."""
+    """Say how a process ended, from its exit code: None while it has none, negative for the signal that killed it."""
     if code is None:
         return "closed its connection"
     if code >= 0:

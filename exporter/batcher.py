@@ -44,7 +44,9 @@ class Batcher:
         self._thread.start()
 
     def submit(self, images: Sequence[Prepared], top: int) -> Future[list[Prediction]]:
-        """A future of the predictions for `images`, or of what `classify` raised; `top`: classes to list, 0 for all."""
+        """Give a future of the predictions for `images`, or of what `classify` raised; `top`: classes to list, 0 for
+        all.
+        """
         answer: Future[list[Prediction]] = Future()
         self._waiting.put(_Submitted(images, top, answer))
         return answer

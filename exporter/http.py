@@ -32,7 +32,7 @@ clients that went away stay longer."""
 
 
 class StatusServer:
-    """The HTTP server of one agent, for GET and HEAD:
+    """This is the HTTP server of one agent, for GET and HEAD:
 
     /metrics             Prometheus (or OpenMetrics, when asked for)
     /livez, /healthz     200 when `live()` gives no reasons, else 503; JSON `{"status", "reasons"}`
@@ -122,18 +122,18 @@ class _MetricsRoute:
 
 
 class _Server(ThreadingHTTPServer):
-    """Python's own server with a thread for every connection: one that is slow holds up no other."""
+    """This is Python's own server with a thread for every connection: one that is slow holds up no other."""
 
     daemon_threads = True  # a client that hangs does not keep the process from ending
     heartbeat: Callable[[str, float], None] | None = None
 
     def service_actions(self) -> None:
-        """socketserver calls this after every turn of its loop, which waits half a second for a request."""
+        """Run after every turn of socketserver's loop, which waits half a second for a request."""
         if self.heartbeat is not None:
             self.heartbeat("http", time.time())
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Without this, every client that hangs up would print a traceback to standard error."""
+        """Stay silent: else every client that hangs up would print a traceback to standard error."""
         log.debug("request from %s was cut off: %s", client_address, sys.exception())
 
 
@@ -173,12 +173,12 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Without this, every request would be a line on standard error."""
+        """Stay silent: else every request would be a line on standard error."""
         log.debug(format, *args)
 
 
 def _page() -> bytes:
-    """The status page with its style and charts inside: one file, nothing fetched from elsewhere."""
+    """Build the status page with its style and charts inside: one file, with nothing fetched from elsewhere."""
     assets = resources.files("exporter").joinpath("assets")
     page = assets.joinpath("status.html").read_text(encoding="utf-8")
     for name in ("look.css", "charts.js"):

@@ -54,7 +54,7 @@ _SAMPLES = [1, 10, 100, 500, 1000, 2000, 5000, 10_000, 50_000, 100_000]
 
 
 class Instruments:
-    """All metrics of one agent, prefixed `gapstream_`, for a subclass that sets them."""
+    """It holds all metrics of one agent, prefixed `gapstream_`, for a subclass that sets them."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         """Put every metric on `registry`, with all known label values at 0, so that `rate()` and alerts work from the
@@ -158,33 +158,33 @@ class _Maker:
         self._common: dict[str, Any] = {"namespace": "gapstream", "registry": registry}
 
     def counter(self, name: str, text: str, label: str = "", values: tuple[str, ...] = ()) -> Counter:
-        """A counter, with at most one label, whose known `values` are there from the start at 0."""
+        """Make a counter, with at most one label, whose known `values` are there from the start at 0."""
         made = Counter(name, text, [label] if label else [], **self._common)
         for value in values:
             made.labels(value)
         return made
 
     def gauge(self, name: str, text: str, *labels: str) -> Gauge:
-        """A gauge; without labels it is 0 until it is set."""
+        """Make a gauge; without labels it is 0 until it is set."""
         return Gauge(name, text, labels, **self._common)
 
     def measured(self, name: str, text: str, label: str = "", values: tuple[str, ...] = ()) -> Gauge:
-        """A gauge that is NaN until it is measured."""
+        """Make a gauge that is NaN until it is measured."""
         made = self.gauge(name, text, *([label] if label else []))
         for child in [made.labels(value) for value in values] or [made]:
             child.set(math.nan)
         return made
 
     def histogram(self, name: str, text: str, buckets: list[float], *labels: str) -> Histogram:
-        """A histogram with these upper bounds of its buckets; the last, infinity, is added."""
+        """Make a histogram with these upper bounds of its buckets; the last, infinity, is added."""
         return Histogram(name, text, labels, buckets=buckets, **self._common)
 
     def info(self, name: str, text: str) -> Info:
-        """Labels that are shown as a series of value 1; only the newest set of them exists."""
+        """Make labels that are shown as a series of value 1; only the newest set of them exists."""
         return Info(name, text, **self._common)
 
     def states(self, name: str, text: str, states: tuple[str, ...]) -> Enum:
-        """A series for each state, of which one is 1 and the others are 0."""
+        """Make a series for each state, of which one is 1 and the others are 0."""
         return Enum(name, text, states=states, **self._common)
 
 

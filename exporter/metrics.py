@@ -45,7 +45,7 @@ _STATE_OF_PHASE = {"evaluate": "evaluating", "export": "publishing", "commit": "
 
 
 class Metrics(Instruments):
-    """All metrics of one agent, set by what happens to it, and the value behind its status page."""
+    """It holds all metrics of one agent, set by what happens to it, and the value behind its status page."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         """Put every metric on `registry`. Raises ValueError when it already has them."""
@@ -237,7 +237,8 @@ class Metrics(Instruments):
         self._pinned = pinned
 
     def status(self) -> dict[str, Any]:
-        """Everything that the status page shows, as a JSON-able copy. `report`: that of the current commit, or None."""
+        """Give everything that the status page shows, as a JSON-able copy. `report` is that of the current commit, or
+        None."""
         now = time.time()
         pictured = self._thumbnails.numbers
         readers = {"commit": self._served(), "pinned": self._pinned() is not None}
@@ -264,15 +265,15 @@ class Metrics(Instruments):
             }
 
     def pictures(self) -> dict[int, str | None]:
-        """What the newest rejected records look like: their `number` in the status -> data URI of a JPEG, or None where
-        nothing can be seen.
+        """Show what the newest rejected records look like: their `number` in the status -> data URI of a JPEG, or None
+        where nothing can be seen.
 
         One that has `picture` in the status is in it now or at a later call. May take seconds.
         """
         return self._thumbnails.pictures()
 
     def _served(self) -> int:
-        """Number of the commit whose release readers follow; 0 before the first."""
+        """Give the number of the commit whose release readers follow; 0 before the first."""
         return self._pinned() or self._released
 
     def _go_on(self, state: str) -> None:
@@ -357,5 +358,5 @@ def _set(gauge: Gauge, value: float | None) -> None:
 
 
 def _finite(value: Any) -> Any:
-    """`value`, or None for a float that JSON cannot hold, as a diverged loss may be."""
+    """Give `value`, or None for a float that JSON cannot hold, as a diverged loss may be."""
     return None if isinstance(value, float) and not math.isfinite(value) else value

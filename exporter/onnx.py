@@ -221,7 +221,7 @@ class OnnxExporter:
 
 
 def _accuracy(session: Session, holdout: Sequence[Labelled]) -> float:
-    """Share of the images that the session answers right, 0 to 1."""
+    """Give the share of the images that the session answers right, 0 to 1."""
     right = sum(int((session.run(images).probabilities.argmax(1) == labels).sum()) for images, labels in holdout)
     return right / sum(len(labels) for _, labels in holdout)
 

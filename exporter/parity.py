@@ -28,8 +28,8 @@ an update; smaller parts would only take longer."""
 
 
 def reference_answers(module: Any, images: NDArray[np.float32]) -> list[Answers]:
-    """The module's own answers: to all images with the fused attention kernel that evaluation uses, then to the first
-    few without it. `images`: float32 [n, 3, H, W], preprocessed."""
+    """Give the module's own answers: to all images with the fused attention kernel that evaluation uses, then to the
+    first few without it. `images`: float32 [n, 3, H, W], preprocessed."""
     device = next(chain(module.parameters(), module.buffers())).device
     fused = torch.backends.mha.get_fastpath_enabled()
     answers = []
@@ -49,7 +49,8 @@ def reference_answers(module: Any, images: NDArray[np.float32]) -> list[Answers]
 def compare(
     session: Session, images: NDArray[np.float32], expected: Sequence[Answers], batches: Sequence[int]
 ) -> Parity:
-    """How far the session's answers to the first images are from each of `expected`; the worst over all `batches`.
+    """Measure how far the session's answers to the first images are from each of `expected`: the worst over all
+    `batches`.
 
     `batches`: numbers of images given at once, each at most len(images). Several are needed: a graph that was traced
     with a fixed batch answers right for that one alone. `expected`: answers to the first images, all or some of them.

@@ -124,7 +124,7 @@ def _to_int8(source: Path, target: Path, single_file_bytes: int) -> None:
 
 
 def _after_embedding(model: onnx.ModelProto) -> list[str]:
-    """Names of the nodes that read the embedding, directly or not."""
+    """Give the names of the nodes that read the embedding, directly or not."""
     reached = {"embedding"}
     names = []
     for node in model.graph.node:  # in topological order

@@ -30,7 +30,7 @@ _RESIZE_MODES = ("shortest", "longest", "squash")
 
 
 def decode(data: bytes, max_pixels: int) -> Image.Image:
-    """The first frame of an encoded image as an upright (EXIF orientation applied) 8-bit RGB image.
+    """Decode the first frame of an image: upright (EXIF orientation applied), 8-bit RGB.
 
     Transparency is dropped, not composited, as CLIP's own training data was read; 16-bit grey keeps its upper 8 bits.
     `max_pixels`: an image of more pixels is refused. Raises ImageError, before a decoder sees the bytes when the header
@@ -65,7 +65,7 @@ def decode(data: bytes, max_pixels: int) -> Image.Image:
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow image, turned as its EXIF orientation says, in 8-bit RGB; the argument is left as it is.
+    """Turn any Pillow image as its EXIF orientation says, and into 8-bit RGB; the argument is left as it is.
 
     Raises ImageError for floating-point pixels, since nothing says what range they have, and what Pillow raises for
     pixels it cannot decode.
@@ -90,7 +90,7 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
 @dataclass(frozen=True)
 class Preprocess:
-    """open_clip's validation transform of an RGB image: resize, centre crop, scale to 0..1, normalise.
+    """This is open_clip's validation transform of an RGB image: resize, centre crop, scale to 0..1, normalise.
 
     Raises ValueError for values out of range.
     """
@@ -116,7 +116,7 @@ class Preprocess:
             raise ValueError(f"got resize mode {self.resize_mode!r}, expected one of {', '.join(_RESIZE_MODES)}")
 
     def __call__(self, image: Image.Image, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
-        """RGB image of any size -> float32 [3, size, size], written into `out` when given (a row of a batch).
+        """Turn an RGB image of any size into float32 [3, size, size], written into `out` when given (a row of a batch).
 
         Raises ValueError for an image of another mode.
         """
@@ -132,19 +132,19 @@ class Preprocess:
         return out
 
     def batch(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
-        """RGB images -> float32 [len(images), 3, size, size]."""
+        """Turn RGB images into float32 [len(images), 3, size, size]."""
         out = np.empty((len(images), 3, self.size, self.size), np.float32)
         for image, row in zip(images, out, strict=True):
             self(image, row)
         return out
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as a JSON-able dict, which `from_dict` reads back."""
+        """Give the fields as a JSON-able dict, which `from_dict` reads back."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Preprocess:
-        """The preprocessing that `to_dict` wrote. Raises KeyError, TypeError or ValueError for anything else."""
+        """Read the preprocessing that `to_dict` wrote. Raises KeyError, TypeError or ValueError for anything else."""
         return cls(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
 
     def _fit(self, image: Image.Image) -> Image.Image:
@@ -167,5 +167,5 @@ class Preprocess:
 
 
 def _corner(length: int, side: int) -> int:
-    """Where the centre crop begins, or, negative, the padding. torchvision rounds the two differently."""
+    """Give where the centre crop begins, or, negative, the padding. torchvision rounds the two differently."""
     return round((length - side) / 2) if length >= side else -((side - length) // 2)

@@ -82,7 +82,7 @@ class Parity:
 
 @dataclass(frozen=True)
 class Variant:
-    """The model in a smaller precision: what was measured, and whether it is in the release."""
+    """A variant is the model in a smaller precision: what was measured, and whether it is in the release."""
 
     parity: Parity | None
     """How far its answers are from the trained model's; None when the variant could not even be made."""
@@ -119,7 +119,7 @@ class TextPart:
 
 @dataclass(frozen=True)
 class Release:
-    """A release on disk. Its files never change once it is made."""
+    """This is a release on disk. Its files never change once it is made."""
 
     path: Path
     """Folder of the release."""
@@ -164,11 +164,11 @@ class Release:
         return [name for name in self.files if name.startswith("text.") or name == TOKENIZER]
 
     def offers(self, precision: str) -> bool:
-        """Whether the file `model_in(precision)` is in the release."""
+        """Tell whether the file `model_in(precision)` is in the release."""
         return precision == self.precision or (precision in self.variants and self.variants[precision].refused is None)
 
     def model_in(self, precision: str) -> Path:
-        """The model file in this precision, `fp32` or a name in exporter.precision.PRECISIONS; see `offers`."""
+        """Give the model file in this precision, `fp32` or a name in exporter.precision.PRECISIONS; see `offers`."""
         return self.model if precision == self.precision else self.path / variant_name(precision)
 
     @property
@@ -214,7 +214,7 @@ def write(release: Release) -> None:
 
 
 def read(folder: Path) -> Release:
-    """The release in `folder`, whose files are not looked at (see `Release.verify`).
+    """Read the release in `folder`; its files are not looked at (see `Release.verify`).
 
     Raises ReleaseError when there is no release, or release.json is damaged or of another format.
     """
@@ -251,8 +251,8 @@ def read(folder: Path) -> Release:
 
 
 def current(path: Path) -> Path:
-    """The release folder to serve from `path`: itself when it is one, or the one behind a state folder's RELEASE (or
-    CURRENT, where a copy lacks that).
+    """Find the release folder to serve from `path`: itself when it is one, or the one behind a state folder's RELEASE
+    (or CURRENT, where a copy lacks that).
 
     The answer stays the same release when these move on. Raises ReleaseError when nothing has been released yet, or
     `path` cannot be read.
@@ -281,7 +281,7 @@ def _current(path: Path) -> Path:
 
 
 def variant_name(precision: str) -> str:
-    """File name of the model in one of exporter.precision.PRECISIONS."""
+    """Name the file of the model in one of exporter.precision.PRECISIONS."""
     return f"model.{precision}.onnx"
 
 
@@ -290,7 +290,7 @@ def _parity(values: Mapping[str, Any]) -> Parity:
 
 
 def digest(path: Path) -> tuple[int, str]:
-    """(size in bytes, sha256 in hex) of a file."""
+    """Give the size in bytes and the sha256 in hex of a file."""
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         return file.tell(), sha256

@@ -40,7 +40,7 @@ class Answers(NamedTuple):
 
 
 class Session:
-    """A model file opened by onnxruntime. `run` may be called from several threads at once."""
+    """A session is a model file opened by onnxruntime. `run` may be called from several threads at once."""
 
     def __init__(self, model: Path, *, device: Device = "auto", threads: int = 0) -> None:
         """`device`: `auto` is CUDA when it is usable; `cuda` where it is not falls back to the CPU with a warning.
@@ -53,7 +53,7 @@ class Session:
             log.warning("CUDA was asked for and cannot be used, %s answers", self.provider)
 
     def run(self, images: NDArray[np.float32]) -> Answers:
-        """The model's answers to `images`, float32 [B, 3, H, W], preprocessed."""
+        """Answer `images`, float32 [B, 3, H, W], preprocessed."""
         return Answers(*self._session.run(OUTPUTS, {"images": images}))
 
 
@@ -146,7 +146,7 @@ class Classifier:
         return self._served.session.provider
 
     def check_names(self, extra: Sequence[str]) -> tuple[str, ...]:
-        """`extra` as a tuple, when the release that answers now can score its names beside the learned classes.
+        """Give `extra` as a tuple, when the release that answers now can score its names beside the learned classes.
 
         Raises NamesError when there are too many, one is too long or blank, or the release has no text part.
         """
@@ -189,7 +189,8 @@ class Classifier:
     def classify(
         self, images: Sequence[bytes | Image.Image | Prepared], top: int = 5, extra: Sequence[str] = ()
     ) -> list[Prediction]:
-        """The `top` classes (0: all) of each encoded, Pillow or prepared image; one release answers for all of them.
+        """Name the `top` classes (0: all) of each encoded, Pillow or prepared image; one release answers for all of
+        them.
 
         `extra`: names that are scored beside the learned classes by what their words mean (a prepared image has its
         own). An extra name's score is its share of softmax(scale * similarity) over all names; the learned classes
@@ -288,7 +289,7 @@ class Classifier:
 
 
 def _rows(served: _OpenRelease, names: Sequence[str]) -> tuple[list[str], NDArray[np.float32]]:
-    """What NameEmbeddings.rows gives for `names`. Raises ReleaseError."""
+    """Give what NameEmbeddings.rows gives for `names`. Raises ReleaseError."""
     if served.names is None:
         raise ReleaseError(f"release {served.release.id}, which answers now, has no text part to score names with")
     return served.names.rows(names)
@@ -300,7 +301,9 @@ def _scores(
     probabilities: NDArray[np.float32],
     extra: tuple[list[str], NDArray[np.float32]] | None,
 ) -> tuple[tuple[str, ...], NDArray[np.float32]]:
-    """Labels and scores of one image: the learned classes, then the `extra` names (what NameEmbeddings.rows gives)."""
+    """Give the labels and scores of one image: the learned classes, then the `extra` names (what NameEmbeddings.rows
+    gives).
+    """
     if extra is None or not extra[0] or release.text is None:
         return release.classes, probabilities
     names, rows = extra

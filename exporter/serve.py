@@ -72,14 +72,14 @@ class Companion(Protocol):
     """Work that goes on beside a server and has a part in its health, see `Server.watch`."""
 
     def why_not_alive(self) -> list[str]:
-        """Reasons why the process should be restarted; empty when all is well."""
+        """Give the reasons why the process should be restarted; empty when all is well."""
 
     def why_not_ready(self) -> list[str]:
-        """Reasons why it cannot do its work now; empty when it can."""
+        """Give the reasons why it cannot do its work now; empty when it can."""
 
 
 class Server:
-    """The HTTP service of one state folder or release:
+    """This is the HTTP service of one state folder or release:
 
     POST /v1/classify?top=5   an image as the body, or several as multipart/form-data (top=0: all classes)
          &name=zebra&...      names to score beside the learned classes
@@ -294,7 +294,7 @@ class Server:
         return replace(prepared, extra=names)
 
     async def _images(self, request: Request) -> list[bytes]:
-        """The encoded images of a request, at least one. Raises Refused."""
+        """Give the encoded images of a request, at least one. Raises Refused."""
         try:
             async with asyncio.timeout(READ_S):
                 body = await self._body(request)
@@ -324,7 +324,7 @@ class Server:
         return images
 
     async def _body(self, request: Request) -> bytes:
-        """The whole body of at most `_max_bytes`; what a client announces may be a lie, so both are checked."""
+        """Give the whole body of at most `_max_bytes`; what a client announces may be a lie, so both are checked."""
         too_large = f"larger than the {self._max_bytes} bytes that are taken; send fewer or smaller images"
         announced = request.headers.get("content-length", "0")
         if announced.isdecimal() and int(announced) > self._max_bytes:

@@ -15,7 +15,7 @@ Device = Literal["auto", "cpu", "cuda"]
 
 
 def open_session(model: Path, device: Device, threads: int) -> onnxruntime.InferenceSession:
-    """A session for `model`: on CUDA when `device` is not `cpu` and CUDA is usable, else on the CPU.
+    """Open a session for `model`: on CUDA when `device` is not `cpu` and CUDA is usable, else on the CPU.
 
     `threads`: CPU threads of one call, 0 for all cores. Raises what onnxruntime raises, whose errors share no public
     base class.
@@ -38,7 +38,7 @@ def open_session(model: Path, device: Device, threads: int) -> onnxruntime.Infer
 
 
 def _cuda_usable() -> bool:
-    """Whether onnxruntime was built for CUDA and a device answers.
+    """Tell whether onnxruntime was built for CUDA and a device answers.
 
     The driver is asked first to keep machines without one quiet: onnxruntime prints an error for every library it
     misses.

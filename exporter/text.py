@@ -42,7 +42,7 @@ def clip_tokenizer(
     *,
     whole: bool,
 ) -> str:
-    """CLIP's byte-pair tokenizer as the JSON that the library `tokenizers` reads, in any of its languages.
+    """Write CLIP's byte-pair tokenizer as the JSON that the library `tokenizers` reads, in any of its languages.
 
     `merges`: pairs of tokens in the order they are merged; `vocabulary`: token -> id; `start` and `end`: the tokens put
     around a text, which is cut to `context` tokens with both kept. `whole`: every text is filled up with zeros to
@@ -68,7 +68,7 @@ def clip_tokenizer(
 
 
 def filled_tokenizer(tokenizer: str, context: int, pad: int) -> str:
-    """A tokenizer's JSON, changed so that every text is cut or filled up to `context` tokens with the id `pad`."""
+    """Change a tokenizer's JSON so that every text is cut or filled up to `context` tokens with the id `pad`."""
     from tokenizers import Tokenizer
 
     changed = Tokenizer.from_str(tokenizer)
@@ -147,8 +147,8 @@ class NameEmbeddings:
             return self._encode
 
     def rows(self, names: Sequence[str]) -> tuple[list[str], NDArray[np.float32]]:
-        """Those n of `names` that are no learned class, each once, and embeddings float32 [C + n, D]: of the C learned
-        classes, then of these n names.
+        """Give those n of `names` that are no learned class, each once, and embeddings float32 [C + n, D]: of the C
+        learned classes, then of these n names.
 
         Names are the same when the tokenizer cannot tell them apart. Raises ReleaseError as `open` does.
         """
@@ -171,7 +171,7 @@ class NameEmbeddings:
         return list(asked.values()), np.concatenate([self._rows, *(found[text][None] for text in asked)])
 
     def _look_up(self, texts: Iterable[str]) -> dict[str, NDArray[np.float32]]:
-        """The embeddings that are kept of these cleaned texts, which count as used now."""
+        """Give the embeddings that are kept of these cleaned texts, which count as used now."""
         with self._lock:
             found = {text: self._kept[text] for text in texts if text in self._kept}
             for text in found:
@@ -199,7 +199,7 @@ class NameEmbeddings:
 
 
 def name_encoder(folder: Path, prompt: str, clean: str, device: Device, threads: int) -> Encode:
-    """What encodes names with the text part in a release's folder; nothing is verified or tested here.
+    """Make what encodes names with the text part in a release's folder; nothing is verified or tested here.
 
     Raises OSError, and what onnxruntime and tokenizers raise.
     """
@@ -220,8 +220,8 @@ def name_encoder(folder: Path, prompt: str, clean: str, device: Device, threads:
 
 @functools.lru_cache(maxsize=2)
 def _tokenizer(text: str) -> Any:
-    """The tokenizer of this JSON, read once for all releases that have the same: it takes a tenth of a second, in which
-    no other thread runs. Two are kept, those of the release that answers and of the next one."""
+    """Make the tokenizer of this JSON, read once for all releases that have the same: it takes a tenth of a second, in
+    which no other thread runs. Two are kept, those of the release that answers and of the next one."""
     from tokenizers import Tokenizer
 
     return Tokenizer.from_str(text)

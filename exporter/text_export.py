@@ -144,7 +144,7 @@ class TextExporter:
 
 
 def _pages(tensors: Iterable[Tensor]) -> Iterator[bytes]:
-    """The tensors' bytes, each tensor's filled up to whole pages."""
+    """Yield the tensors' bytes, each tensor's filled up to whole pages."""
     for tensor in tensors:
         data = tensor.cpu().contiguous().numpy().tobytes()
         yield data
@@ -166,7 +166,7 @@ def _share(path: Path, before: Path | None, wanted: tuple[int, str], pieces: Ite
 
 
 def _embeddings(module: Any, names: Sequence[str]) -> NDArray[np.float32]:
-    """The text module's own answers, float32 [n, D]."""
+    """Give the text module's own answers, float32 [n, D]."""
     with torch.no_grad():
         parts = [
             module(module.tokenize(names[start : start + _NAMES_AT_ONCE]))

@@ -69,7 +69,7 @@ decoders."""
 
 
 def picture_of(data: bytes) -> bytes | None:
-    """A JPEG of an encoded image, decoded by a short-lived process; None where that process makes nothing of it."""
+    """Make a JPEG of an encoded image in a short-lived process; None where that process makes nothing of it."""
     try:
         # -P: without it Python would import from the working directory first, where anybody may have put a file.
         done = subprocess.run(
@@ -87,7 +87,7 @@ def picture_of(data: bytes) -> bytes | None:
 
 @dataclass
 class _KeptImage:
-    """A rejected record's bytes, and then its picture."""
+    """It holds a rejected record's bytes, and then its picture."""
 
     number: int
     data: bytes | None
@@ -97,7 +97,8 @@ class _KeptImage:
 
 
 class Thumbnails:
-    """Pictures of the newest rejected records. Bytes are kept as they came, and decoded only when somebody asks.
+    """These are pictures of the newest rejected records. Bytes are kept as they came, and decoded only when somebody
+    asks.
 
     Every method may be called from any thread.
     """
@@ -139,7 +140,7 @@ class Thumbnails:
             return {kept.number for kept in self._kept}
 
     def pictures(self) -> dict[int, str | None]:
-        """Number -> data URI of a JPEG of at most SIDE x SIDE pixels, or None where none can be made.
+        """Give number -> data URI of a JPEG of at most SIDE x SIDE pixels, or None where none can be made.
 
         A picture that is not made yet is left out; a later call has it. May take seconds.
         """
@@ -170,7 +171,7 @@ class Thumbnails:
 
 
 def _shrink(data: bytes) -> bytes:
-    """A JPEG of an encoded image. Raises nearly anything on hostile bytes."""
+    """Make a JPEG of an encoded image. Raises nearly anything on hostile bytes."""
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels, at most {MAX_PIXELS} are decoded")

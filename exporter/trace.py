@@ -31,7 +31,9 @@ EXAMPLE_BATCH = 2
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and buffer by its name; a shared one under all its names, as the trace may pick any of them."""
+    """Collect every parameter and buffer by its name; a shared one under all its names, as the trace may pick any of
+    them.
+    """
     return {
         **{name: tensor.detach() for name, tensor in module.named_parameters(remove_duplicate=False)},
         **{name: tensor.detach() for name, tensor in module.named_buffers(remove_duplicate=False)},
@@ -39,7 +41,9 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
 
 
 class Trace:
-    """The graph of one kind of module, without weights. It is traced when a module of another structure comes."""
+    """A trace is the graph of one kind of module, without weights. It is traced when a module of another structure
+    comes.
+    """
 
     def __init__(self, opset: int, source: str, outputs: Sequence[str]) -> None:
         """`opset`: ONNX operator set of the graph; `source` and `outputs`: names of its input and outputs."""
@@ -60,7 +64,7 @@ class Trace:
         longest: int,
         attempt: Callable[[ir.Model], T],
     ) -> T:
-        """What `attempt` makes of the graph of `module`, which is traced only where no earlier trace fits.
+        """Give what `attempt` makes of the graph of `module`, which is traced only where no earlier trace fits.
 
         A trace fits when modules have the same type and shapes, and `attempt` raises no ParityError: a number kept
         outside the tensors is part of the graph, and only the answers show that it changed. Then it is traced anew.
@@ -117,7 +121,7 @@ class Trace:
 
 
 def filled(template: ir.Model, weights: Mapping[str, Any], widths: Sequence[int]) -> ir.Model:
-    """The template with `weights` (onnx_ir tensors by name) and [batch, width] as the shape of each output."""
+    """Fill the template with `weights` (onnx_ir tensors by name) and [batch, width] as the shape of each output."""
     model = template.clone()
     graph = model.graph
     empty = graph.inputs[1:]
@@ -132,12 +136,12 @@ def filled(template: ir.Model, weights: Mapping[str, Any], widths: Sequence[int]
 
 
 def constant(name: str, tensor: Tensor) -> ir.TensorProtocol:
-    """A torch tensor as onnx_ir takes it."""
+    """Give a torch tensor as onnx_ir takes it."""
     return ir.tensor(tensor.cpu().contiguous().numpy(), name=name)
 
 
 class _VaryingAsInputs(nn.Module):
-    """`module` with its varying tensors as arguments, so that the trace leaves their first dimension open."""
+    """This is `module` with its varying tensors as arguments, so that the trace leaves their first dimension open."""
 
     def __init__(self, module: Any, varying: Sequence[str]) -> None:
         super().__init__()
@@ -157,7 +161,7 @@ def _shapes(tensors: Mapping[str, Tensor], varying: frozenset[str]) -> tuple:
 
 
 def _without_weights(model: ir.Model) -> ir.Model:
-    """The traced graph with every parameter and buffer as an input of the graph, under the module's own name."""
+    """Give the traced graph with every parameter and buffer as an input of the graph, under the module's own name."""
     graph = model.graph
     for name, value in list(graph.initializers.items()):
         if name.startswith("module."):

@@ -73,7 +73,9 @@ def publish(
 
 
 def versions(repository: Path, name: str) -> list[int]:
-    """Numbers of the model's versions, ascending. Raises FileNotFoundError when the repository has no such model."""
+    """List the numbers of the model's versions, ascending. Raises FileNotFoundError when the repository has no such
+    model.
+    """
     return sorted(int(path.name) for path in (repository / name).iterdir() if path.name.isdecimal())
 
 

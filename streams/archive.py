@@ -39,7 +39,7 @@ _CATCH_UP_S = 1
 
 
 class ArchiveSource:
-    """An archive as a `Source`: every image is a record, in an order that follows from the arguments alone.
+    """This is an archive as a `Source`: every image is a record, in an order that follows from the arguments alone.
 
     Offsets count the items in that order, boundary marks included; the topic is the archive's name without its suffix,
     the partition is 0. Orders: `classes` interleaves `classes_per_task` classes, then a boundary mark, then the next;
@@ -113,7 +113,7 @@ class ArchiveSource:
         return self._fingerprint
 
     def continues(self, fingerprint: str) -> bool:
-        """Whether a commit was made on exactly this order of exactly these files."""
+        """Tell whether a commit was made on exactly this order of exactly these files."""
         return fingerprint == self._fingerprint
 
     def seek(self, offsets: Offsets) -> None:
@@ -128,7 +128,7 @@ class ArchiveSource:
         self.positions = {self._partition: at}
 
     def poll(self, timeout_s: float) -> Sequence[Item]:
-        """The next items: at most 256, or about 8 MiB of images.
+        """Give the next items: at most 256, or about 8 MiB of images.
 
         Waits out `timeout_s` when throttled, at the end, or ahead of the rate. Raises ArchiveError.
         """
@@ -148,7 +148,7 @@ class ArchiveSource:
         return items
 
     def listing(self) -> list[tuple[str, Entry] | None]:
-        """The class name and file of every record in stream order, None for a boundary mark; nothing is read.
+        """Give the class name and file of every record in stream order, None for a boundary mark; nothing is read.
 
         Records whose class name is unusable are left out.
         """
@@ -157,15 +157,15 @@ class ArchiveSource:
         return [None if item is None else (item.class_name, item.entry) for item in items]
 
     def throttle(self, full: bool) -> None:
-        """While `full` no item is handed out."""
+        """Hand out no item while `full`."""
         self._throttled = full
 
     def vouches(self, timeout_s: float) -> bool:
-        """Always: the order was fixed when the archive was opened."""
+        """Answer True always: the order was fixed when the archive was opened."""
         return True
 
     def past_marks(self, offsets: Offsets) -> Offsets:
-        """The same offsets: every one of an archive holds an item."""
+        """Give the same offsets: every one of an archive holds an item."""
         return offsets
 
     def acknowledge(self, offsets: Offsets) -> None:
@@ -175,7 +175,7 @@ class ArchiveSource:
         """Do nothing: an archive ends however much of it is rejected."""
 
     def lag(self) -> dict[tuple[str, int], int]:
-        """The number of items not handed out yet."""
+        """Give the number of items not handed out yet."""
         return {self._partition: len(self._stream) - self._at}
 
     def close(self) -> None:
@@ -183,7 +183,7 @@ class ArchiveSource:
         self._archive.close()
 
     def _ordered(self, groups: list[list[str]], per_class: int, seed: int, blur: float) -> Iterator[_Item | None]:
-        """Items in stream order, None for a boundary mark."""
+        """Give the items in stream order, None for a boundary mark."""
         # By hash rather than by a random generator: a commit's offsets must mean the same in every version of Python.
         mixed: list[list[_Item]] = [[] for _ in groups]
         for home, names in enumerate(groups):
@@ -210,7 +210,7 @@ class ArchiveSource:
         return digest.hexdigest()
 
     def _allowed(self, timeout_s: float) -> int:
-        """How many items may come now, after waiting for the first where that ends within `timeout_s`."""
+        """Tell how many items may come now, after waiting for the first where that ends within `timeout_s`."""
         if self._throttled or self.exhausted:
             self._sleep(timeout_s)
             return 0
@@ -251,7 +251,7 @@ class _Item:
 
 
 def _draw(seed: int, purpose: str, name: str) -> int:
-    """A number of 64 bits that looks random and follows from the arguments; `purpose` keeps draws independent."""
+    """Give a number of 64 bits that looks random and follows from the arguments; `purpose` keeps draws independent."""
     text = f"{seed}/{purpose}/{name}".encode("utf-8", "surrogateescape")
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
 

@@ -27,7 +27,7 @@ _ENCRYPTED = 1
 
 
 def bundled_archive() -> Path:
-    """The CIFAR-10 sample that comes with gapstream: `train` and `test`, ten classes, 270 and 100 images of each."""
+    """Find the CIFAR-10 sample shipped with gapstream: `train` and `test`, ten classes, 270 and 100 images of each."""
     return Path(__file__).parent / "assets" / "cifar10-sample.zip"
 
 
@@ -59,7 +59,7 @@ class Entry:
 
 
 class ArchiveFolder:
-    """The classes and images of an archive.
+    """It holds the classes and images of an archive.
 
     `path` is a folder, a zip, or `bundled`. Only what lies below the folder `split` counts; without one, below the
     first of `fallback` that has class folders in it, or the top. Hidden files, files beside the class folders and what
@@ -101,7 +101,7 @@ class ArchiveFolder:
         return tuple(sorted(self._images.keys() - self.unusable.keys()))
 
     def images(self, class_name: str, limit: int = 0) -> list[Entry]:
-        """The images of a class, names sorted as text; only the first `limit` when that is not 0."""
+        """Give the images of a class, names sorted as text; only the first `limit` when that is not 0."""
         entries = sorted(self._images[class_name], key=lambda entry: entry.name)
         return entries[:limit] if limit else entries
 
@@ -179,7 +179,7 @@ class ArchiveFolder:
 
 
 def _member_path(member: zipfile.ZipInfo) -> str:
-    """The path of a zip entry.
+    """Give the path of a zip entry.
 
     A name without the UTF-8 flag is in code page 437 by the standard, but macOS writes UTF-8 without setting the flag:
     such a name is read as UTF-8 when it can be.
@@ -191,7 +191,7 @@ def _member_path(member: zipfile.ZipInfo) -> str:
 
 
 def _below(entries: Sequence[Entry], split: str, fallback: Sequence[str], archive: Path) -> list[Entry]:
-    """The entries that are `class name/image` below the split."""
+    """Give the entries that are `class name/image` below the split."""
     entries = [
         entry for entry in entries if not any(part.startswith(".") or part in _LITTER for part in entry.path.split("/"))
     ]
@@ -214,18 +214,18 @@ def _below(entries: Sequence[Entry], split: str, fallback: Sequence[str], archiv
 
 
 def _depth(entry: Entry, split: str) -> int:
-    """The number of parts that the path has below the split; 0 when it is not below it."""
+    """Give the number of parts that the path has below the split; 0 when it is not below it."""
     if not split:
         return entry.path.count("/") + 1
     return entry.path.count("/", len(split) + 1) + 1 if entry.path.startswith(split + "/") else 0
 
 
 def name_list(names: Sequence[str], most: int = 20) -> str:
-    """The first `most` names as one line for a message, and how many more there are."""
+    """Give the first `most` names as one line for a message, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(map(printable, names[:most])) + more
 
 
 def printable(path: str) -> str:
-    """A name that may not be UTF-8 (Python keeps its bytes as surrogates) as text that is."""
+    """Turn a name that may not be UTF-8 (Python keeps its bytes as surrogates) into text that is."""
     return path.encode("utf-8", "backslashreplace").decode()

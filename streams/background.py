@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 def in_background(call: Callable[[], T], name: str) -> Future[T]:
-    """A future for what `call` gives or raises; `name` is the name of its thread."""
+    """Give a future for what `call` gives or raises; `name` is the name of its thread."""
     # No ThreadPoolExecutor: Python waits for its threads at exit, and a call may never return while a cluster is away.
     outcome: Future[T] = Future()
 

@@ -55,7 +55,7 @@ class Task:
 
 
 class TaskBuffer:
-    """Cuts a stream into tasks, in order. Used from one thread.
+    """It cuts a stream into tasks, in order. Used from one thread.
 
     `known` are the class names of the commit the stream continues from, `offsets` its positions, `next_number` the
     number of the next task. Labels that differ only in case are one class, spelled as in `known` or as first seen.

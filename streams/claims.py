@@ -55,7 +55,7 @@ class S3:
 
 
 class ImageStore:
-    """Gets the bytes behind a URL. It may be used from several threads."""
+    """It gets the bytes behind a URL. It may be used from several threads."""
 
     def __init__(
         self,
@@ -104,7 +104,7 @@ class ImageStore:
         raise Unusable(Reason.FETCH_FAILED, failed)
 
     def _trouble(self, url: str) -> str | None:
-        """Why the store behind the allowed prefix of `url` does not answer; None when it does, whatever it says."""
+        """Tell why the store behind the prefix of `url` does not answer; None when it does, whatever it says."""
         prefix = next(prefix for prefix in self._allowed if url.startswith(prefix))
         try:
             self._get(urllib.parse.urlsplit(prefix), prefix, 0)
@@ -150,7 +150,7 @@ class ImageStore:
             raise Unusable(Reason.FETCH_FAILED, f"{url[:500]!r}: {error}") from None
 
     def _get(self, parts: urllib.parse.SplitResult, url: str, most: int) -> bytes:
-        """The answer to one request, at most `most` bytes of it, within `timeout_s` from end to end.
+        """Give the answer to one request, at most `most` bytes of it, within `timeout_s` from end to end.
 
         Raises Unusable for what the server says of the image, OSError and HTTPException for trouble with the server.
         """
@@ -218,7 +218,9 @@ class ImageStore:
 
 
 def _is_plain(path: str) -> bool:
-    """Whether a path only leads down, also for a server that decodes it more than once or drops what follows a `;`."""
+    """Tell whether a path only leads down, also for a server that decodes it more than once or drops what follows a
+    `;`.
+    """
     for _ in range(_ENCODED_LEVELS):
         steps = {step.partition(";")[0].strip() for step in path.split("/")}
         if steps & {".", ".."} or "\\" in path or "\0" in path or re.search("%(2f|5c)", path, re.IGNORECASE):
@@ -239,7 +241,7 @@ def check_prefix(prefix: str) -> None:
 
 
 def signed(parts: urllib.parse.SplitResult, s3: S3, now: datetime) -> dict[str, str]:
-    """The headers of a GET request, signed with AWS Signature Version 4."""
+    """Give the headers of a GET request, signed with AWS Signature Version 4."""
     date, stamp = now.strftime("%Y%m%d"), now.strftime("%Y%m%dT%H%M%SZ")
     empty = hashlib.sha256(b"").hexdigest()
     headers = {"host": parts.netloc, "x-amz-content-sha256": empty, "x-amz-date": stamp}

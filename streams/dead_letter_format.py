@@ -22,7 +22,7 @@ CONNECT_CLASS = "__connect.errors.class.name"
 CONNECT_EXCEPTION = "__connect.errors.exception.class.name"
 CONNECT_MESSAGE = "__connect.errors.exception.message"
 
-# Ours: why, and what `original` needs to give the message back as it was.
+# Ours: why, and what `original` needs to give the message back as it was. Letters already written have these names.
 REASON = "gapstream.errors.reason"
 OWN_HEADERS = "gapstream.errors.headers"  # how many of the first headers are the record's own
 NULL_HEADERS = "gapstream.errors.null-headers"  # which of them had no value
@@ -44,12 +44,12 @@ _ADDED_HEADERS = 16
 
 
 def dead_letter(rejected: Rejected, max_bytes: int) -> Raw:
-    """The message that sets a record aside: its own key, value and headers, and where it came from and why.
+    """Make the message that sets a record aside: its own key, value and headers, and where it came from and why.
 
     Origin and reason are headers named as Kafka Connect names them. A header without a value and a message without key
     and value, which clients cannot send, are written so that `original` gives them back. What would be longer than
-    `max_bytes` goes without its value (hash and length stay), and if need be without key and headers; without headers
-    go those to which ours cannot be added within the bounds of streams.record.
+    `max_bytes` goes without its value (hash and length stay), and where that is not enough without key and headers.
+    Without headers go those to which ours cannot be added within the bounds of streams.record.
     """
     raw = rejected.raw or Raw(None, None)
     topic, partition = rejected.partition
@@ -100,7 +100,7 @@ def _utf8(text: str) -> bytes:
 
 
 def message_size(key: bytes | None, value: bytes | None, headers: Sequence[tuple[str, bytes | None]]) -> int:
-    """The bytes that a message takes, about and at least."""
+    """Give the bytes that a message takes, about and at least."""
     written = sum(len(name.encode()) + len(content or b"") + 10 for name, content in headers)
     return len(key or b"") + len(value or b"") + written
 
@@ -134,7 +134,7 @@ def _notes(letter: Raw) -> tuple[int, dict[str, bytes | None]]:
 
 
 def origin(letter: Raw) -> Origin:
-    """Where a dead letter's record came from and why it was rejected.
+    """Tell where a dead letter's record came from and why it was rejected.
 
     Raises ValueError for a message that `dead_letter` did not write.
     """
@@ -152,7 +152,7 @@ def origin(letter: Raw) -> Origin:
 
 
 def original(letter: Raw) -> Raw:
-    """The message as it was before it became a dead letter, to be sent again.
+    """Restore the message as it was before it became a dead letter, to be sent again.
 
     Raises ValueError when parts of it were dropped, or for a message that `dead_letter` did not write.
     """

@@ -155,7 +155,7 @@ class FileDeadLetters:
 
 
 def _whole_bytes(file: Path) -> int:
-    """The size of a file that ends with a whole line; 0 for one that a crash cut short, which is never continued."""
+    """Give the size of a file that ends with a whole line; 0 for one cut short by a crash, which is never continued."""
     with file.open("rb") as content:
         size = content.seek(0, os.SEEK_END)
         content.seek(max(0, size - 1))

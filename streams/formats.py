@@ -39,7 +39,8 @@ from streams.record import (
     check_image,
 )
 
-# Header names. Those with `ce_` are the CloudEvents attributes of the Kafka binding's binary mode.
+# Header names, which producers in any language set: with another name their messages would be read as something else.
+# Those with `ce_` are the CloudEvents attributes of the Kafka binding's binary mode.
 CONTROL = "gapstream.control"
 LABEL, CE_LABEL = "label", "ce_label"
 CONTENT_TYPE = "content-type"
@@ -98,7 +99,7 @@ class Claim:
 
 
 class Codec:
-    """Decodes messages within given limits. What cannot be used comes out as Rejected, and not as an exception."""
+    """It decodes messages within given limits. What cannot be used comes out as Rejected, and not as an exception."""
 
     def __init__(
         self, *, max_image_bytes: int, max_image_pixels: int, max_label_chars: int, labelled: bool = True
@@ -113,7 +114,7 @@ class Codec:
         self._labelled = labelled
 
     def decode(self, partition: Partition, offset: int, raw: Raw, timestamp_s: float | None) -> Item | Claim:
-        """The item a message stands for; of an image only the first bytes are looked at (see `check_image`)."""
+        """Decode the item a message stands for; of an image only the first bytes are looked at (see `check_image`)."""
         try:
             self._check_bounds(raw)
             headers = dict(raw.headers)  # of a repeated header the last one counts, as Kafka's lastHeader has it
@@ -139,7 +140,7 @@ class Codec:
         return Record(partition, offset, label, image, timestamp_s, raw)
 
     def fetch(self, claim: Claim, get: Callable[[str], bytes] | None) -> Record | Rejected:
-        """The record of a claim, whose image `get` brings for its URL. Without `get` no image may be elsewhere.
+        """Give the record of a claim, whose image `get` brings for its URL. Without `get` no image may be elsewhere.
 
         Raises Unreachable where `get` does: the claim stays as good as it was.
         """
@@ -156,7 +157,7 @@ class Codec:
             return Rejected(claim.partition, claim.offset, Reason.FETCH_FAILED, detail, claim.raw)
 
     def redeem(self, claim: Claim, image: bytes) -> Record | Rejected:
-        """The record of a claim whose image has been fetched; its hash and size are checked."""
+        """Give the record of a claim whose image has been fetched; its hash and size are checked."""
         try:
             digest = hashlib.sha256(image).hexdigest()
             if claim.size is not None and len(image) != claim.size:
@@ -301,7 +302,7 @@ def _control(value: Any) -> ControlKind:
 
 
 def _claim_fields(headers: Mapping[str, bytes | None]) -> dict[str, Any]:
-    """The headers of a claim check, under the names that an envelope has for them."""
+    """Give the headers of a claim check, under the names that an envelope has for them."""
     fields: dict[str, Any] = {}
     for name, key in ((IMAGE_URL, "image_url"), (IMAGE_SHA256, "sha256"), (IMAGE_SIZE, "size")):
         value = headers.get(name)
@@ -313,7 +314,7 @@ def _claim_fields(headers: Mapping[str, bytes | None]) -> dict[str, Any]:
 
 
 def _event_envelope(event: dict[str, Any]) -> dict[str, Any]:
-    """The envelope inside a structured CloudEvent; its `label` extension counts when the data has none."""
+    """Give the envelope inside a structured CloudEvent; its `label` extension counts when the data has none."""
     version = event.get("specversion")
     if version != _CE_VERSION:
         detail = f"CloudEvents specversion {reprlib.repr(version)}; only {_CE_VERSION} is understood"
@@ -327,11 +328,13 @@ def _event_envelope(event: dict[str, Any]) -> dict[str, Any]:
 
 
 def encode_image(label: str, image: bytes) -> tuple[bytes, list[tuple[str, bytes]]]:
-    """The value and headers of a labelled image in the default format."""
+    """Encode the value and headers of a labelled image in the default format."""
     media = next((name for magic, name in _MEDIA_TYPES.items() if image.startswith(magic)), OCTETS)
     return image, [(LABEL, label.encode()), (CONTENT_TYPE, media.encode())]
 
 
 def encode_control(kind: ControlKind) -> tuple[None, list[tuple[str, bytes]]]:
-    """The value and headers of a mark. Its message needs a key: kafka-python sends none without both key and value."""
+    """Encode the value and headers of a mark. Its message needs a key: kafka-python sends none without both key and
+    value.
+    """
     return None, [(CONTROL, kind.value.encode())]

@@ -51,7 +51,7 @@ class Merge(Generic[Entry]):
         """Entries by topic whose time was more than AHEAD_S ahead of their arrival."""
 
     def track(self, partitions: Iterable[Partition]) -> None:
-        """From now on these partitions count."""
+        """Count these partitions from now on."""
         for partition in partitions:
             self._waiting.setdefault(partition, deque())
             self._quiet.setdefault(partition, float("-inf"))
@@ -77,7 +77,7 @@ class Merge(Generic[Entry]):
         self._unknown_s[partition] = 0
 
     def waiting(self, partition: Partition) -> int:
-        """The number of entries of a partition that are held back."""
+        """Give the number of entries of a partition that are held back."""
         return len(self._waiting[partition])
 
     @property

@@ -19,7 +19,9 @@ from PIL import Image
 
 
 class Partition(NamedTuple):
-    """One ordered log: partition `number` of `topic`. An archive is one topic with the single partition 0."""
+    """A partition is one ordered log: partition `number` of `topic`. An archive is one topic with the single partition
+    0.
+    """
 
     topic: str
     number: int
@@ -97,7 +99,7 @@ class Raw:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One labelled image with its position; `image` is still encoded (JPEG, PNG, ...)."""
+    """A record is one labelled image with its position; `image` is still encoded (JPEG, PNG, ...)."""
 
     partition: Partition
     offset: int
@@ -166,7 +168,7 @@ label: to put 88 kB of combining marks in order took 3.6 s, with all threads sta
 
 
 def canonical_label(raw: str | bytes, max_chars: int) -> str:
-    """The class name that `raw` means: NFC, no space at the ends, every run of white space inside is one space.
+    """Give the class name that `raw` means: NFC, no space at the ends, every run of white space inside is one space.
 
     Case is kept: which of two spellings counts is for the buffer, which knows the one seen first. Raises `Unusable`:
     MISSING_LABEL when nothing is left, LABEL_TYPE for what is not UTF-8, has control characters, more than `max_chars`
@@ -311,7 +313,7 @@ _JPEG_FRAMES = frozenset({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})
 
 
 def _dimensions(data: bytes) -> tuple[int, int]:
-    """The width and height from the header. struct.error and IndexError mean that the data ends too early."""
+    """Give the width and height from the header. struct.error and IndexError mean that the data ends too early."""
     # By hand, as this is done for every record: one or two microseconds, where Pillow takes 12 (PNG) to 100 (WEBP).
     if data.startswith(b"\xff\xd8\xff"):
         return _jpeg_dimensions(data)

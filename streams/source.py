@@ -9,7 +9,7 @@ from streams.record import Item, Offsets, Rejected
 
 
 class Source(Protocol):
-    """Brings items in order within each partition. Used from one thread."""
+    """It brings items in order within each partition. Used from one thread."""
 
     @property
     def exhausted(self) -> bool:
@@ -25,7 +25,7 @@ class Source(Protocol):
         """Identity of the order of items; a commit's offsets mean something only under the same fingerprint."""
 
     def continues(self, fingerprint: str) -> bool:
-        """Whether the offsets of a commit made under `fingerprint` mean something here. It is asked before `seek`."""
+        """Tell whether the offsets of a commit under `fingerprint` mean something here. It is asked before `seek`."""
 
     def seek(self, offsets: Offsets) -> None:
         """Continue at a commit's `offsets`. Partitions that it lacks start where the configuration says."""
@@ -35,13 +35,15 @@ class Source(Protocol):
         """Where `seek` began, for every partition there was, and what else the next commit has to remember."""
 
     def poll(self, timeout_s: float) -> Sequence[Item]:
-        """The items that arrived, perhaps none, within about `timeout_s` seconds. It is called also while throttled."""
+        """Give the items that arrived, perhaps none, within about `timeout_s` seconds. It is called also while
+        throttled.
+        """
 
     def throttle(self, full: bool) -> None:
-        """While `full` nothing new is fetched; polling goes on."""
+        """Fetch nothing new while `full`; polling goes on."""
 
     def vouches(self, timeout_s: float) -> bool:
-        """Whether the offsets of all that was handed out still mean what they meant when it was read.
+        """Tell whether the offsets of all that was handed out still mean what they meant when it was read.
 
         It is asked before every commit. False when that could not be found out within `timeout_s` seconds, and the
         commit has to wait.
@@ -50,7 +52,9 @@ class Source(Protocol):
         """
 
     def past_marks(self, offsets: Offsets) -> Offsets:
-        """The offsets to commit for `offsets`: the same place, behind what the stream has there that is no item."""
+        """Give the offsets to commit for `offsets`: the same place, behind what lies there in the stream but is no
+        item.
+        """
 
     def acknowledge(self, offsets: Offsets) -> None:
         """Tell the outside (lag tools) what is committed. It is never read back; a failure is logged, not fatal."""
@@ -59,7 +63,7 @@ class Source(Protocol):
         """Tell the source that decoding `samples` of its records found `rejected` of them that cannot be used."""
 
     def lag(self) -> dict[tuple[str, int], int]:
-        """The number of records not yet read, per (topic, partition); empty where it is unknown."""
+        """Give the number of records not yet read, per (topic, partition); empty where it is unknown."""
 
     @property
     def retention_s(self) -> float:
@@ -85,7 +89,7 @@ class Source(Protocol):
 
 
 class DeadLetters(Protocol):
-    """Where rejected records go, as dead letters."""
+    """Rejected records go here, as dead letters."""
 
     def put(self, rejected: Rejected) -> None:
         """Set a record aside, perhaps only later. Raises DeadLetterError."""

@@ -20,7 +20,7 @@ from streams.source import SpoolError
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One record of a task; its image waits in a segment of the spool."""
+    """A sample is one record of a task; its image waits in a segment of the spool."""
 
     label: str
     partition: Partition
@@ -31,12 +31,12 @@ class Sample:
     """Bytes of the encoded image, which begins at byte `start` of the file `path`."""
 
     def read(self) -> bytes:
-        """The encoded image. Raises SpoolError when the segment is gone or shorter than it was."""
+        """Read the encoded image. Raises SpoolError when the segment is gone or shorter than it was."""
         return _read(self.path, self.start, self.length)
 
 
 class Spool:
-    """The segments in `folder`. Used from one thread.
+    """It keeps the segments in `folder`. Used from one thread.
 
     It holds about `max_bytes`: nothing is refused beyond them, but `full` asks to stop fetching. A segment of
     `segment_bytes` is closed: smaller ones free the disk sooner, larger ones are fewer files. Raises SpoolError.
@@ -101,7 +101,7 @@ class Spool:
                 raise self._error(error) from error
 
     def raw(self, sample: Sample) -> Raw:
-        """The message the sample came in. A record without `raw` has no key, no headers, and the image as value.
+        """Read the message the sample came in. A record without `raw` has no key, no headers, and the image as value.
 
         Raises SpoolError like `Sample.read`.
         """

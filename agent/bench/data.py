@@ -97,7 +97,7 @@ def list_images(config: Config, tasks: int = 0) -> Listing:
 
 @dataclass(frozen=True)
 class Scored:
-    """Images to score on, with the untouched model's embeddings."""
+    """It has the images to score on, with the untouched model's embeddings."""
 
     names: tuple[str, ...]
     """The class names among them, in order of first appearance."""
@@ -121,7 +121,7 @@ class Scored:
 
 @dataclass(frozen=True)
 class Data:
-    """The images of a comparison, decoded."""
+    """It has the images of a comparison, decoded."""
 
     tasks: tuple[TaskData, ...]
     """The stream's tasks, in order."""

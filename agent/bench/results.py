@@ -24,7 +24,7 @@ class GapResult:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """What learning one task did, and the scores after it."""
+    """It says what learning one task did, and the scores after it."""
 
     task: int
     """Number of the task after which it was scored, from 1; for `joint` that is the last one."""

@@ -105,7 +105,7 @@ def _run_all(waiting: Sequence[Run], listing: Listing, clip: Clip, config: Confi
 
 @dataclass(frozen=True)
 class Run:
-    """One method with one seed."""
+    """A run is one method with one seed."""
 
     spec: str
     """The method with its settings, as it was asked for."""
@@ -138,7 +138,7 @@ class Run:
         return f"{self.spec} seed {self.seed}"
 
     def file(self, out: Path) -> Path:
-        """The run's file below the results' folder: ten hexadecimal digits of its inputs' hash tell runs apart."""
+        """Give the run's file below the results' folder: ten hexadecimal digits of its inputs' hash tell runs apart."""
         digest = hashlib.sha256(json.dumps(self.inputs, sort_keys=True).encode()).hexdigest()[:10]
         return out / "runs" / f"{re.sub(r'[^A-Za-z0-9_.=-]+', '-', self.spec)}-seed{self.seed}-{digest}.json"
 
@@ -276,7 +276,7 @@ def _score(method: Method, data: Data, tasks: Sequence[Sequence[str]], clip: Cli
 
 
 def _retention(method: Method, images: Scored, names: Sequence[str], clip: Clip, batch: int) -> float | None:
-    """Zero-shot accuracy of the method's towers among `names`, over the untouched model's."""
+    """Measure zero-shot accuracy of the method's towers among `names`, over the untouched model's."""
     index, labels = images.of(names)
     before = (images.untouched[index] @ clip.encode_names(names).cpu().T).argmax(1)
     text = method.encode_names(names)

@@ -15,7 +15,7 @@ from agent.bench.results import Compared, Result
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the table: one number of each result."""
+    """It is a column of the table: one number of each result."""
 
     key: str
     """The field of Result that has the number, and the column's name in table.csv."""

@@ -52,7 +52,7 @@ PHASES = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The demo has none: GAPSTREAM_* variables set what it learns with."""
+    """Add nothing: the demo has no arguments, GAPSTREAM_* variables set what it learns with."""
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -213,7 +213,7 @@ def fresh(folder: Path) -> Path:
 
 
 def _free_port(wanted: int) -> int:
-    """The port `wanted`, or any when it is taken, as by an agent that runs here already."""
+    """Find the port `wanted`, or any when it is taken, as by an agent that runs here already."""
     for port in (wanted, 0):
         with socket.socket() as probe:
             # As the server does: else a port whose last connections are still closing counts as taken.
@@ -248,7 +248,7 @@ def _print_lines(status: Status, console: Console, stop: threading.Event) -> Non
 
 
 def _report(status: Mapping[str, Any]) -> Report | None:
-    """The current commit's report, which the status has as it is in report.json."""
+    """Give the current commit's report, which the status has as it is in report.json."""
     return Report.from_json(status["report"]) if status["report"] else None
 
 

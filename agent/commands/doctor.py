@@ -35,7 +35,7 @@ Level = Literal["ok", "warning", "problem"]
 
 @dataclass(frozen=True)
 class Finding:
-    """What one look gave."""
+    """A finding is what one look gave."""
 
     about: str
     level: Level
@@ -48,7 +48,7 @@ add_arguments = add_config
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prints a line for each finding; 1 when one of them is a problem, else 0."""
+    """Print a line for each finding; the exit code is 1 when one is a problem."""
     config = config_from(arguments)
     console = Console(highlight=False, soft_wrap=True)
     colours = {"ok": "green", "warning": "yellow", "problem": "red"}
@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def examine(config: Config) -> Iterator[Finding]:
-    """Every finding, the quick ones first. The model is loaded, and downloaded where it is not there yet."""
+    """Give every finding, the quick ones first. The model is loaded, and downloaded where it is not there yet."""
     running = _lock_holder(config.state.path)
     yield _state(config.state.path, running)
     commit = None
@@ -87,7 +87,7 @@ def examine(config: Config) -> Iterator[Finding]:
 
 
 def _looked_at(about: str, cure: str, look: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
-    """What the look finds; what it raises is a finding too, of whatever class: libraries have their own."""
+    """Give what the look finds; what it raises is a finding too, of whatever class: libraries have their own."""
     try:
         yield from look()
     except Exception as error:
@@ -167,7 +167,7 @@ def _http(config: Config, running: str) -> Iterator[Finding]:
 
 
 def _source(config: Config, commit: Commit | None) -> Iterator[Finding]:
-    """Opened, and brought to where the commit ends."""
+    """Open the source and bring it to where the commit ends."""
     parts = source_parts(config)
     where = parts.place(config)
     with contextlib.closing(parts.source(config)) as source:
@@ -192,7 +192,7 @@ def _source(config: Config, commit: Commit | None) -> Iterator[Finding]:
 
 
 def _answers(config: Config) -> Iterator[Finding]:
-    """What `gapstream serve --kafka` needs, where that is configured."""
+    """Look at what `gapstream serve --kafka` needs, where that is configured."""
     section = config.serve.kafka
     if not section.topics:
         return
@@ -210,7 +210,7 @@ def _answers(config: Config) -> Iterator[Finding]:
 
 
 def _learner(config: Config, commit: Commit | None) -> Iterator[Finding]:
-    """Set up as the trainer does: weights, device, method, test archives, and what the commit holds."""
+    """Set the learner up as the trainer does: weights, device, method, test archives, and what the commit holds."""
     import torch
 
     from agent.trainer import Trainer
@@ -224,7 +224,7 @@ def _learner(config: Config, commit: Commit | None) -> Iterator[Finding]:
 
 
 def _release(config: Config, commit: Commit | None) -> Iterator[Finding]:
-    """The current one opened, and asked what it was shipped with."""
+    """Open the current release and let it test itself."""
     import onnxruntime
     import torch
 
@@ -249,7 +249,7 @@ def _release(config: Config, commit: Commit | None) -> Iterator[Finding]:
 
 
 def _existing(path: Path) -> Path:
-    """The folder itself, or the nearest one above that is there."""
+    """Find the folder itself, or the nearest one above it that exists."""
     path = path.absolute()
     while not path.exists():
         path = path.parent

@@ -140,12 +140,12 @@ class Responder:
             log.warning("Kafka did not answer within %d s and is left behind; nothing is lost", _STOP_S)
 
     def why_not_alive(self) -> list[str]:
-        """Reasons why the process should be started anew; empty when all is well."""
+        """Give the reasons why the process should be started anew; empty when all is well."""
         silent = time.monotonic() - self._beat
         return [f"the Kafka thread was last seen {silent:.0f} s ago"] if silent > STALLED_S else []
 
     def why_not_ready(self) -> list[str]:
-        """Reasons why nothing is answered at present; empty when all is well."""
+        """Give the reasons why nothing is answered at present; empty when all is well."""
         if self._failure:
             return [self._failure]
         return [] if self._exchange.joined else ["the consumer group has not been joined yet"]

@@ -173,13 +173,14 @@ class Kafka(SourceSection):
     false stops the start instead."""
     breaker_share: float = Field(0.9, gt=0, le=1)
     """When more than this share (above 0, at most 1) of the last 1000 records was rejected, reading pauses and says so,
-    lest a wrong setting empty a topic into its dead letters; 1 never pauses."""
+    so that a wrong setting does not empty a topic into its dead letters; 1 never pauses."""
     breaker_pause_s: float = Field(60, gt=0)
     """A pause because of `breaker_share` takes this number of seconds; then reading goes on."""
     security: KafkaSecurity = KafkaSecurity()
     images: KafkaImages = KafkaImages()
 
     def missing(self) -> str:
+        """Say what must be set before topics can be read; empty: nothing."""
         return "" if self.topics else 'topics is empty; expected the topics to read, like ["images"]'
 
 

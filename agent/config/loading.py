@@ -103,7 +103,7 @@ def _section(field: FieldInfo) -> type[BaseModel]:
 
 
 def _leaves(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Full name and field of every key below `section`."""
+    """List full name and field of every key below `section`."""
     for name, field in section.model_fields.items():
         if _is_section(field):
             yield from _leaves(_section(field), f"{prefix}{name}.")
@@ -134,7 +134,7 @@ def _resolve_paths(values: dict[str, Any], section: type[BaseModel], base: Path)
 
 
 def _names_a_file(field: FieldInfo, value: str) -> bool:
-    """Whether a value from the file is a path, which is then relative to the file; the empty string is not."""
+    """Tell whether a value from the file is a path, which is then relative to the file; the empty string is not."""
     if MAYBE_PATH in field.metadata:
         return Path(value).suffix in (".safetensors", ".pt", ".bin")
     return bool(value) and Path in (field.annotation, *get_args(field.annotation))
@@ -145,7 +145,7 @@ def _is_secret(field: FieldInfo) -> bool:
 
 
 def _literals(annotation: Any) -> tuple[Any, ...]:
-    """The words a key may have, also where it may have others: `bundled` of `Literal["bundled"] | Path`."""
+    """Give the words a key may have, also where it may have others: `bundled` of `Literal["bundled"] | Path`."""
     if get_origin(annotation) is Literal:
         return get_args(annotation)
     return tuple(value for part in get_args(annotation) for value in _literals(part))
@@ -180,7 +180,7 @@ def _comma_separated(text: str) -> list[str]:
 
 
 def _explain(error: ValidationError, origins: Mapping[str, str]) -> list[str]:
-    """One line for each key; a key of several types has one error for each of them."""
+    """Write one line for each key; a key of several types has one error for each of them."""
     found: dict[str, list[str]] = {}
     for detail in error.errors(include_url=False):
         key, known = _full_name(detail["loc"])
@@ -203,7 +203,7 @@ def _explain(error: ValidationError, origins: Mapping[str, str]) -> list[str]:
 
 
 def _full_name(location: tuple[int | str, ...]) -> tuple[str, bool]:
-    """The key a validation error is about, without pydantic's marks for parts of a union, and whether it exists."""
+    """Name the key an error is about, without pydantic's marks for parts of a union, and whether it exists."""
     names: list[str] = []
     section: type[BaseModel] = Config
     for part in location:

@@ -54,7 +54,7 @@ class MgClip(Section):
 
 
 class Gapstream(Section):
-    """gapstream is the method of our own: second-order statistics of the untouched model's features."""
+    """gapstream is our own method: second-order statistics of the untouched model's features."""
 
     features: int = Field(5000, ge=16)
     """An image has this number of random features (at least 16). What is kept between tasks grows with their square

@@ -29,7 +29,7 @@ class Tokens(Protocol):
 
 @dataclass(frozen=True)
 class TaskData:
-    """A task as a method sees it: class names, labels, and images as tokens. Never changed by a method."""
+    """It is a task as a method sees it: class names, labels, and images as tokens. Never changed by a method."""
 
     number: int
     """From 1; with the configured seed it determines all randomness of the update."""
@@ -116,7 +116,9 @@ class Encoder(Protocol):
 
 
 class Method(Encoder, Protocol):
-    """A continual-learning algorithm. Built as `Class(clip, config.method)`; holds no data of earlier tasks."""
+    """A method is a continual-learning algorithm. Built as `Class(clip, config.method)`; holds no data of earlier
+    tasks.
+    """
 
     name: str
 
@@ -141,7 +143,7 @@ class Method(Encoder, Protocol):
         """Build the text tower that `encode_names` encodes with, as it would be released now."""
 
     def state(self) -> LearnerState:
-        """Everything that learning goes on from, as tensors of its own and plain values."""
+        """Give everything that learning goes on from, as tensors of its own and plain values."""
 
     def load_state(self, state: LearnerState) -> None:
         """Continue exactly where `state()` was taken."""

@@ -12,7 +12,7 @@ from agent.methods.base import InferenceModule
 
 
 class TowerWithHead(InferenceModule):
-    """An image tower with a head of rows per class. Subclasses say how an embedding becomes probabilities."""
+    """It is an image tower with a head of rows per class. Subclasses say how an embedding becomes probabilities."""
 
     def __init__(self, tower: nn.Module, classes: tuple[str, ...]) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class TowerWithHead(InferenceModule):
 
 
 class TextHead(TowerWithHead):
-    """CLIP's own prediction: softmax(scale * cosine to the class names)."""
+    """It is CLIP's own prediction: softmax(scale * cosine to the class names)."""
 
     names: Tensor
 
@@ -67,7 +67,7 @@ class Fusion(TowerWithHead):
 
 
 class FaithfulFusion(Fusion):
-    """MG-CLIP's published prediction: (softmax(softmax(scale * text)) + 4 softmax(visual cosine)) / 5.
+    """It is MG-CLIP's published prediction: (softmax(softmax(scale * text)) + 4 softmax(visual cosine)) / 5.
 
     The published code softmaxes the text branch twice (its model already returns probabilities); kept to agree with it.
     """
@@ -79,7 +79,7 @@ class FaithfulFusion(Fusion):
 
 
 class CalibratedFusion(Fusion):
-    """(softmax(scale * text) + 2 softmax(scale * visual)) / 3: each branch softmaxed once, at CLIP's own temperature.
+    """It is (softmax(scale * text) + 2 softmax(scale * visual)) / 3: each branch softmaxed once at CLIP's temperature.
 
     The published fusion's probabilities are nearly flat (they rank like text probability plus 4 x visual cosine); here
     they are usable as scores. The weight was chosen on training images that were not trained on.

@@ -1,4 +1,4 @@
-"""The method of our own: both towers stay untouched, second-order statistics of their features learn. No replay.
+"""Our own method: both towers stay untouched, second-order statistics of their features learn. No replay.
 
 What preserves is that no weight of either tower changes: the gap does not drift, names never learned are recognised as
 before, and statistics of earlier tasks stay true. What compensates, per task: (1) Images become random features
@@ -46,7 +46,7 @@ the last with the strength of a log-normal prior of deviation 1, so that a small
 
 
 class Gapstream(UntouchedMethod):
-    """The default method: second-order statistics beside the texts. See the module's first lines."""
+    """It is the default method: second-order statistics beside the texts. See the module's first lines."""
 
     name = "gapstream"
     fusion = "text+discriminant"
@@ -84,6 +84,8 @@ class Gapstream(UntouchedMethod):
         chosen = torch.zeros(len(task), dtype=torch.bool)
         chosen[sample[:CALIBRATION_IMAGES]] = True
         kept, embeddings = [], []
+        # 16 batches at once, chosen by hand: each call of `_learn` updates the whole scatter [M, M], which costs less
+        # for many images together; fewer at once only take longer, more need more memory.
         for index in torch.arange(len(task)).split(16 * BATCH):
             features, embedding = self._features(task, index, on_progress)
             self._learn(features, labels[index.to(labels.device)])
@@ -130,6 +132,7 @@ class Gapstream(UntouchedMethod):
         between = (self._counts[:, None] * (self._means - self._counts @ self._means / images).square()).sum()
         variance = (self._scatter.trace() + between) / (images * width)
         shrunk = self._scatter.clone()
+        # The variance is 0 while all features are equal; the Cholesky factor needs a positive diagonal also then.
         shrunk.diagonal().add_(self._prior * variance.clamp_min(1e-12))
         factor = torch.linalg.cholesky(shrunk)
         centred = self._means - centre
@@ -147,6 +150,7 @@ class Gapstream(UntouchedMethod):
         scores, truth = torch.stack([visual, text]).double().cpu(), labels[able].cpu()
         last = torch.tensor([self._temperature, self._text_weight], dtype=torch.float64).log()
         now = last.clone().requires_grad_()
+        # 50 is chosen by hand: a bound on the time where two numbers do not settle; LBFGS ends earlier when they do.
         optimizer = torch.optim.LBFGS([now], max_iter=50, line_search_fn="strong_wolfe")
 
         def loss() -> Tensor:
@@ -162,7 +166,7 @@ class Gapstream(UntouchedMethod):
             self._temperature, self._text_weight = now.detach().exp().tolist()
 
     def _class_names(self) -> Tensor:
-        """The features of the learned names, float32 [C, D]; every name is encoded once in the life of a state
+        """Give the features of the learned names, float32 [C, D]; every name is encoded once in the life of a state
         folder."""
         missing = self._classes[len(self._names) :]
         if missing:
@@ -206,8 +210,8 @@ class Gapstream(UntouchedMethod):
 
 
 class RandomFeatures(nn.Module):
-    """Fixed random projections of an image at two depths, under ReLU: [B, tokens, width] and [B, D] -> float32 [B,
-    M]."""
+    """It computes fixed random projections of an image at two depths, under ReLU: [B, tokens, width] and [B, D] ->
+    float32 [B, M]."""
 
     tokens: Tensor
     embedding: Tensor
@@ -228,7 +232,7 @@ class RandomFeatures(nn.Module):
 
 @dataclass(frozen=True)
 class Solved:
-    """A linear discriminant of C classes in M features."""
+    """It is a linear discriminant of C classes in M features."""
 
     images: Tensor
     """The number of images that the scatter is of, with those of the prior; a scalar."""

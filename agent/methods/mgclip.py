@@ -3,9 +3,8 @@
 Per task: (1) K/V adapters of both towers learn by cross entropy over the task's own class names only; what keeps the
 gap is stopping early, by the paper's rule on the first task or by a drift budget watched in every task (under the
 paper's rule the first task keeps what its epochs up to the violation learned on a cosine over `epochs`, where the
-authors train it once more from the start). (2) With the
-towers frozen, a classifier row per class starts as the mean image feature and is trained over the task's rows only.
-(3) Predictions fuse both.
+authors train it once more from the start). (2) With the towers frozen, a classifier row per class starts as the mean
+image feature and is trained over the task's rows only. (3) Predictions fuse both.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from agent.values import Progress, Update
 
 
 class MgClip(StudentMethod):
-    """The method of MG-CLIP, in its published form or with the gap budget watched in every task."""
+    """It is the method of MG-CLIP, in its published form or with the gap budget watched in every task."""
 
     name = "mgclip"
 
@@ -102,7 +101,7 @@ class MgClip(StudentMethod):
         return training
 
     def _inside_paper(self, drifts: Sequence[float | None]) -> bool:
-        """The published rule: the first task fixes the number of epochs. Its first epoch is always kept."""
+        """Apply the published rule: the first task fixes the number of epochs. Its first epoch is always kept."""
         if self._epochs_fixed is not None:
             return True
         self._epochs_fixed = paper_epochs(drifts, self._settings.drift_budget)

@@ -56,7 +56,7 @@ without a bound a stream of hundreds of tasks would end by distilling alone."""
 
 
 class Seca:
-    """The method of SECA, in the form of the published code or of the paper (method.seca.form)."""
+    """It is the method of SECA, in the form of the published code or of the paper (method.seca.form)."""
 
     name = "seca"
 
@@ -108,7 +108,7 @@ class Seca:
             return untrained(task, watch, started, on_progress)
 
         context = torch.randn(self._text.shape, generator=task_generator(self._seed, task.number, "context"))
-        prompt = nn.Parameter(0.02 * context.to(device))
+        prompt = nn.Parameter(0.02 * context.to(device))  # the deviation that CoOp and the published code begin with
         nets = {**_parameters("relevance.", self._relevance), **_parameters("refinement.", self._refinement)}
         carried = {**_under("adapter.", self._adapter.named), **nets}
         groups = [
@@ -150,7 +150,9 @@ class Seca:
                     soft = settings.softness * scale
                     taught = soft * aggregate.detach() @ names.T
                     held = divergence(taught, soft * images @ names.T, temperature=1.0)
+                    # The published weight, the number of tasks learned before, would outgrow the task in a long stream.
                     loss = loss + min(self._learned, MAX_DISTILLATION) * held
+                    # A momentum of 0.5, as in the published code: batch by batch the early ones count for less.
                     use = 0.5 * use + 0.5 * weights.detach().mean(0)
                 if settings.se_vpr:
                     refined = self._refinement(words, self._means.rows)
@@ -184,8 +186,7 @@ class Seca:
         return torch.cat(parts)
 
     def _pool_features(self, tokens: Tokens) -> Tensor | None:
-        """Encode a task's images by every adapter of the pool: float32 [N, pool, D]; None with nothing to distil
-        from."""
+        """Encode a task's images by the pool's adapters: float32 [N, pool, D]; None with nothing to distil from."""
         if not self._pool or not self._settings.sg_akt:
             return None
         parts = []
@@ -201,8 +202,7 @@ class Seca:
             self._pool = [*(self._pool[i] for i in sorted(stay.tolist())), self._adapter.tensors()]
 
     def _moved(self, before: Tensor, now: Tensor) -> Tensor:
-        """The regulariser L_reg: how far the prototypes of earlier classes [n, D] are from where they were, a
-        scalar."""
+        """Give the regulariser L_reg: how far prototypes of earlier classes [n, D] moved, a scalar."""
         cosine = (before * now).sum(-1).mean()
         return 1 - cosine if self._settings.form == "code" else 2 - 2 * cosine
 
@@ -267,7 +267,7 @@ class Seca:
 
 
 class Beside(nn.Module):
-    """A bottleneck parallel to an MLP: mlp(x) + scale * up(dropout(relu(down(x))))."""
+    """It is a bottleneck parallel to an MLP: mlp(x) + scale * up(dropout(relu(down(x))))."""
 
     def __init__(self, mlp: nn.Module, width: int, scale: float) -> None:
         super().__init__()
@@ -286,7 +286,7 @@ class Beside(nn.Module):
 
 
 class BesideTower:
-    """An image tower with a bottleneck beside every MLP, on a twin that shares the frozen weights of the original."""
+    """It is an image tower with a bottleneck beside every MLP, on a twin that shares the original's frozen weights."""
 
     def __init__(self, tower: nn.Module, scale: float) -> None:
         self._twin = merged(tower, {})
@@ -357,18 +357,18 @@ class PromptedText:
         return self._clip.tokenize(names, self.prompt)
 
     def encode(self, ids: Tensor, vectors: Tensor) -> Tensor:
-        """float32 [n, D], L2-normalised; differentiable in `vectors`."""
+        """Encode token ids under learned vectors: float32 [n, D], L2-normalised; differentiable in `vectors`."""
         with self._clip.autocast():
             features = functional_call(self._twin, {"token_embedding.vectors": vectors}, (ids,))
         return F.normalize(features.float(), dim=-1)
 
     def module(self, prompts: Sequence[Tensor], scale: float) -> TextModule:
-        """The mean over `prompts`, sharing nothing that training writes."""
+        """Give the mean over `prompts`, sharing nothing that training writes."""
         return PromptsMean(self._clip, merged(self._twin, {}), self.prompt, prompts, scale)
 
 
 class PromptsMean(TextModule):
-    """A prompted text tower's embeddings, averaged over prompts."""
+    """It gives a prompted text tower's embeddings, averaged over prompts."""
 
     vectors: Tensor
 
@@ -386,7 +386,7 @@ class PromptsMean(TextModule):
 
 
 class Relevance(nn.Module):
-    """Weighs the pool's members for an image by the relevance of their features to its class's texts (SG-AKT)."""
+    """It weighs the pool's members for an image by the relevance of their features to its class's texts (SG-AKT)."""
 
     def __init__(self, width: int, generator: torch.Generator, form: str) -> None:
         super().__init__()
@@ -425,7 +425,7 @@ class Refinement(nn.Module):
         return F.normalize(self.norm_out(self.affinity(words) @ self.norm_mean(means)), dim=-1)
 
     def affinity(self, words: Tensor) -> Tensor:
-        """The affinity of names [C, D] to each other: [C, C], whose rows sum to 1."""
+        """Give the affinity of names [C, D] to each other: [C, C], whose rows sum to 1."""
         at = self.norm_text(words) @ self.text
         square = at.square().sum(-1)
         distance = square[:, None] + square[None, :] - 2 * at @ at.T
@@ -466,16 +466,18 @@ class PromptsAndPrototypes(TowerWithHead):
 
 
 class Tensors:
-    """Named trainable tensors; unlike those of nn.ParameterDict their names may have dots in them."""
+    """It holds named trainable tensors; unlike those of nn.ParameterDict their names may have dots in them."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self.named = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
 
     def tensors(self) -> dict[str, Tensor]:
+        """Copy every tensor, by name."""
         return {name: tensor.detach().clone() for name, tensor in self.named.items()}
 
     @torch.no_grad()
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Restore what `tensors` copied."""
         for name, tensor in self.named.items():
             tensor.copy_(tensors[name])
 

@@ -27,6 +27,7 @@ from agent.model.clip import Clip
 from agent.model.lora import Adapters, merged
 
 Weights = Mapping[str, Tensor]
+"""Tensors by parameter name, as `functional_call` takes them: they stand in for the tower's own."""
 
 _FROZEN_PART = tuple(
     f"visual.{name}"
@@ -39,7 +40,7 @@ _FROZEN_PART = tuple(
 
 
 class AllWeights(nn.Module):
-    """A trainable copy of every weight that a tower's `forward` uses: full fine-tuning in place of adapters."""
+    """It is a trainable copy of every weight that a tower's `forward` uses: full fine-tuning in place of adapters."""
 
     def __init__(self, tower: nn.Module) -> None:
         super().__init__()
@@ -48,12 +49,12 @@ class AllWeights(nn.Module):
         self.values = nn.ParameterList(nn.Parameter(p.detach().clone()) for p in trained.values())
 
     def weights(self) -> dict[str, Tensor]:
-        """The trained weights by parameter name, differentiable, as `functional_call` takes them."""
+        """Give the trained weights by parameter name, differentiable, as `functional_call` takes them."""
         return dict(zip(self._names, self.values, strict=True))
 
 
 class Student:
-    """Encodes with trained weights over the frozen towers of `clip`."""
+    """It encodes with trained weights over the frozen towers of `clip`."""
 
     def __init__(self, clip: Clip, lora: Lora, seed: int, trainable: Literal["lora", "all"] = "lora") -> None:
         self.clip = clip
@@ -160,7 +161,7 @@ class FineTuning(StudentMethod):
         return tuple(self._classes)
 
     def _training(self, task: TaskData, on_progress: OnProgress) -> Training:
-        """The update of a task: Adam, decaying along a cosine over all steps."""
+        """Set up the update of a task: Adam, decaying along a cosine over all steps."""
         return Training(
             task,
             self._student,
@@ -197,18 +198,18 @@ class Teacher:
 
     @torch.no_grad()
     def encode_tokens(self, tokens: Tensor) -> Tensor:
-        """[B, tokens, width] -> float32 [B, D], L2-normalised."""
+        """Encode tokens: [B, tokens, width] -> float32 [B, D], L2-normalised."""
         with self._clip.autocast():
             return F.normalize(functional_call(self._clip.image, self._image, (tokens,)).float(), dim=-1)
 
     @torch.no_grad()
     def encode_ids(self, ids: Tensor, batch: int = 256) -> Tensor:
-        """Token ids int64 [n, L] -> float32 [n, D], L2-normalised."""
+        """Encode token ids: int64 [n, L] -> float32 [n, D], L2-normalised."""
         with self._clip.autocast():
             parts = [functional_call(self._clip.text, self._text, (part,)).float() for part in ids.split(batch)]
         return F.normalize(torch.cat(parts), dim=-1)
 
     def features(self, tokens: Tokens, batch: int = 256) -> Tensor:
-        """Normalised image features float32 [N, D] of all images of a task, in order."""
+        """Compute normalised image features float32 [N, D] of all images of a task, in order."""
         index = torch.arange(len(tokens))
         return torch.cat([self.encode_tokens(tokens.batch(part)) for part in index.split(batch)])

@@ -22,8 +22,7 @@ log = logging.getLogger(__name__)
 
 GAP_SAMPLES = 256
 """At most this many images of a task are what its gap is measured on, the same before and after, so that their spread
-cancels in the drift. Measuring more of them after every
-epoch costs a further pass over the task."""
+cancels in the drift. Measuring more of them after every epoch costs a further pass over the task."""
 
 
 class GapWatch:
@@ -45,7 +44,7 @@ class GapWatch:
         return self._statistics(self._method)
 
     def drift(self, now: GapStatistics) -> float | None:
-        """The change of the negative mean from the untouched model to `now`, see `agent.model.gap.drift`."""
+        """Give the change of the negative mean from the untouched model to `now`, see `agent.model.gap.drift`."""
         return gap.drift(now, self.untouched, self._relative_to)
 
     def _statistics(self, model: Encoder) -> GapStatistics:
@@ -54,7 +53,7 @@ class GapWatch:
 
 
 class Trained(Protocol):
-    """The tensors that an optimizer changes: what a roll-back must restore."""
+    """It has the tensors that an optimizer changes: a roll-back must restore them."""
 
     def tensors(self) -> Mapping[str, Tensor]:
         """Copy every tensor, by name."""
@@ -216,12 +215,13 @@ def untrained(task: TaskData, watch: GapWatch, started: float, on_progress: OnPr
 
 
 def cosine(epoch: int, done: float) -> float:
-    """The factor of a learning rate: from 1 down to 0.01 along a cosine, as `done` goes from 0 to 1."""
+    """Give the factor of a learning rate: from 1 down to 0.01 along a cosine, as `done` goes from 0 to 1."""
     return 0.01 + 0.99 * (1 + math.cos(math.pi * done)) / 2
 
 
 def local_loss(images: Tensor, names: Tensor, labels: Tensor, scale: float, smoothing: float = 0.0) -> Tensor:
-    """The cross entropy over the task's own rows alone (MG-CLIP equation 4): no row of an earlier class is touched.
+    """Compute the cross entropy over the task's own rows alone (MG-CLIP equation 4): no row of an earlier class is
+    touched.
 
     images [B, D] and names [K, D] are L2-normalised, labels int64 [B] in 0..K-1; gives a scalar.
     """
@@ -229,7 +229,7 @@ def local_loss(images: Tensor, names: Tensor, labels: Tensor, scale: float, smoo
 
 
 def divergence(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
-    """T^2 KL(softmax(teacher / T) || softmax(student / T)), mean over rows: logits [B, n] -> scalar.
+    """Compute T^2 KL(softmax(teacher / T) || softmax(student / T)), mean over rows: logits [B, n] -> scalar.
 
     Its gradient in the student is that of T^2 cross entropy too: they differ by the teacher's entropy.
     """
@@ -249,7 +249,7 @@ def admit(classes: list[str], task: TaskData) -> None:
 
 
 class ClassMeans:
-    """The mean feature of every class, over all its images so far."""
+    """It keeps the mean feature of every class, over all its images so far."""
 
     def __init__(self, clip: Clip) -> None:
         self.classes: list[str] = []

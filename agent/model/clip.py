@@ -40,7 +40,7 @@ class ModelError(Exception):
 
 
 class ImageTower(nn.Module):
-    """open_clip's native vision transformer. `prefix`: images -> tokens (frozen); `forward`: tokens -> features."""
+    """This is open_clip's vision transformer. `prefix`: images -> tokens (frozen); `forward`: tokens -> features."""
 
     def __init__(self, visual: VisionTransformer) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class ImageTower(nn.Module):
 
 
 class TimmImageTower(nn.Module):
-    """A timm vision transformer inside open_clip (SigLIP and others), with the same two halves."""
+    """It is a timm vision transformer inside open_clip (SigLIP and others), with the same two halves."""
 
     def __init__(self, visual: Any) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ class TextTower(nn.Module):
         self.register_buffer("attn_mask", mask, persistent=False)
 
     def ends(self, ids: Tensor) -> Tensor:
-        """The position of each end-of-text token: ids int64 [n, L] -> int64 [n]."""
+        """Find the position of each end-of-text token: ids int64 [n, L] -> int64 [n]."""
         return ids.argmax(-1) if self.pool_type == "argmax" else ids.eq(self.eos_id or 0).int().argmax(-1)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ class TextTower(nn.Module):
 
 
 class Clip:
-    """The untouched model: both towers (frozen, eval mode), tokenizer, prompt, preprocessing and identity."""
+    """It is the untouched model: both towers (frozen, eval mode), tokenizer, prompt, preprocessing and identity."""
 
     def __init__(
         self,
@@ -205,7 +205,7 @@ class Clip:
             return self.image.prefix(images.to(self.device, non_blocking=True))
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """The context of mixed precision, where it is configured; a context that does nothing in fp32."""
+        """Give the context of mixed precision, where it is configured; a context that does nothing in fp32."""
         if self._autocast is None:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self._autocast)
@@ -302,7 +302,7 @@ def _random(name: str, options: Mapping[str, Any]) -> nn.Module:
 
 
 def _from_file(name: str, path: Path, options: Mapping[str, Any]) -> nn.Module:
-    """Weights from safetensors, a plain state dict (unpickled with weights_only) or OpenAI's TorchScript archive."""
+    """Load safetensors, a plain state dict (unpickled with weights_only) or OpenAI's TorchScript archive."""
     try:
         if path.suffix == ".safetensors":
             state = load_file(path)

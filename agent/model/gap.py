@@ -29,7 +29,7 @@ def statistics(images: Tensor, names: Tensor, labels: Tensor) -> GapStatistics:
 
 
 def drift(now: GapStatistics, untouched: GapStatistics, relative_to: str) -> float | None:
-    """The drift: the change of the negative mean from the untouched model to now, as a share (>= 0).
+    """Compute the drift: the change of the negative mean from the untouched model to now, as a share (>= 0).
 
     It is |negative now - negative untouched| over |negative untouched| (`negative`, the paper) or over the untouched
     model's positive minus negative mean (`separation`), which stays well-conditioned where the negative mean is near 0.
@@ -44,17 +44,19 @@ def drift(now: GapStatistics, untouched: GapStatistics, relative_to: str) -> flo
 
 
 def within_budget(now: float | None, before: float | None, budget: float) -> bool:
-    """The run-time rule: whether the drift after an epoch is inside the budget, so that the epoch may be kept.
+    """Apply the run-time rule: tell whether the drift after an epoch is inside the budget, so that the epoch may be
+    kept.
 
     now, before: drift after the epoch and before the update (see `drift`). Where the budget was used up before the
-    update, an update that drifts no further is inside it, lest the agent never learn again. None, where there is no
+    update, an update that drifts no further is inside it, or the agent would never learn again. None, where there is no
     other name to drift from, is inside.
     """
     return now is None or now <= max(budget, before or 0)
 
 
 def paper_epochs(drifts: Sequence[float | None], threshold: float) -> int | None:
-    """The published rule on the first task: the number of epochs to use from now on, or None while undecided.
+    """Apply the published rule on the first task: give the number of epochs to use from now on, or None while
+    undecided.
 
     `drifts[i]` was measured after epoch i (0-based). The first violation at i fixes max(1, i): the epochs before it.
     """

@@ -23,8 +23,8 @@ one thread per core and folded batch norms that made tinyclip's trunk about 4 ti
 
 
 class StoredTokens:
-    """The tokens of N images in one tensor: in memory (a GPU's where there is one) or mapped from a file without a
-    name."""
+    """It has the tokens of N images in one tensor: in memory (a GPU's where there is one) or mapped from a file without
+    a name."""
 
     def __init__(self, tensor: Tensor, device: torch.device) -> None:
         self._tensor = tensor
@@ -39,7 +39,7 @@ class StoredTokens:
 
 
 class TokensAt:
-    """Some rows of other tokens, in the order of `rows` (int64 [N])."""
+    """It has some rows of other tokens, in the order of `rows` (int64 [N])."""
 
     def __init__(self, tokens: StoredTokens, rows: Tensor) -> None:
         self._tokens = tokens
@@ -104,7 +104,7 @@ def load_tokens(
 
 
 def _chunks(read: Sequence[Callable[[], bytes]], clip: Clip, max_pixels: int) -> Iterator[list[Tensor | ImageError]]:
-    """Chunk after chunk, in order, worked on by one thread per core; images for a GPU, tokens on a CPU.
+    """Yield chunk after chunk, in order, worked on by one thread per core; images for a GPU, tokens on a CPU.
 
     On a CPU each chunk is encoded by a single thread: faster than splitting every small convolution over the cores, and
     the result does not depend on how many there are.
@@ -124,6 +124,8 @@ def _chunks(read: Sequence[Callable[[], bytes]], clip: Clip, max_pixels: int) ->
         done = iter(good)
         return [image if isinstance(image, ImageError) else next(done) for image in images]
 
+    # Chosen by hand: for a GPU threads only decode, and larger chunks make fewer calls. 8 threads at most, and
+    # 2 * threads chunks ahead of the consumer, bound the memory of images in flight; more only helps with more cores.
     size = CHUNK if clip.device.type == "cpu" else 4 * CHUNK
     cores = torch.get_num_threads()
     threads = min(8, cores if clip.device.type == "cpu" else os.cpu_count() or 1)

@@ -39,7 +39,7 @@ class Adapters(nn.Module):
             self.up.append(nn.Parameter(torch.zeros(2, width, rank, device=weight.device)))
 
     def weights(self) -> dict[str, Tensor]:
-        """The adapted projections by parameter name, float32 [3 * width, width], differentiable in the adapters."""
+        """Give adapted projections by parameter name, float32 [3 * width, width], differentiable in the adapters."""
         adapted = {}
         for (name, weight), down, up in zip(self._frozen.items(), self.down, self.up, strict=True):
             width = weight.shape[1]

@@ -229,6 +229,8 @@ class Evaluator:
                 return own.cpu()
             scores = torch.softmax(self._clip.logit_scale * method.encode_tokens(tokens) @ text.T, dim=-1)
             if own is not None:
+                # The learned classes and the others are scored in different units. The module's best class is put at
+                # the probability that the texts give the best learned name: its order stays, and new names compare.
                 best = scores[:, :learned].amax(1, keepdim=True)
                 scores = torch.cat([own / own.amax(1, keepdim=True) * best, scores[:, learned:]], dim=1)
             return (scores / scores.sum(1, keepdim=True)).cpu()

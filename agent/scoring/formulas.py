@@ -22,17 +22,18 @@ Matrix = Sequence[Sequence[float | None]]
 
 
 def average_incremental_accuracy(accuracies: Sequence[float | None]) -> float | None:
-    """Avg = (1/T) sum_t A_t; A_t is the sample-weighted accuracy over all classes seen after task t."""
+    """Compute Avg = (1/T) sum_t A_t; A_t is the sample-weighted accuracy over all classes seen after task t."""
     return _mean(_row(accuracies))
 
 
 def last_accuracy(accuracies: Sequence[float | None]) -> float | None:
-    """Last = A_T, the accuracy over all classes after the last task."""
+    """Compute Last = A_T, the accuracy over all classes after the last task."""
     return _mean(_row(accuracies[-1:]))
 
 
 def forgetting(matrix: Matrix) -> float | None:
-    """Forgetting of Chaudhry et al.: F = 1/(T-1) sum_{i<T} ( max_{i<=t<T} a[t][i] - a[T][i] ). None when T is 1.
+    """Compute the forgetting of Chaudhry et al.: F = 1/(T-1) sum_{i<T} ( max_{i<=t<T} a[t][i] - a[T][i] ). None when T
+    is 1.
 
     Negative where the last task helped the earlier ones.
     """
@@ -46,13 +47,14 @@ def forgetting(matrix: Matrix) -> float | None:
 
 
 def backward_transfer(matrix: Matrix) -> float | None:
-    """Backward transfer: BWT = 1/(T-1) sum_{i<T} ( a[T][i] - a[i][i] ). None when T is 1."""
+    """Compute the backward transfer: BWT = 1/(T-1) sum_{i<T} ( a[T][i] - a[i][i] ). None when T is 1."""
     a = _square(matrix)
     return _mean(a[-1:, :-1].ravel() - np.diagonal(a)[:-1]) if len(a) else None
 
 
 def retention(pairs: Iterable[tuple[float | None, float | None]]) -> float | None:
-    """Zero-shot retention: the mean, over sets of never learned classes, of accuracy now / the untouched model's.
+    """Compute the zero-shot retention: the mean, over sets of never learned classes, of accuracy now / the untouched
+    model's.
 
     pairs: (now, untouched) of each set. A set on which the untouched model is never right is left out. None without
     one.
@@ -67,7 +69,7 @@ def mean_change(before: Sequence[float | None], now: Sequence[float | None]) -> 
 
 
 def extended(matrix: Matrix, row: Sequence[float | None], keep: int) -> tuple[tuple[float | None, ...], ...]:
-    """The matrix after one more task: `row` below it, and None in the new column of the rows above.
+    """Extend the matrix after one more task: `row` below it, and None in the new column of the rows above.
 
     Only the newest `keep` rows have entries, the others are empty.
     """
@@ -81,7 +83,7 @@ def _row(values: Sequence[float | None]) -> np.ndarray:
 
 
 def _square(matrix: Matrix) -> np.ndarray:
-    """float [T, T]; rows shorter than T are continued with NaN."""
+    """Make it float [T, T]; rows shorter than T are continued with NaN."""
     a = np.full((len(matrix), len(matrix)), np.nan)
     for t, row in enumerate(matrix):
         if len(row) > len(matrix):

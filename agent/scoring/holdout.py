@@ -52,7 +52,7 @@ class EncodedImage(Protocol):
 
 @dataclass(frozen=True)
 class ImageRef:
-    """An image to score on."""
+    """It is an image to score on."""
 
     label: str
     """Its class name."""
@@ -63,7 +63,9 @@ class ImageRef:
 
 
 class TrainedFilter:
-    """Bloom filter of image hashes: at most a wrong "yes", which here only means that one image less is held out."""
+    """It is a Bloom filter of image hashes: at most a wrong "yes", which here only means that one image less is held
+    out.
+    """
 
     BITS = 2**23
     """Size of the filter, 1 MiB: with 4 positions for each entry it answers wrongly in 2 % of cases after a million
@@ -74,6 +76,7 @@ class TrainedFilter:
         self._cells = bytearray(data or self.BITS // 8)
 
     def add(self, digest: bytes) -> None:
+        """Remember an image's hash."""
         for position in self._positions(digest):
             self._cells[position >> 3] |= 1 << (position & 7)
 
@@ -84,6 +87,7 @@ class TrainedFilter:
         return bytes(self._cells)
 
     def copy(self) -> TrainedFilter:
+        """Give a filter that changes apart from this one."""
         return TrainedFilter(bytes(self._cells))
 
     def _positions(self, digest: bytes) -> list[int]:
@@ -152,7 +156,7 @@ class HoldOut:
         return len(self._held) + len(self._new)
 
     def split(self, samples: Sequence[EncodedImage]) -> list[Choice]:
-        """What happens to each sample of a task, in order. Reads every sample once; give it only decodable ones.
+        """Decide what happens to each sample of a task, in order. Reads every sample once; give it only decodable ones.
 
         "hold": from now on a test image. "drop": a copy of a held image, under whatever class name; never trained on.
         "train": everything else, also what qualifies beyond `per_class` and what was ever trained on. Of every class at
@@ -192,7 +196,7 @@ class HoldOut:
         return choices
 
     def images(self) -> list[ImageRef]:
-        """All held images in the order they were held, those of the last `split` included; readable for good."""
+        """Give all held images in the order they were held, those of the last `split` included; readable for good."""
         labels = [(digest, label) for digest, (label, _) in self._held.items()]
         labels += [(digest, sample.label) for digest, sample in self._new.items()]
         return [ImageRef(label, digest.hex(), partial(self._read, digest)) for digest, label in labels]
@@ -232,6 +236,7 @@ class HoldOut:
         self._folder = commit / HOLDOUT
 
     def close(self) -> None:
+        """Close the pack that is open."""
         if self._open is not None:
             self._open.close()
             self._open = None

@@ -32,7 +32,7 @@ from exporter.release import Parity, Variant
 T = TypeVar("T")
 
 LEFT_OUT = {"left out when None": True}
-"""Marks a field whose key is not in the file while it is None; every other field is written, as null if need be."""
+"""Marks a field whose key is not in the file while it is None; any other field is then written as null."""
 
 Row = tuple[float | None, ...]
 """Accuracies of the model at one time on the test images of each task; None where a task had none."""
@@ -43,7 +43,7 @@ Answer = tuple[tuple[str, float], ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GapChange:
-    """One number of the modality gap (see agent.values.GapStatistics), on the task's training images."""
+    """It is one number of the modality gap (see agent.values.GapStatistics), on the task's training images."""
 
     before: float | None = None
     """None when the task had nothing to learn, as are the next two."""
@@ -54,9 +54,9 @@ class GapChange:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drift:
-    """The relative change of the negative similarity against the untouched model, from 0 on.
+    """It is the relative change of the negative similarity against the untouched model, from 0 on.
 
-    None when the task had nothing to learn, or but one name.
+    None when the task had nothing to learn, or has only one name.
     """
 
     before: float | None = None
@@ -67,7 +67,7 @@ class Drift:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gap:
-    """The modality gap before and after the update, beside the untouched model's."""
+    """It has the modality gap before and after the update, beside the untouched model's."""
 
     positive: GapChange = GapChange()
     """Mean cosine with the right class name."""
@@ -123,7 +123,7 @@ class Example:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelIdentity:
-    """Which CLIP the learner began with."""
+    """It says which CLIP the learner began with."""
 
     name: str
     """Architecture, as open_clip names it, or `tinyclip`."""
@@ -153,7 +153,7 @@ class LearnerIdentity:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReleaseSummary:
-    """What became of the release after this update. Without one all but `refused` are None and not in the file."""
+    """It says what became of the update's release. Without one all but `refused` are None and not in the file."""
 
     refused: str | None = None
     """Why there is no new release; None when there is one."""
@@ -197,7 +197,7 @@ class TaskScores:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskReport(TaskScores):
-    """One task in the history of a report."""
+    """It is one task in the history of a report."""
 
     classes: tuple[str, ...] = ()
     """Class names of the images that were trained on, in order of first appearance."""
@@ -217,7 +217,7 @@ class TaskReport(TaskScores):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report(TaskScores):
-    """The content of report.json: the scores after the update of `task`, and all that came before."""
+    """It is the content of report.json: the scores after the update of `task`, and all that came before."""
 
     classes: tuple[str, ...] = ()
     """All learned class names, in order of first appearance."""
@@ -248,14 +248,14 @@ class Report(TaskScores):
     """None until `completed`."""
 
     def completed(self, learner: LearnerIdentity, release: ReleaseSummary, seconds: Mapping[str, float]) -> Report:
-        """This report with what is known only after the scoring; `seconds` are those of further phases."""
+        """Give this report with what is known only after the scoring; `seconds` are those of further phases."""
         all_seconds = {**self.seconds, **seconds}
         this = replace(self.history[-1], seconds=all_seconds, released=release.refused is None)
         history = (*self.history[:-1], this)
         return replace(self, seconds=all_seconds, history=history, learner=learner, release=release)
 
     def to_json(self) -> dict[str, Any]:
-        """The content of report.json as dicts and lists; None for a number that JSON lacks (a diverged loss)."""
+        """Give the content of report.json as dicts and lists; None for a number that JSON lacks (a diverged loss)."""
         content = _to_json(self)
         learner = content.pop("learner") or {}
         release = {"release": content.pop("release")} if self.release else {}
@@ -263,7 +263,7 @@ class Report(TaskScores):
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Report:
-        """The report with this content, also when another version wrote it. Raises ValueError when it is none."""
+        """Read the report with this content, also when another version wrote it. Raises ValueError when it is none."""
         try:
             learner = _from_json(LearnerIdentity, content) if content.get("model") else None
             return replace(_from_json(cls, content), learner=learner)
@@ -276,7 +276,7 @@ class Report(TaskScores):
 
     @classmethod
     def read(cls, path: Path) -> Report:
-        """The report in the file `path`. Raises OSError, and ValueError when it holds none."""
+        """Read the report in the file `path`. Raises OSError, and ValueError when it holds none."""
         return cls.from_json(json.loads(path.read_text(encoding="utf-8")))
 
 
@@ -294,13 +294,13 @@ def _to_json(value: Any) -> Any:
 
 
 def _from_json(kind: type[T], content: Mapping[str, Any]) -> T:
-    """A dataclass from the keys it has fields for."""
+    """Make a dataclass from the keys it has fields for."""
     hints = _hints(kind)  # type: ignore[arg-type]  # mypy takes no class for hashable
     return kind(**{name: _read(hint, content[name]) for name, hint in hints.items() if name in content})
 
 
 def _read(hint: Any, value: Any) -> Any:
-    """`value` as the type hint says: a list becomes a tuple, and a dict a dataclass where one is asked for."""
+    """Read `value` as the type hint says: a list becomes a tuple, and a dict a dataclass where one is asked for."""
     if value is None:
         return None
     if get_origin(hint) is UnionType:  # X | None is all there is
@@ -318,5 +318,5 @@ def _read(hint: Any, value: Any) -> Any:
 
 @cache
 def _hints(kind: type[Any]) -> dict[str, Any]:
-    """Field -> type. Looked up once for each class: evaluating the annotations costs more than reading the values."""
+    """Give field -> type, looked up once a class: evaluating the annotations costs more than reading the values."""
     return get_type_hints(kind)

@@ -31,17 +31,17 @@ class EvaluationError(Exception):
 
 
 class ImageFolder(Protocol):
-    """Test images by class (streams.archive_folder.ArchiveFolder)."""
+    """It has test images by class (streams.archive_folder.ArchiveFolder)."""
 
     @property
     def classes(self) -> tuple[str, ...]: ...
 
     def images(self, class_name: str, limit: int = 0) -> Sequence[ImageFile]:
-        """The images of a class, always in the same order; at most `limit`, or all of them (0)."""
+        """Give the images of a class, always in the same order; at most `limit`, or all of them (0)."""
 
 
 class ImageFile(Protocol):
-    """An encoded image in such a folder; `read` raises Unusable when it cannot be had."""
+    """It is an encoded image in such a folder; `read` raises Unusable when it cannot be had."""
 
     @property
     def name(self) -> str: ...
@@ -50,7 +50,7 @@ class ImageFile(Protocol):
 
 
 class ScoredImages:
-    """Test images by number: where they are, the untouched model's embeddings, and tokens as far as they fit."""
+    """It has test images by number: where they are, the untouched model's embeddings, and tokens as far as they fit."""
 
     def __init__(self, clip: Clip, batch_size: int, max_pixels: int, cache_bytes: int) -> None:
         self.refs: list[ImageRef] = []

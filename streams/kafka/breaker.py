@@ -14,7 +14,7 @@ class Breaker:
     def __init__(self, share: float = 0.9, window: int = 1000, pause_s: float = 60) -> None:
         """It opens when more than `share` of the last `window` records were rejected, and never with a share of 1.0.
 
-        `pause_s` is for whoever asks: the seconds to read nothing then.
+        `pause_s` is not used here: the source reads nothing for this number of seconds when the breaker opens.
         """
         self.share = share
         self.pause_s = pause_s

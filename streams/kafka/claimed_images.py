@@ -33,7 +33,7 @@ a store that comes back is read again within about half a minute."""
 
 
 class ClaimedImages:
-    """Fetches the images of claims a few at a time ahead of the stream. Used from the reader's thread."""
+    """It fetches the images of claims a few at a time ahead of the stream. Used from the reader's thread."""
 
     def __init__(
         self,

@@ -30,7 +30,7 @@ _LAST_COMMIT_MS = 1500
 
 
 def describe_topics(connection: Connection, topics: Iterable[str]) -> list[dict[str, Any]]:
-    """What the cluster says of topics, asked over a connection of its own: see Client.describe."""
+    """Describe topics as the cluster does, asked over a connection of its own: see Client.describe."""
     admin = KafkaAdminClient(**connection.settings(), request_timeout_ms=REQUEST_MS)
     try:
         return admin.describe_topics(list(topics))
@@ -39,7 +39,7 @@ def describe_topics(connection: Connection, topics: Iterable[str]) -> list[dict[
 
 
 class Client:
-    """One connection to a cluster: a consumer with partitions assigned by hand, and an admin client.
+    """This is one connection to a cluster: a consumer with partitions assigned by hand, and an admin client.
 
     Every call is bounded in time, and may raise any error of the client library. Used from one thread.
     """
@@ -77,7 +77,7 @@ class Client:
                 log.debug("closing the Kafka client: %s", describe_error(error))
 
     def describe(self, topics: Iterable[str]) -> list[dict[str, Any]]:
-        """What the cluster says of topics: `name`, `error_code`, `topic_id` and `partitions` of each."""
+        """Give what the cluster says of topics: `name`, `error_code`, `topic_id` and `partitions` of each."""
         return self._admin.describe_topics(list(topics))
 
     def retention_s(self, topics: Iterable[str]) -> float:
@@ -112,7 +112,7 @@ class Client:
         self._consumer.seek(TopicPartition(*partition), offset)
 
     def poll(self, timeout_s: float) -> dict[Partition, list[Message | Unreadable]]:
-        """Messages that arrived, at most a thousand, by partition and in order."""
+        """Give the messages that arrived, at most a thousand, by partition and in order."""
         polled = self._consumer.poll(timeout_ms=int(timeout_s * 1000), max_records=_POLL_RECORDS)
         return {Partition(*partition): messages for partition, messages in polled.items()}
 
@@ -123,25 +123,25 @@ class Client:
         self._consumer.resume(*(TopicPartition(*partition) for partition in paused - wanted))
 
     def reached(self) -> dict[Partition, int]:
-        """`position` of every partition, as far as it is known, at the cost of no request."""
+        """Give `position` of every partition, as far as it is known, at the cost of no request."""
         # Not KafkaConsumer.position, each call of which goes through all partitions and may wait for the network.
         assignment = self._consumer._subscription.assignment
         return {Partition(*where): state.position.offset for where, state in assignment.items() if state.position}
 
     def position(self, partition: Partition) -> int:
-        """The offset that the next poll begins with; the fetched and not yet polled lie behind it."""
+        """Give the offset that the next poll begins with; the fetched and not yet polled lie behind it."""
         return self._consumer.position(TopicPartition(*partition), timeout_ms=REQUEST_MS) or 0
 
     def end(self, partition: Partition) -> int | None:
-        """The end of a partition as the last fetch had it; None before the first. It costs no request."""
+        """Give the end of a partition as the last fetch had it; None before the first. It costs no request."""
         return self._consumer.highwater(TopicPartition(*partition))
 
     def ends(self, partitions: Iterable[Partition]) -> dict[Partition, int]:
-        """The offset after the last message of each partition."""
+        """Give the offset after the last message of each partition."""
         return self._ask(self._consumer.end_offsets, partitions)
 
     def beginnings(self, partitions: Iterable[Partition]) -> dict[Partition, int]:
-        """The offset of the first message that each partition still has."""
+        """Give the offset of the first message that each partition still has."""
         return self._ask(self._consumer.beginning_offsets, partitions)
 
     @staticmethod
@@ -151,7 +151,7 @@ class Client:
         return {Partition(*partition): offset for partition, offset in answer.items()}
 
     def at_time(self, partitions: Iterable[Partition], moment: datetime) -> dict[Partition, int]:
-        """The first offset from `moment` on of each partition; its end where there is none yet."""
+        """Give the first offset from `moment` on of each partition; its end where there is none yet."""
         wanted = {TopicPartition(*partition): int(moment.timestamp() * 1000) for partition in partitions}
         answers = self._consumer.offsets_for_times(wanted, timeout_ms=REQUEST_MS)
         found = {
@@ -162,7 +162,7 @@ class Client:
         return self.ends(Partition(*partition) for partition in wanted) | found
 
     def committed(self, partitions: Iterable[Partition]) -> dict[Partition, int]:
-        """The group's offsets, of the partitions it has any for."""
+        """Give the group's offsets, of the partitions it has any for."""
         answers = {
             partition: self._consumer.committed(TopicPartition(*partition), timeout_ms=REQUEST_MS)
             for partition in partitions

@@ -97,7 +97,7 @@ class Connection:
     scope: str = ""
 
     def settings(self) -> dict[str, Any]:
-        """The keyword arguments that every client of the library takes.
+        """Give the keyword arguments that every client of the library takes.
 
         Raises StreamError when a secret's file cannot be read.
         """
@@ -123,7 +123,7 @@ class Connection:
         return settings
 
     def producer_settings(self) -> dict[str, Any]:
-        """The keyword arguments that every producer takes beside its own: no message is lost or written twice."""
+        """Give the keyword arguments that every producer takes beside its own: no message is lost or written twice."""
         return self.settings() | {
             "acks": "all",
             "enable_idempotence": True,  # the default, but kafka-python drops it silently where an option conflicts
@@ -137,7 +137,7 @@ class Connection:
 
 @contextlib.contextmanager
 def connecting(connection: Connection) -> Iterator[None]:
-    """Clients are made in this context: a failure becomes a StreamError that says why.
+    """Make clients in this context: a failure becomes a StreamError that says why.
 
     The error that kafka-python raises says only that no broker could be reached; why (a refused password, a certificate
     that is not trusted) it only logs, so its log is listened to.
@@ -166,7 +166,7 @@ def connecting(connection: Connection) -> Iterator[None]:
 
 
 def describe_error(error: Any) -> str:
-    """The text of an error with its class name, in at most 500 characters."""
+    """Give the text of an error with its class name, in at most 500 characters."""
     text = str(error)
     return (text if type(error).__name__ in text else f"{type(error).__name__}: {text}")[:_ERROR_CHARS]
 
@@ -180,7 +180,7 @@ def abandon(producer: KafkaProducer) -> None:
 
 
 def longest_message(admin: KafkaAdminClient, topic: str) -> int:
-    """The bytes that a message in `topic` may have; the usual number where we may not ask for `max.message.bytes`."""
+    """Give the bytes a message in `topic` may have; the usual number where we may not ask for `max.message.bytes`."""
     try:
         wanted = ConfigResource(ConfigResourceType.TOPIC, topic, {"max.message.bytes": None})
         found = admin.describe_configs([wanted], config_filter="all")
@@ -191,7 +191,7 @@ def longest_message(admin: KafkaAdminClient, topic: str) -> int:
 
 
 def read_secret(secret: Secret) -> str | None:
-    """The text of a secret, from its file where it has one. Raises StreamError."""
+    """Give the text of a secret, from its file where it has one. Raises StreamError."""
     if not isinstance(secret, Path):
         return secret
     try:
@@ -211,7 +211,7 @@ class _TokenFile(AbstractTokenProvider):
 
 
 class _TokenService(AbstractTokenProvider):
-    """Tokens of an OAuth 2.0 service for client credentials; each is kept until a minute before it expires."""
+    """It holds tokens of an OAuth 2.0 service for client credentials; each is kept until a minute before it expires."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection

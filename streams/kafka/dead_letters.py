@@ -105,7 +105,7 @@ class KafkaDeadLetters:
             )
         size = _memory_bytes(rejected)
         self._waiting_bytes += size
-        # Always by way of the queue, so that letters keep their order.
+        # Always through the queue, so that letters keep their order.
         self._unsent.append((rejected, size))
         if time.monotonic() >= self._retry_at:
             self._send_all(time.monotonic() + _PUT_S)
@@ -132,7 +132,7 @@ class KafkaDeadLetters:
         self._failure = ""
 
     def committed(self, offsets: Offsets) -> None:
-        """Nothing follows from a commit: the dead-letter topic's own retention decides what stays."""
+        """Do nothing: the dead-letter topic's own retention decides what stays."""
 
     def close(self) -> None:
         """Let go of the producer. Letters that no `flush` followed may be lost."""
@@ -197,7 +197,7 @@ class KafkaDeadLetters:
         self._producer = None
 
     def _connected(self, deadline: float) -> KafkaProducer | None:
-        """A producer, made in a thread of its own where there is none; None when it is not there by `deadline`."""
+        """Give a producer, made in a thread of its own where there is none; None when it is not there by `deadline`."""
         if self._producer is not None:
             return self._producer
         # In the background, as kafka-python blocks until it has found a broker.
@@ -252,5 +252,5 @@ def _abandon_late(connecting: Future[KafkaProducer]) -> None:
 
 
 def _memory_bytes(rejected: Rejected) -> int:
-    """The memory that a letter takes while it waits, in bytes, about; 1 KiB for the headers that are added to it."""
+    """Estimate the memory a letter takes while it waits, in bytes; 1 KiB for the headers that are added to it."""
     return 1024 + len(rejected.detail) + (rejected.raw.memory_bytes if rejected.raw else 0)

@@ -173,7 +173,7 @@ class Exchange:
         return member is not None and member.generation_id >= 0
 
     def take(self, timeout_s: float) -> Sequence[Arrival]:
-        """The next messages to reply to, in the order of their partitions; none when none came within `timeout_s`.
+        """Take the next messages to reply to, in the order of their partitions; none when none came within `timeout_s`.
 
         Those taken before and not passed by `commit` come again. Raises StreamError.
         """
@@ -222,7 +222,7 @@ class Exchange:
         }
 
     def lag(self) -> Mapping[Partition, int]:
-        """The messages that wait for a reply, by partition; partitions of which nothing is known yet are left out."""
+        """Count the messages that wait for a reply, by partition; those of which nothing is known yet are left out."""
         lags: dict[Partition, int] = {}
         if self._consumer is not None:
             for topic_partition in self._consumer.assignment():

@@ -24,7 +24,7 @@ class Gaps:
         """Where each gap ends, by the offset at which it begins, in their order."""
 
     def begin(self, positions: Offsets) -> None:
-        """From now on these partitions are read, from these offsets on."""
+        """Begin anew: from now on these partitions are read, from these offsets on."""
         for partition, offset in positions.items():
             self._last[partition] = offset
             self._ends[partition] = {}
@@ -45,7 +45,7 @@ class Gaps:
                 del ends[next(iter(ends))]
 
     def past(self, offsets: Offsets) -> dict[Partition, int]:
-        """The offsets, each moved behind the gap that begins there."""
+        """Give the offsets, each moved behind the gap that begins there."""
         return {partition: self._ends.get(partition, {}).get(at, at) for partition, at in offsets.items()}
 
     def forget(self, offsets: Offsets) -> None:

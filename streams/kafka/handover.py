@@ -39,7 +39,7 @@ class Handover:
     # The agent's thread.
 
     def take(self, timeout_s: float) -> Sequence[Item]:
-        """The next part of the items; none when none came within `timeout_s`, or while throttled.
+        """Take the next part of the items; none when none came within `timeout_s`, or while throttled.
 
         Raises what the reader failed with, once everything before it was taken.
         """
@@ -58,7 +58,7 @@ class Handover:
         return ()
 
     def throttle(self, full: bool) -> None:
-        """While `full` nothing is handed out."""
+        """Hand out nothing while `full`."""
         self._throttled = full
 
     def acknowledge(self, offsets: Offsets) -> None:
@@ -89,7 +89,7 @@ class Handover:
         return self._bytes
 
     def wait_for_room(self) -> bool:
-        """Whether there is room, after waiting a little where there is none."""
+        """Wait a little where there is no room, and tell whether there is some now."""
         with self._changed:
             if self._bytes < self._max_bytes:
                 return True
@@ -113,7 +113,7 @@ class Handover:
             self._changed.notify_all()
 
     def acknowledged(self) -> Offsets | None:
-        """The offsets to copy, where there are any since the last call."""
+        """Give the offsets to copy, where there are any since the last call."""
         with self._changed:
             offsets, self._committed = self._committed, None
         return offsets

@@ -69,7 +69,7 @@ class Unreadable:
 
 
 def rejections(partition: Partition, lost: Unreadable) -> list[Rejected]:
-    """A rejection for each record of a batch that cannot be read; nothing of them can be kept but where they were."""
+    """Reject each record of a batch that cannot be read; nothing of them can be kept but where they were."""
     reason = Reason.TOO_LARGE if isinstance(lost.error, BatchTooLarge) else Reason.UNDECODABLE
     detail = f"its batch ({lost.offset} to {lost.next_offset - 1}) cannot be read: {describe_error(lost.error)}"
     return [Rejected(partition, offset, reason, detail) for offset in range(lost.offset, lost.next_offset)]
@@ -112,7 +112,7 @@ class PartitionRecords(Fetcher.PartitionRecords):
         self.drain()
 
     def _is_skipped(self: Any, batch: Any) -> bool:
-        """Whether a batch is a mark of a transaction, or written by an aborted one.
+        """Tell whether a batch is a mark of a transaction, or written by an aborted one.
 
         The same as in the client's `_unpack_records`, which keeps it in the middle of what is replaced here.
         """
@@ -126,7 +126,7 @@ class PartitionRecords(Fetcher.PartitionRecords):
         return batch.is_control_batch
 
     def _old_messages(self: Any, batch: Any) -> Iterator[Message]:
-        """The messages of a batch written before Kafka 0.11, which have no headers.
+        """Give the messages of a batch written before Kafka 0.11, which have no headers.
 
         They are rare enough to be left to the client, decompression included; KafkaSource gives up after five failures.
         """
@@ -138,7 +138,7 @@ class PartitionRecords(Fetcher.PartitionRecords):
 
 
 def _offset_after(batch: Any, records: Any) -> int:
-    """The offset after a batch that cannot be read.
+    """Give the offset after a batch that cannot be read.
 
     A batch that fails its checksum may lie about it: the next batch is believed more, and without one the smaller of
     the two numbers that say how many records the batch has. Too large an offset would lose good records of the next
@@ -153,7 +153,7 @@ def _offset_after(batch: Any, records: Any) -> int:
 
 
 def _next_base_offset(records: Any) -> int | None:
-    """The first offset of the batch that comes next, if that passes its checksum."""
+    """Give the first offset of the batch that comes next, if that passes its checksum."""
     if records._next_slice is None:
         return None
     try:
@@ -164,7 +164,7 @@ def _next_base_offset(records: Any) -> int | None:
 
 
 def messages(batch: Any) -> Iterator[Message]:
-    """The messages of a batch of format 2. Raises CorruptRecordError, BatchTooLarge and errors of decompression."""
+    """Read a batch of format 2. Raises CorruptRecordError, BatchTooLarge and errors of decompression."""
     buffer = bytes(memoryview(batch._buffer)[batch._pos :])  # bytes give out parts of them in one copy
     if batch.compression_type != batch.CODEC_NONE:
         buffer = inflate(batch.compression_type, buffer)
@@ -204,7 +204,7 @@ def _escaped(name: bytes | None) -> str:
 
 
 def _field(buffer: bytes, pos: int) -> tuple[bytes | None, int]:
-    """The field at `pos`, a length and its bytes, and the position after it; None for a negative length."""
+    """Give the field at `pos`, a length and its bytes, and the position after it; None for a negative length."""
     # The length is a zigzag varint. Most are one byte, for which a call of `decode_varint` is saved.
     length = buffer[pos]
     if length & 0x80:
@@ -221,7 +221,7 @@ def _field(buffer: bytes, pos: int) -> tuple[bytes | None, int]:
 
 
 def inflate(codec: int, data: bytes, limit: int = MAX_INFLATED) -> bytes:
-    """`data` decompressed; `codec` is Kafka's number of how. Raises BatchTooLarge beyond `limit` bytes."""
+    """Decompress `data`; `codec` is Kafka's number of how. Raises BatchTooLarge beyond `limit` bytes."""
     # Every codec is asked for one byte more than allowed, instead of for all there is.
     if codec == DefaultRecordBatch.CODEC_GZIP:
         inflated = zlib.decompressobj(wbits=31).decompress(data, limit + 1)
@@ -240,7 +240,9 @@ def inflate(codec: int, data: bytes, limit: int = MAX_INFLATED) -> bytes:
 
 
 def _inflate_snappy(data: bytes, limit: int) -> bytes:
-    """The content of a snappy block, or of the Java client's framing: 16 bytes of header, then blocks with lengths."""
+    """Decompress the content of a snappy block, or of the Java client's framing: 16 bytes of header, then blocks with
+    lengths.
+    """
     blocks = [data]
     if data.startswith(b"\x82SNAPPY\x00"):
         blocks, at = [], 16

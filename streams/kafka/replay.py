@@ -33,7 +33,7 @@ The replay group commits it as JSON, in the text that Kafka keeps with an offset
 
 @dataclass(frozen=True)
 class DeadLetter:
-    """One dead letter. After a crash several may have the same origin."""
+    """This is one dead letter. After a crash several may have the same origin."""
 
     origin: Origin
     timestamp_s: float
@@ -45,7 +45,7 @@ class DeadLetter:
 
 
 def dead_letters(connection: Connection, topics: Sequence[str]) -> Iterator[DeadLetter]:
-    """Every dead letter in the dead-letter `topics` up to now. Raises StreamError."""
+    """Give every dead letter in the dead-letter `topics` up to now. Raises StreamError."""
     with _TopicsReader(connection, topics, None) as reader:
         yield from reader.dead_letters({})
 
@@ -106,7 +106,7 @@ def _passed_for(passed: Passed, reason: str) -> int:
 
 
 def _start(passed: Passed, reasons: Collection[str]) -> int:
-    """The first offset that may hold a letter to be sent."""
+    """Give the first offset that may hold a letter to be sent."""
     return min(_passed_for(passed, reason) for reason in reasons or (_EVERY_REASON,))
 
 
@@ -148,7 +148,7 @@ class _TopicsReader:
         self._consumer.close(autocommit=False)
 
     def passed(self) -> dict[Partition, Passed]:
-        """What earlier replays passed in every partition; an offset that somebody else committed says nothing."""
+        """Tell what earlier replays passed in every partition; an offset that somebody else committed says nothing."""
         found = {partition: self._consumer.committed(partition, metadata=True) for partition in self._ends}
         return {
             Partition(*partition): _parsed(answer.metadata if answer else "") for partition, answer in found.items()
@@ -164,7 +164,7 @@ class _TopicsReader:
         self._consumer.commit(commits)
 
     def dead_letters(self, starts: Mapping[Partition, int]) -> Iterator[DeadLetter]:
-        """The letters from `starts` on, in partitions without one from the beginning. Raises StreamError."""
+        """Give the letters from `starts` on, in partitions without one from the beginning. Raises StreamError."""
         for partition in self._ends:
             if (start := starts.get(Partition(*partition))) is not None:
                 self._consumer.seek(partition, start)

@@ -55,7 +55,8 @@ client (0.5). A thread that takes longer ends with the process."""
 
 
 class KafkaSource:
-    """The records of one or more topics, all partitions in one order (see streams.merge). Used from one thread.
+    """It gives the records of one or more topics, all partitions in one order (see streams.merge). Used from one
+    thread.
 
     It connects when it is made and reads from `seek` on. A failing client is replaced by a new one at the same
     positions; what no new client can cure is raised by `poll` as StreamError.
@@ -131,7 +132,7 @@ class KafkaSource:
         return self._topics.fingerprint
 
     def continues(self, fingerprint: str) -> bool:
-        """Whether a commit under `fingerprint` can be gone on from: topics may have been added or removed.
+        """Tell whether a commit under `fingerprint` can be gone on from: topics may have been added or removed.
 
         A topic that was deleted and created again raises PositionError, or begins anew where `on_lost` is skip.
         """
@@ -156,7 +157,7 @@ class KafkaSource:
         self._thread.start()
 
     def poll(self, timeout_s: float) -> Sequence[Item]:
-        """The next items in order, at most some thousand. Raises StreamError when the stream cannot go on."""
+        """Give the next items in order, at most some thousand. Raises StreamError when the stream cannot go on."""
         if items := self._handover.take(timeout_s):
             return items
         silent = self._handover.silent_s
@@ -169,15 +170,15 @@ class KafkaSource:
         return ()
 
     def throttle(self, full: bool) -> None:
-        """While `full` nothing is handed out, and nothing fetched beyond `fetch_bytes`."""
+        """Hand out nothing while `full`, and fetch nothing beyond `fetch_bytes`."""
         self._handover.throttle(full)
 
     def vouches(self, timeout_s: float) -> bool:
-        """Whether the cluster still has the topics that were read, see Topics.vouches. Raises PositionError."""
+        """Tell whether the cluster still has the topics that were read, see Topics.vouches. Raises PositionError."""
         return self._topics.vouches(timeout_s)
 
     def past_marks(self, offsets: Offsets) -> Offsets:
-        """The offsets, moved behind marks of transactions and other offsets that hold no record."""
+        """Give the offsets, moved behind marks of transactions and other offsets that hold no record."""
         return self._gaps.past(offsets)
 
     def acknowledge(self, offsets: Offsets) -> None:
@@ -190,7 +191,7 @@ class KafkaSource:
             self._late_breaker_opened = True  # the reader's thread does the waiting
 
     def lag(self) -> dict[tuple[str, int], int]:
-        """The number of records not handed over yet, per (topic, partition) whose end is known."""
+        """Give the number of records not handed over yet, per (topic, partition) whose end is known."""
         # Copies, as the reader's thread changes both: a copy is one step under the interpreter's lock, a loop is not.
         ends, positions = self._ends.copy(), self._positions.copy()
         return {
@@ -342,7 +343,7 @@ class KafkaSource:
                 self._positions[partition] = position
 
     def _ask_for_ends(self) -> None:
-        """While partitions wait for others, ask for the ends: what is read up to its end was quiet until now."""
+        """Ask for the ends while partitions wait for others: what is read up to its end was quiet until now."""
         if not self._merge.blocking or time.monotonic() < self._next_ends:
             return
         before_ms = time.time() * 1000

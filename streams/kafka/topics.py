@@ -28,7 +28,7 @@ of its topics within a second or two; longer only delays the message."""
 
 
 class Topics:
-    """The topics of a source, as their cluster describes them.
+    """These are the topics of a source, as their cluster describes them.
 
     Every method that asks the cluster is given the client to ask, because KafkaSource replaces a client that fails.
     """
@@ -64,7 +64,7 @@ class Topics:
         )
 
     def continues(self, fingerprint: str) -> bool:
-        """Whether a commit under `fingerprint` can be gone on from: topics may have been added or removed.
+        """Tell whether a commit under `fingerprint` can be gone on from: topics may have been added or removed.
 
         A topic that was deleted and created again raises PositionError, or begins anew where `on_lost` is skip.
         """
@@ -83,7 +83,7 @@ class Topics:
         return True
 
     def first_positions(self, client: Client, offsets: Offsets) -> tuple[dict[Partition, int], dict[Partition, int]]:
-        """Where to read every partition from, after the commit with `offsets`.
+        """Tell where to read every partition from, after the commit with `offsets`.
 
         The second value are the offsets of topics that are not read any more, which the next commit must keep. Raises
         PositionError, and StreamError or an error of the client when the cluster does not answer.
@@ -104,12 +104,13 @@ class Topics:
         return positions, unread
 
     def look_again(self, client: Client) -> set[Partition] | None:
-        """All partitions there are now; None when a topic is not there, for once: a broker that has just come back may
-        not know of it yet. Raises PositionError when it stays away, or was deleted and created again."""
+        """Find all partitions there are now; None when a topic is not there, for once: a broker that has just come back
+        may not know of it yet. Raises PositionError when it stays away, or was deleted and created again."""
         return self._again(client.describe(self._names))
 
     def vouches(self, timeout_s: float) -> bool:
-        """Whether the cluster still has the topics that were read, asked anew; False when it gave no answer in time.
+        """Tell whether the cluster still has the topics that were read, asked anew; False when it gave no answer in
+        time.
 
         Raises PositionError for a topic that was created again or stays away.
         """
@@ -133,7 +134,7 @@ class Topics:
         return vouched
 
     def within_log(self, client: Client, offsets: Offsets) -> dict[Partition, int]:
-        """The offsets, those that are no longer in the log moved to where it begins or ends. Raises PositionError."""
+        """Give the offsets, those no longer in the log moved to where it begins or ends. Raises PositionError."""
         begins, ends = client.beginnings(offsets), client.ends(offsets)
         # Beyond the end is as bad as before the beginning: what follows there will be other records.
         placed = {
@@ -156,8 +157,8 @@ class Topics:
         return placed
 
     def moved_into_log(self, client: Client, positions: Offsets) -> dict[Partition, int]:
-        """`within_log` for positions that are being read. Raises PositionError also for a log that became shorter: what
-        was read of its end, and perhaps learned, will come a second time as something else."""
+        """Apply `within_log` to positions that are being read. Raises PositionError also for a log that became shorter:
+        what was read of its end, and perhaps learned, will come a second time as something else."""
         placed = self.within_log(client, positions)
         back = [partition for partition, offset in placed.items() if offset < positions[partition]]
         if back:
@@ -165,7 +166,7 @@ class Topics:
         return placed
 
     def _again(self, topics: Collection[Mapping[str, Any]]) -> set[Partition] | None:
-        """`look_again` with what the cluster said of the topics."""
+        """Do what `look_again` does, with what the cluster said of the topics."""
         try:
             ids, partitions = self._describe(topics)
         except StreamError as error:
@@ -185,7 +186,7 @@ class Topics:
         return partitions
 
     def _starts(self, client: Client, partitions: Collection[Partition]) -> dict[Partition, int]:
-        """Where partitions begin that no commit knows."""
+        """Tell where partitions begin that no commit knows."""
         if not partitions or self._start == "earliest":
             return client.beginnings(partitions)
         if self._start == "latest":
@@ -198,7 +199,9 @@ class Topics:
         return client.at_time(partitions, moment if moment.tzinfo else moment.replace(tzinfo=UTC))
 
     def _describe(self, topics: Collection[Mapping[str, Any]]) -> tuple[dict[str, str], set[Partition]]:
-        """The identity of every topic, and all their partitions. Raises StreamError for a topic that is not there."""
+        """Ask for the identity of every topic, and all their partitions. Raises StreamError for a topic that is not
+        there.
+        """
         missing = [topic["name"] for topic in topics if topic["error_code"] == UNKNOWN_TOPIC]
         if missing:
             raise StreamError(
@@ -216,5 +219,5 @@ class Topics:
 
 
 def named(partitions: Iterable[Partition]) -> str:
-    """Partitions as a message names them, like `images/0, images/1`."""
+    """Name partitions as a message does, like `images/0, images/1`."""
     return ", ".join(f"{partition.topic}/{partition.number}" for partition in sorted(partitions))
