@@ -4,7 +4,10 @@ import json
 import re
 import shutil
 import subprocess
+import sys
+import tarfile
 import tomllib
+import zipfile
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
@@ -370,3 +373,42 @@ def test_the_ports_and_the_health_checks_are_those_of_the_configuration():
     services = yaml.safe_load((DEPLOY / "compose.yaml").read_text(encoding="utf-8"))["services"]
     for name, port in (("agent", Config().http.port), ("serve", Config().serve.port)):
         assert f"127.0.0.1:{port}/livez" in " ".join(services[name]["healthcheck"]["test"])
+
+
+def test_wheel_and_sdist_bring_the_versions_that_were_tested(tmp_path):
+    # given the sources as they are in the repository, with a small file for each large one
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "MANIFEST.in", "constraints.txt", "LICENSE", "README.md"):
+        shutil.copy(TOP / name, source)
+    for package in ("agent", "exporter", "streams"):
+        shutil.copytree(TOP / package, source / package, ignore=shutil.ignore_patterns("*.safetensors", "*.zip"))
+    build = "import sys; from setuptools import build_meta as b; to = sys.argv[1]; b.build_wheel(to); b.build_sdist(to)"
+
+    # when both are built
+    subprocess.run([sys.executable, "-c", build, tmp_path], cwd=source, check=True, capture_output=True, timeout=120)
+
+    # then
+    tested = (TOP / "constraints.txt").read_bytes()
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        (name,) = [name for name in wheel.namelist() if name.endswith("constraints.txt")]
+        assert name.endswith(".data/data/share/gapstream/constraints.txt") and wheel.read(name) == tested
+        assert not [name for name in wheel.namelist() if name.startswith("tests")]
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as sdist:
+        (file,) = [one for one in sdist.getmembers() if one.name.endswith("/constraints.txt")]
+        assert sdist.extractfile(file).read() == tested
+        assert not [one for one in sdist.getmembers() if "/tests/" in one.name]
+
+
+def test_what_is_installed_comes_from_a_wheel_or_the_repository_and_has_the_versions_that_were_tested():
+    places = [
+        "README.md",
+        "deploy/README.md",
+        "deploy/systemd/gapstream.service",
+        "deploy/systemd/gapstream-serve.service",
+    ]
+    text = "\n".join((TOP / place).read_text(encoding="utf-8") for place in places)
+    commands = re.findall(r"pip install .*", text)
+    assert len(commands) >= 2
+    for command in commands:
+        assert "-c constraints.txt" in command and "gapstream-*.whl" in command, command
