@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> None:
         if arguments.kafka:
             from agent.commands.serve_kafka import beside  # the Kafka client, which HTTP alone does not need
 
-            parts.enter_context(beside(config, server))
+            parts.enter_context(beside(config, server, stop))
         if not stop.is_set():
             server.run()
 
