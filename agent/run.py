@@ -88,13 +88,7 @@ def run_agent(
             dead_letters=dead_letters,
             metrics=metrics,
             stop=stop,
-            rules=Rules(
-                poll_timeout_s=config.agent.poll_timeout_s,
-                learn_at_end=source_parts(config).learn_at_end(config),
-                learn_at_stop=config.task.on_stop == "learn",
-                quarantine=config.agent.on_task_failure == "quarantine",
-                stop_timeout_s=config.agent.stop_timeout_s,
-            ),
+            rules=_rules(config),
             config=resolved(config),
             commit=commit,
             published=published,
@@ -128,6 +122,17 @@ def run_agent(
             metrics.state("ended")
             scrapes.wait_for_next(stop, lambda: metrics.heartbeat("pipeline", time.time()))
         return commit
+
+
+def _rules(config: Config) -> Rules:
+    """What the pipeline does at the edges of its work, as configured."""
+    return Rules(
+        poll_timeout_s=config.agent.poll_timeout_s,
+        learn_at_end=source_parts(config).learn_at_end(config),
+        learn_at_stop=config.task.on_stop == "learn",
+        quarantine=config.agent.on_task_failure == "quarantine",
+        stop_timeout_s=config.agent.stop_timeout_s,
+    )
 
 
 def _cut_rule(config: Config, retention_s: float) -> CutRule:

@@ -106,6 +106,7 @@ MEASURES = {
     "samples": r"_samples",
     "steps": r"_steps",
     "epochs": r"_epoch",
+    "files": r"_files",
     "loss": r"_loss",
     "distance": r"_distance",
     "largest difference": r"_max_abs_error",

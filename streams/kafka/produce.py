@@ -78,10 +78,7 @@ def play(
     The key of a record is its class name and number, so that records spread over the partitions; timestamps rise
     through a mark, so that readers of several partitions see it at its place. `rate`: records a second; 0 is as fast as
     they are taken. `on_progress` is called with what was acknowledged until now. Setting `stop` ends it after the
-    records sent.
-
-    Raises NotThere before anything was taken of `items`, and StreamError; what was acknowledged until then stays in the
-    topic.
+    records sent. Raises NotThere before it takes any of `items`, and StreamError; what was acknowledged stays there.
     """
     played = Played()
     producer = _producer(connection, compression)
