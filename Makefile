@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 UV := $(BIN)/uv pip
 
-.PHONY: demo install test test-slow lint lock system-packages clean
+.PHONY: demo install test test-slow lint lock dist system-packages clean
 
 demo: .venv/run.stamp
 	$(BIN)/gapstream demo
@@ -24,6 +24,15 @@ lint: .venv/test.stamp
 # Pins everything pyproject.toml asks for, on every platform.
 lock: .venv/pip.stamp
 	$(UV) compile -q --upgrade --universal --no-header --no-annotate --group test -o constraints.txt pyproject.toml
+
+# What another machine needs to install this version: the wheel, the versions that were tested, units and an example of
+# the configuration. What an earlier build left is removed first, since setuptools packs all that lies in build/lib.
+dist: .venv/pip.stamp
+	rm -rf build/lib build/bdist.* build/dist
+	mkdir -p build/dist
+	$(BIN)/pip wheel -q --no-deps -w build/dist .
+	cp -r constraints.txt deploy/systemd deploy/gapstream.example.toml build/dist
+	ls build/dist
 
 .venv/pip.stamp:
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("gapstream needs Python 3.11 or newer, got %d.%d; name another one: make PYTHON=python3.12" % sys.version_info[:2])'

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import math
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ from agent.values import Commit
 from agent.worker import TRAINER, ProcessWorker
 from exporter.http import StatusServer
 from exporter.metrics import Metrics
+from exporter.scrapes import Scrapes
 from exporter.systemd import supervised
 from streams.buffer import CutRule, TaskBuffer
 from streams.spool import Spool
@@ -57,6 +59,7 @@ def run_agent(
     AgentError, and OSError when the HTTP address cannot be had.
     """
     registry = CollectorRegistry()
+    scrapes = Scrapes(registry)
     metrics = (make_metrics or Metrics)(registry)
     metrics.readers(lambda: pinned(config.state.path))  # `gapstream rollback` is another process
     with contextlib.ExitStack() as parts:
@@ -85,13 +88,7 @@ def run_agent(
             dead_letters=dead_letters,
             metrics=metrics,
             stop=stop,
-            rules=Rules(
-                poll_timeout_s=config.agent.poll_timeout_s,
-                learn_at_end=source_parts(config).learn_at_end(config),
-                learn_at_stop=config.task.on_stop == "learn",
-                quarantine=config.agent.on_task_failure == "quarantine",
-                stop_timeout_s=config.agent.stop_timeout_s,
-            ),
+            rules=_rules(config),
             config=resolved(config),
             commit=commit,
             published=published,
@@ -119,7 +116,23 @@ def run_agent(
                 stop=stop,
             )
         )
-        return pipeline.run()
+        commit = pipeline.run()
+        if not stop.is_set():
+            # Else Prometheus sees neither the last commit of an archive nor why nobody answers from now on.
+            metrics.state("ended")
+            scrapes.wait_for_next(stop, lambda: metrics.heartbeat("pipeline", time.time()))
+        return commit
+
+
+def _rules(config: Config) -> Rules:
+    """What the pipeline does at the edges of its work, as configured."""
+    return Rules(
+        poll_timeout_s=config.agent.poll_timeout_s,
+        learn_at_end=source_parts(config).learn_at_end(config),
+        learn_at_stop=config.task.on_stop == "learn",
+        quarantine=config.agent.on_task_failure == "quarantine",
+        stop_timeout_s=config.agent.stop_timeout_s,
+    )
 
 
 def _cut_rule(config: Config, retention_s: float) -> CutRule:

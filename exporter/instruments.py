@@ -14,8 +14,9 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Enum, Gauge, Histogram, Info, ProcessCollector
 
-STATES = ("starting", "consuming", "training", "evaluating", "publishing", "paused", "draining")
-"""What the agent does. Consuming goes on during an update, whose phase gives the state; draining stays to the end."""
+STATES = ("starting", "consuming", "training", "evaluating", "publishing", "paused", "draining", "ended")
+"""What the agent does. Consuming goes on during an update, whose phase gives the state; draining stays to the end. An
+agent has ended when its archive did: that tells it from one that is gone, see the alert GapstreamDown."""
 
 PHASES = ("decode", "train", "compensate", "evaluate", "export")
 """The phases of an update whose seconds are in its report: all but `commit`, in which the report is written."""

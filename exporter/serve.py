@@ -48,6 +48,10 @@ DRAIN_S = 8
 """Seconds that requests have to end after SIGTERM. The process must be gone before it is killed: after 10 s by `docker
 stop`, after 15 s by the systemd unit."""
 
+LOOP_SILENT_S = 30
+"""Seconds without a turn of the event loop after which the process is not alive. It turns ten times a second unless
+something blocks it, and nothing here should; with less, a machine that is short of CPU would lose its servers too."""
+
 FOLLOW_S = 1.0
 """Seconds between two looks for another release. A look reads a symlink or two; with a longer time the old release only
 answers longer."""
@@ -128,6 +132,8 @@ class Server:
         self._companion: Companion | None = None
         self._why_not = "the release is being opened"
         self._stopping = threading.Event()
+        self._beat: float | None = None
+        """When the event loop was last at work; None before `run`."""
         self._batcher = Batcher(self._classify, max_batch, self._metrics.batch.observe)
         # Pillow releases the interpreter's lock while it decodes and resizes, so threads use all cores.
         self._decoders = ThreadPoolExecutor(os.cpu_count(), "decoder")
@@ -150,6 +156,8 @@ class Server:
                 proxy_headers=False,  # who asks is never looked at, so nobody's word is needed for it
                 lifespan="off",  # Starlette has nothing to set up; what is open here is closed in `run`
                 timeout_graceful_shutdown=DRAIN_S,
+                callback_notify=self._on_turn,
+                timeout_notify=1,
             )
         )
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -178,6 +186,22 @@ class Server:
     def stopping(self) -> bool:
         """True from `stop`, SIGTERM or SIGINT on."""
         return self._uvicorn.should_exit
+
+    @property
+    def answering(self) -> bool:
+        """Whether `run` has begun to answer; there may be no release yet."""
+        return self._beat is not None
+
+    def why_not_alive(self) -> list[str]:
+        """Reasons why the process should be restarted; empty when all is well. May be called from any thread.
+
+        An event loop that is blocked cannot answer /livez; who asks here hears of it.
+        """
+        reasons = [] if self._batcher.alive else ["the thread that runs the model has died"]
+        silent = time.monotonic() - self._beat if self._beat is not None else 0
+        if silent > LOOP_SILENT_S:
+            reasons.append(f"the event loop was last seen {silent:.0f} s ago")
+        return reasons + (self._companion.why_not_alive() if self._companion else [])
 
     def watch(self, companion: Companion) -> None:
         """Let /livez and /readyz speak for `companion` too, which works beside the server."""
@@ -342,9 +366,12 @@ class Server:
         release = self._classifier.release
         return JSONResponse({"release": release.id, "created": release.created, "classes": release.classes})
 
+    async def _on_turn(self) -> None:
+        """Note that the event loop is at work; uvicorn calls it once a second."""
+        self._beat = time.monotonic()
+
     async def _on_live(self, request: Request) -> Response:
-        reasons = [] if self._batcher.alive else ["the thread that runs the model has died"]
-        return _health(reasons + (self._companion.why_not_alive() if self._companion else []))
+        return _health(self.why_not_alive())
 
     async def _on_ready(self, request: Request) -> Response:
         reasons = [] if self._classifier is not None else [self._why_not]

@@ -118,10 +118,15 @@ class StreamError(Exception):
     ├── ArchiveError
     ├── PositionError       (another archive, order or topic; retention)
     ├── SpoolError          (the disk is full or read-only)
-    ├── TopicMissing        (streams.kafka.exchange)
+    ├── NotThere
+    │   └── TopicMissing    (streams.kafka.exchange)
     └── DeadLetterError
         └── DeadLetterDelayed
     """
+
+
+class NotThere(StreamError):
+    """The cluster or a topic cannot be found; it may be on its way, so that a later attempt finds it."""
 
 
 class ArchiveError(StreamError):

@@ -26,6 +26,7 @@ from streams.formats import Claim, Codec
 from streams.kafka.exchange import Arrival, Reply
 from streams.record import Partition, Raw, Reason, Record, Rejected, Unreachable
 from streams.source import StreamError
+from tests.processes import gapstream, running, until
 from tests.test_runtime import State, Toy, picture, png
 
 README = (Path(__file__).parent.parent / "deploy/README.md").read_text(encoding="utf-8")
@@ -297,11 +298,22 @@ def test_a_wrong_configuration_is_said_before_anything_begins(settings, said, ca
     assert said in capsys.readouterr().err
 
 
-def test_a_cluster_that_is_not_there_ends_it_with_a_clear_message(capsys, monkeypatch):
+def test_a_cluster_that_does_not_come_ends_it_with_a_clear_message(capsys, monkeypatch):
     monkeypatch.setattr("streams.kafka.connection.CONNECT_S", 0.3)
+    monkeypatch.setattr("agent.commands.waiting.WAIT_S", 0)
     settings = ["serve.port=0", "serve.kafka.topics=images", "source.kafka.bootstrap_servers=127.0.0.1:1"]
     assert main(["serve", "--kafka", *(part for setting in settings for part in ("--set", setting))]) == 1
     assert "cannot connect to 127.0.0.1:1" in capsys.readouterr().err
+
+
+def test_it_waits_for_a_cluster_until_it_is_told_to_stop(tmp_path):
+    settings = {"serve__port": 0, "serve__kafka__topics": "images", "source__kafka__bootstrap_servers": "127.0.0.1:1"}
+    log = tmp_path / "log"
+    with running([*gapstream("serve", **settings), "--kafka"], log) as process:
+        until(lambda: "cannot connect to 127.0.0.1:1" in log.read_text(), "a warning", log)
+        assert process.poll() is None
+        process.terminate()
+        assert process.wait(30) == 0
 
 
 def test_neither_torch_nor_open_clip_is_needed():

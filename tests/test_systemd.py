@@ -1,16 +1,20 @@
 import os
+import re
 import socket
 import subprocess
 import threading
+import time
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 
+from exporter.serve import Server
 from exporter.systemd import supervised
-from tests.test_deploy import program
+from tests.processes import gapstream, get
+from tests.test_deploy import DEPLOY, program
+from tests.test_serve import wait_for
 
-UNIT = Path(__file__).parent.parent / "deploy/systemd/gapstream.service"
+UNITS = DEPLOY / "systemd"
 
 
 class Agent:
@@ -118,18 +122,64 @@ def test_a_socket_that_is_gone_is_said_once_and_does_no_harm(agent, systemd, tmp
     assert caplog.text.count("systemd does not listen") == 1
 
 
-def test_the_unit_and_its_gpu_drop_in_are_valid(tmp_path):
+@pytest.mark.parametrize(
+    ("unit", "drop_in"), [("gapstream.service", "gpu.conf"), ("gapstream-serve.service", "serve-kafka.conf")]
+)
+def test_the_units_and_their_drop_ins_are_valid(unit, drop_in, tmp_path):
     analyze = program("systemd-analyze", "systemd")
     command = tmp_path / "gapstream"
     command.write_text("#!/bin/sh\n")
     command.chmod(0o755)
-    unit = UNIT.read_text(encoding="utf-8").replace("/opt/gapstream/bin/gapstream", str(command))
-    (tmp_path / "gapstream.service").write_text(unit)
-    drop_in = tmp_path / "gapstream.service.d"
-    drop_in.mkdir()
-    (drop_in / "gpu.conf").write_text((UNIT.parent / "gpu.conf").read_text(encoding="utf-8"))
-    done = subprocess.run(
-        [analyze, "verify", "--man=no", tmp_path / "gapstream.service"], capture_output=True, text=True, timeout=60
-    )
+    folder = tmp_path / f"{unit}.d"
+    folder.mkdir()
+    for name, place in ((unit, tmp_path), (drop_in, folder)):
+        text = (UNITS / name).read_text(encoding="utf-8")
+        (place / name).write_text(text.replace("/opt/gapstream/bin/gapstream", str(command)))
+    done = subprocess.run([analyze, "verify", "--man=no", tmp_path / unit], capture_output=True, text=True, timeout=60)
     complaints = [line for line in (done.stdout + done.stderr).splitlines() if "gapstream" in line]
     assert done.returncode == 0 and complaints == []
+
+
+@pytest.mark.parametrize("name", ["gapstream.service", "gapstream-serve.service"])
+def test_a_service_that_hangs_is_ended_and_has_files_for_many_clients(name):
+    unit = (UNITS / name).read_text(encoding="utf-8")
+    assert {"Type=notify", "WatchdogSignal=SIGABRT", "Environment=PYTHONFAULTHANDLER=1"} <= set(unit.splitlines())
+    assert re.search(r"^WatchdogSec=\d+$", unit, re.MULTILINE)
+    assert int(re.search(r"^LimitNOFILE=(\d+)$", unit, re.MULTILINE)[1]) >= 16384
+
+
+def test_a_server_tells_systemd_that_it_answers_before_there_is_a_release(systemd, tmp_path):
+    command = gapstream("serve", state__path=tmp_path / "state", serve__port=0)
+    process = subprocess.Popen(command, env=os.environ | {"NOTIFY_SOCKET": systemd.getsockname()})
+    try:
+        assert "STATUS=no release answers yet" in until(systemd, "READY=1")
+        until(systemd, "WATCHDOG=1")
+    finally:
+        process.terminate()
+        assert process.wait(20) == 0
+
+
+def test_a_server_whose_event_loop_is_blocked_is_not_alive(tmp_path, monkeypatch):
+    class Blocked(Server):
+        async def _on_labels(self, request):
+            blocked.set()
+            time.sleep(3)
+
+    monkeypatch.setattr("exporter.serve.LOOP_SILENT_S", 2)
+    blocked = threading.Event()
+    server = Blocked(tmp_path / "state")
+    assert not server.answering and server.why_not_alive() == []
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        wait_for(lambda: server.answering)
+        assert server.why_not_alive() == []
+        asking = threading.Thread(target=get, args=(f"http://127.0.0.1:{server.port}/v1/labels",))
+        asking.start()
+        assert blocked.wait(10)
+        wait_for(lambda: server.why_not_alive() and "event loop was last seen" in server.why_not_alive()[0])
+        asking.join()
+        wait_for(lambda: server.why_not_alive() == [])
+    finally:
+        server.stop()
+        thread.join(20)

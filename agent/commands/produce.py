@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import signal
 import threading
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from agent.commands.arguments import add_config, config_from
+from agent.commands.waiting import when_there
 from agent.config import Config, ConfigError
 from agent.parts import connection, record_limits
 from streams.archive import ArchiveSource
@@ -66,7 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Play until the archive ends or Ctrl-C comes, and say what arrived; records that arrived stay there.
+    """Play until the archive ends or Ctrl-C comes, and say what arrived; records that arrived stay there. The exit code
+    is 1 when none did.
 
     Raises ConfigError, StreamError.
     """
@@ -87,13 +90,15 @@ def run(arguments: argparse.Namespace) -> int:
         **record_limits(config),
     )
     where = connection(config)
-    if arguments.create and create_topic(where, topic, arguments.create):
-        print(f"created topic {topic} with {arguments.create} partition(s)")
     stop = threading.Event()
-    # Ctrl-C ends the playing; what is on its way is acknowledged first, so that the counts below are true.
-    before = signal.signal(signal.SIGINT, lambda *_: stop.set())
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with contextlib.ExitStack() as parts:
+        parts.callback(archive.close)
+        # Ctrl-C ends the playing; what is on its way is acknowledged first, so that the counts below are true.
+        parts.callback(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, lambda *_: stop.set()))
+        if arguments.create and when_there(lambda: create_topic(where, topic, arguments.create), stop):
+            print(f"created topic {topic} with {arguments.create} partition(s)")
+        progress = parts.enter_context(Progress(*columns, console=Console(stderr=True)))
         total = 0 if arguments.tasks else sum(archive.lag().values())
         if arguments.no_boundaries:
             total -= archive.listing().count(None)
@@ -105,26 +110,16 @@ def run(arguments: argparse.Namespace) -> int:
             progress.update(bar, completed=played.records + played.boundaries, total=left)
 
         items = _items(archive, arguments.tasks, not arguments.no_boundaries)
-        try:
-            played = play(
-                items,
-                where,
-                topic,
-                rate=arguments.rate,
-                on_progress=on_progress,
-                stop=stop,
-                compression=arguments.compression,
-            )
-        finally:
-            archive.close()
-            signal.signal(signal.SIGINT, before)
+        how = {"rate": arguments.rate, "compression": arguments.compression}
+        played = when_there(lambda: play(items, where, topic, on_progress=on_progress, stop=stop, **how), stop)
+    played = played or Played()
     print(
         f"{played.records} records ({played.bytes / 1e6:.1f} MB) and {played.boundaries} marks acknowledged by {topic}"
     )
     if played.skipped:
         reasons = ", ".join(f"{count} {reason}" for reason, count in played.skipped.most_common())
         print(f"{played.skipped.total()} images skipped: {reasons}")
-    return 0
+    return 0 if played.records else 1
 
 
 def _items(archive: ArchiveSource, tasks: int, boundaries: bool) -> Iterator[Item]:

@@ -10,6 +10,7 @@ import threading
 from agent.commands.arguments import add_config, config_from
 from agent.process import log_to_stderr, stop_on_signals
 from exporter.serve import Server
+from exporter.systemd import supervised
 
 log = logging.getLogger(__name__)
 
@@ -30,9 +31,16 @@ def run(arguments: argparse.Namespace) -> None:
     log.info("answering on http://%s:%d/v1/classify", config.serve.host, server.port)
     stop = threading.Event()
     with stop_on_signals(stop), contextlib.ExitStack() as parts:
+        # systemd hears of an event loop that is blocked, which /livez cannot tell: it is answered by that loop.
+        watched = supervised(server.why_not_alive, lambda: server.answering, lambda: _doing(server), stop)
+        parts.enter_context(watched)
         if arguments.kafka:
             from agent.commands.serve_kafka import beside  # the Kafka client, which HTTP alone does not need
 
-            parts.enter_context(beside(config, server))
+            parts.enter_context(beside(config, server, stop))
         if not stop.is_set():
             server.run()
+
+
+def _doing(server: Server) -> str:
+    return f"release {server.classifier.release.id} answers" if server.classifier else "no release answers yet"

@@ -17,6 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
+from agent.commands.waiting import when_there
 from agent.config import Config, ConfigError
 from agent.parts import codec, image_store, open_exchange
 from exporter.preprocess import ImageError
@@ -62,8 +63,9 @@ Refusal = tuple[str, str]
 
 
 @contextlib.contextmanager
-def beside(config: Config, server: Server) -> Iterator[None]:
-    """Answer the configured topics while the block runs, which runs `server`. Raises ConfigError, StreamError."""
+def beside(config: Config, server: Server, stop: threading.Event) -> Iterator[None]:
+    """Answer the configured topics while the block runs, which runs `server`. The block begins once the topics are
+    there, or when `stop` was set before. Raises ConfigError, StreamError."""
     section = config.serve.kafka
     if not section.topics:
         raise ConfigError('serve.kafka.topics is empty; expected the topics to answer, like ["images"]')
@@ -73,8 +75,12 @@ def beside(config: Config, server: Server) -> Iterator[None]:
             "offsets; expected a group of its own"
         )
     decoder, images = codec(config, labelled=False), image_store(config)
+    exchange = when_there(lambda: open_exchange(config, create=section.create), stop)
+    if exchange is None:
+        yield
+        return
     responder = Responder(
-        open_exchange(config, create=section.create),
+        exchange,
         lambda: server.classifier,
         KafkaMetrics(server.registry, Reason),
         lambda: server.stopping,

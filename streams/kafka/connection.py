@@ -23,7 +23,7 @@ from kafka.admin import ConfigResource, ConfigResourceType, KafkaAdminClient
 from kafka.errors import KafkaError, UnknownTopicOrPartitionError
 from kafka.net.sasl.oauth import AbstractTokenProvider
 
-from streams.source import StreamError
+from streams.source import NotThere, StreamError
 
 log = logging.getLogger(__name__)
 
@@ -137,7 +137,7 @@ class Connection:
 
 @contextlib.contextmanager
 def connecting(connection: Connection) -> Iterator[None]:
-    """Make clients in this context: a failure becomes a StreamError that says why.
+    """Make clients in this context: a failure becomes a StreamError that says why, NotThere where nobody answers.
 
     The error that kafka-python raises says only that no broker could be reached; why (a refused password, a certificate
     that is not trusted) it only logs, so its log is listened to.
@@ -159,7 +159,9 @@ def connecting(connection: Connection) -> Iterator[None]:
         # A cluster has several addresses: that one refused us says more than that another was not there.
         refused = [reason for reason in found if "Sasl" in reason or "SSL" in reason]
         reason = [*refused[:1], *found[-1:], str(error)][0]
-        raise StreamError(f"cannot connect to {connection}: {reason[:_ERROR_CHARS]}") from error
+        # A cluster that refuses us will do so again; one that does not answer may be about to start.
+        failure = StreamError if refused else NotThere
+        raise failure(f"cannot connect to {connection}: {reason[:_ERROR_CHARS]}") from error
     finally:
         for logger in loggers:
             logger.removeFilter(listen)

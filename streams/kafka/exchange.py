@@ -52,7 +52,7 @@ from streams.kafka.connection import (
 from streams.kafka.record_batches import Unreadable, guard, rejections
 from streams.kafka.topics import named
 from streams.record import Item, Partition, Raw
-from streams.source import StreamError
+from streams.source import NotThere, StreamError
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ _BATCH_BYTES = 2**17
 """Bytes of a batch of replies: all of a transaction as a rule, where the client's default, 16 KiB, makes several."""
 
 
-class TopicMissing(StreamError):
+class TopicMissing(NotThere):
     """Topics that are needed are not there."""
 
     def __init__(self, connection: Connection, topics: Sequence[str]) -> None:
@@ -135,7 +135,7 @@ class Exchange:
         """`start`: where the group begins in a partition it has no offset of. `max_records`: messages in a transaction.
         `fetch_bytes`: what is fetched and not yet taken, about. `create`: whether to make `output` where it is missing.
 
-        Raises TopicMissing, and StreamError when the cluster cannot be had or a topic may not be used.
+        Raises TopicMissing, NotThere when no cluster answers, and StreamError when a topic may not be used.
         """
         self._connection = connection
         self._topics = tuple(topics)
@@ -162,7 +162,9 @@ class Exchange:
         except StreamError:
             raise
         except Exception as error:
-            raise StreamError(
+            # A broker that has just started answers that it is not ready yet, which the client calls retriable.
+            failure = NotThere if getattr(error, "retriable", False) else StreamError
+            raise failure(
                 f"cannot use {', '.join([*topics, output])} on {connection}: {describe_error(error)}"
             ) from error
 
@@ -349,14 +351,14 @@ class Exchange:
         """See to it that the topics are there and may be used. Raises TopicMissing, StreamError."""
         found = {topic["name"]: topic for topic in admin.describe_topics([*self._topics, self._output])}
         missing = [name for name, topic in found.items() if topic["error_code"] == UNKNOWN_TOPIC]
-        if create and missing == [self._output]:
+        needed = [name for name in missing if not (create and name == self._output)]
+        if needed:
+            raise TopicMissing(self._connection, needed)
+        if missing:
             # As many as the input has: replies keep their message's key, so they keep its order too.
             partitions = max(len(found[topic]["partitions"]) for topic in self._topics)
             log.info("creating topic %s with %d partition(s)", self._output, partitions)
             _create_topic(admin, self._output, partitions)
-            missing = []
-        if missing:
-            raise TopicMissing(self._connection, missing)
         for name, operation in [*((topic, "READ") for topic in self._topics), (self._output, "WRITE")]:
             allowed = found[name]["authorized_operations"]
             if found[name]["error_code"] not in (0, UNKNOWN_TOPIC) or (allowed and operation not in allowed):

@@ -15,7 +15,7 @@ from kafka.errors import KafkaError, KafkaTimeoutError, TopicAlreadyExistsError
 from streams.formats import encode_control, encode_image
 from streams.kafka.connection import CONNECT_S, LINGER_MS, Connection, connecting
 from streams.record import Item, Record, Rejected
-from streams.source import StreamError
+from streams.source import NotThere, StreamError
 
 _IN_FLIGHT = 1000
 """Messages sent and not acknowledged yet at most: what is read of the archive waits in memory. Chosen by hand; fewer
@@ -44,7 +44,7 @@ class Played:
 def create_topic(connection: Connection, topic: str, partitions: int) -> bool:
     """Create `topic`; False when it is there already.
 
-    Raises StreamError.
+    Raises NotThere when no cluster answers, and StreamError.
     """
     with connecting(connection):
         admin = KafkaAdminClient(**connection.settings())
@@ -56,7 +56,8 @@ def create_topic(connection: Connection, topic: str, partitions: int) -> bool:
     except TopicAlreadyExistsError:
         return False
     except KafkaError as error:
-        raise StreamError(f"topic {topic} could not be created on {connection}: {error}") from error
+        failure = NotThere if error.retriable else StreamError  # a broker that has just started may not be ready yet
+        raise failure(f"topic {topic} could not be created on {connection}: {error}") from error
     finally:
         admin.close()
     return True
@@ -77,7 +78,7 @@ def play(
     The key of a record is its class name and number, so that records spread over the partitions; timestamps rise
     through a mark, so that readers of several partitions see it at its place. `rate`: records a second; 0 is as fast as
     they are taken. `on_progress` is called with what was acknowledged until now. Setting `stop` ends it after the
-    records sent. Raises StreamError; what was acknowledged until then stays in the topic.
+    records sent. Raises NotThere before it takes any of `items`, and StreamError; what was acknowledged stays there.
     """
     played = Played()
     producer = _producer(connection, compression)
@@ -100,7 +101,7 @@ def play(
         try:
             producer.partitions_for(topic)  # waits for the topic's metadata, once, instead of failing at every `send`
         except KafkaTimeoutError:
-            raise StreamError(f"{connection} has no topic {topic}; create it first") from None
+            raise NotThere(f"{connection} has no topic {topic}; create it first") from None
         began, shown = time.time(), 0.0
         sent, last_ms = 0, 0
         for item in items:

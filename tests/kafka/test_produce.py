@@ -103,3 +103,31 @@ def test_the_commands_play_run_into_rejection_list_and_replay(
     assert main(["dlq", "replay", *settings]) == 0 and "0 records sent again" in capsys.readouterr().out
     assert main(["produce", str(images)]) == 78
     assert "--topic is missing" in capsys.readouterr().err
+
+
+def test_playing_nothing_is_a_failure(
+    bootstrap: str, new_topic: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ["--bootstrap", bootstrap, "--topic", new_topic()]
+    (tmp_path / "images/a").mkdir(parents=True)
+    (tmp_path / "images/a/0.jpg").write_bytes(b"broken")
+    assert main(["produce", str(tmp_path / "images"), *settings]) == 1
+    said = capsys.readouterr().out
+    assert "0 records" in said and "1 images skipped" in said
+
+
+def test_a_topic_that_is_on_its_way_is_waited_for(bootstrap: str, new_topic: Any, tmp_path: Path) -> None:
+    topic = f"{new_topic()}-later"
+    threading.Timer(3, lambda: new_topic(name=topic)).start()
+    images = archive(tmp_path / "images")
+    assert main(["produce", str(images), "--bootstrap", bootstrap, "--topic", topic]) == 0
+
+
+def test_a_topic_that_does_not_come_is_said(
+    bootstrap: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("streams.kafka.produce.CONNECT_S", 1)
+    monkeypatch.setattr("agent.commands.waiting.WAIT_S", 2)
+    images = archive(tmp_path / "images")
+    assert main(["produce", str(images), "--bootstrap", bootstrap, "--topic", "nowhere"]) == 1
+    assert "has no topic nowhere; create it first" in capsys.readouterr().err

@@ -26,6 +26,7 @@ from kafka.admin import KafkaAdminClient
 from tests.kafka.agents import wait_until
 from tests.kafka.broker import start_broker
 from tests.kafka.test_exchange import read
+from tests.processes import running
 from tests.test_runtime import State, Toy, picture, png
 
 IMAGES = [png(picture(seed, 20, 20)) for seed in range(8)]
@@ -160,6 +161,32 @@ def test_images_go_in_and_predictions_come_out_of_the_newest_release(
     assert "gapstream_serve_kafka_predictions_total 33.0" in metrics
     assert f'gapstream_serve_kafka_lag_records{{partition="0",topic="{topic}"}} 0.0' in metrics
     assert "Traceback" not in process.log.read_text()
+
+
+def test_started_before_the_broker_and_the_topic_it_answers_once_they_are_there(state, tmp_path) -> None:
+    # given a process and a producer that are started first, as in a compose file
+    broker = start_broker(tmp_path / "broker")
+    broker.kill()
+    log = tmp_path / "producer"
+    producing = [sys.executable, "-m", "agent", "produce", "bundled", "--topic", "images", "--create", "2"]
+    try:
+        with (
+            serving(state.path, broker.bootstrap, "images", tmp_path / "log") as process,
+            running([*producing, "--bootstrap", broker.bootstrap, "--per-class", "1"], log) as producer,
+        ):
+            wait_until(lambda: "Waiting for it" in process.log.read_text() + log.read_text(), 30)
+
+            # when the broker comes
+            broker.start()
+
+            # then the producer creates the topic, and every image is answered
+            assert producer.wait(60) == 0, log.read_text()
+            wait_until(lambda: process.get("/readyz")[0] == 200, 60)
+            wait_until(lambda: len(read(broker.bootstrap, "images")) == 10, 60)
+            assert "has no topic images.out" not in process.log.read_text()
+            assert process.stop() == 0
+    finally:
+        broker.kill()
 
 
 @pytest.mark.slow
