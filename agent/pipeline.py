@@ -21,8 +21,8 @@ from agent.commits import CommitStore, Provenance
 from agent.layout import has_learned
 from agent.values import Commit, Outcome, Progress
 from agent.worker import Worker, WorkerDied
-from streams.buffer import Task, TaskBuffer
-from streams.record import Item, Offsets, Partition, Reason, Rejected
+from streams.buffer import Task, TaskBuffer, halves
+from streams.record import Item, Offsets, Reason, Rejected
 from streams.source import DeadLetterDelayed, DeadLetterError, DeadLetters, PositionError, Source
 from streams.spool import Sample, Spool
 
@@ -352,7 +352,7 @@ class Pipeline:
     def _halve(self, task: Task) -> None:
         """Learn `task` as two, the earlier samples first, so that the offsets of each commit pass nothing unsettled."""
         log.warning("%s fails for its data and is tried in two halves", _name(task))
-        self._parts[:0] = _halves(task)
+        self._parts[:0] = halves(task)
         self._halvings += 1
         self._task = None
         self._failures.clear()
@@ -472,28 +472,6 @@ def counted(totals: Mapping[str, float], task: Task, outcome: Outcome | None) ->
             update = outcome.update
             after.update(training_samples=update.samples * update.epochs_run, training_steps=update.steps)
     return dict(after)
-
-
-def _halves(task: Task) -> tuple[Task, Task]:
-    """Cut a task of two samples or more in two.
-
-    The offsets after the first half are those of the first samples of the second: what was rejected before them has its
-    dead letters, and these are flushed before any commit. The second ends where the task does.
-    """
-    middle = len(task.samples) // 2
-    first, second = task.samples[:middle], task.samples[middle:]
-    waiting: dict[Partition, int] = {}
-    for sample in second:
-        waiting.setdefault(sample.partition, sample.offset)
-
-    def part(samples: tuple[Sample, ...], **changed: Any) -> Task:
-        classes, size = tuple(dict.fromkeys(s.label for s in samples)), sum(s.length for s in samples)
-        return replace(task, samples=samples, classes=classes, bytes=size, **changed)
-
-    return (
-        part(first, next_offsets=task.next_offsets | waiting, records=len(first), rejected={}),
-        part(second, records=task.records - len(first)),
-    )
 
 
 def _name(task: Task) -> str:

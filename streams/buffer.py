@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from typing import Any
 
 from streams.record import Control, ControlKind, Item, Offsets, Partition, Record, Rejected
 from streams.spool import Sample, Spool
@@ -52,6 +53,28 @@ class Task:
     """Items consumed for it, rejected ones and marks included."""
     rejected: dict[str, int]
     """Rejected records among them, by reason."""
+
+
+def halves(task: Task) -> tuple[Task, Task]:
+    """Cut a task of two samples or more in two.
+
+    The offsets after the first half are those of the first samples of the second: what was rejected before them has its
+    dead letters, and these are flushed before any commit. The second ends where the task does.
+    """
+    middle = len(task.samples) // 2
+    first, second = task.samples[:middle], task.samples[middle:]
+    waiting: dict[Partition, int] = {}
+    for sample in second:
+        waiting.setdefault(sample.partition, sample.offset)
+
+    def part(samples: tuple[Sample, ...], **changed: Any) -> Task:
+        classes, size = tuple(dict.fromkeys(s.label for s in samples)), sum(s.length for s in samples)
+        return replace(task, samples=samples, classes=classes, bytes=size, **changed)
+
+    return (
+        part(first, next_offsets=task.next_offsets | waiting, records=len(first), rejected={}),
+        part(second, records=task.records - len(first)),
+    )
 
 
 class TaskBuffer:
