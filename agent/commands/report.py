@@ -17,7 +17,7 @@ import jinja2
 from markupsafe import Markup
 
 from agent.commands.arguments import add_config, config_from
-from agent.layout import MANIFEST, RELEASE_IN_COMMIT, REPORT, current_commit, has_learned
+from agent.layout import MANIFEST, RELEASE_IN_COMMIT, REPORT, current_commit
 from agent.scoring.report import Report
 from exporter.release import MANIFEST as RELEASE_MANIFEST
 
@@ -49,7 +49,7 @@ def write_report(state: Path, out: Path) -> None:
     folder = current_commit(state)
     if folder is None:
         raise ReportError(f"nothing is committed in {state} yet, so nothing to report; run `gapstream run` first")
-    if not has_learned(folder):
+    if not (folder / REPORT).exists():
         raise ReportError(f"nothing is learned in {state} yet, so nothing to report; its commit holds offsets alone")
     report = _read(folder / REPORT, Report.read)
     page = render(report, _read(folder / MANIFEST, _json), _release(folder))
