@@ -185,3 +185,12 @@ def test_the_check_costs_a_few_microseconds():
     data = encoded(picture(size=(500, 400)), "JPEG", quality=95)
     seconds = min(timeit.repeat(lambda: check_image(data, MAX_BYTES, MAX_PIXELS), number=200, repeat=5)) / 200
     assert seconds < 50e-6
+
+
+@pytest.mark.parametrize("filling", [b" ", b"#"])
+def test_a_ppm_whose_header_never_ends_is_refused_at_once(filling):
+    began = time.perf_counter()
+    with pytest.raises(Unusable) as refused:
+        check_image(b"P6 " + filling * 16_000_000, 2**25, 50_000_000)
+    assert refused.value.reason == Reason.UNDECODABLE
+    assert time.perf_counter() - began < 1  # 4.4 s where all of it is read byte by byte
