@@ -103,6 +103,7 @@ def run_agent(
                 status=metrics.status,
                 heartbeat=metrics.heartbeat,
                 pictures=metrics.pictures,
+                allowed_hosts=config.http.allowed_hosts,
             )
             parts.callback(server.stop)
             server.start()

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import math
-import sys
 import threading
 import time
-from collections.abc import Callable
-from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable, Coroutine, Sequence
 from importlib import resources
 from typing import Any
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from exporter.web import health, listen, web_server
 
 log = logging.getLogger(__name__)
 
@@ -26,9 +29,25 @@ FRESH_S = 0.5
 """Seconds within which scrapes get the same text: making it takes milliseconds from whatever learns on the same cores.
 Prometheus scrapes every few seconds, so only the second of several scrapers sees a value that is half a second old."""
 
-_CLIENT_S = 10
-"""Seconds after which a connection that says nothing is closed. Chosen by hand; with a longer time, the threads of
-clients that went away stay longer."""
+MAX_CONNECTIONS = 128
+"""Connections at once; for one more, the idlest is closed. Chosen by hand: a few scrapers, probes and open status pages
+need a dozen; more only let who opens them for nothing take more of the agent's memory and files."""
+
+_BEAT_S = 0.5
+"""Seconds between two signs of life of the server's loop, well below what is taken for dead (agent.run.STALLED_S)."""
+
+_STOP_S = 2
+"""Seconds that answers under way have at the end, and then the thread once more: a page is made in less."""
+
+_HEADERS = {
+    "Cache-Control": "no-store",  # all of it is about now
+    "X-Content-Type-Options": "nosniff",
+    # The page shows text and pictures from the stream, which anybody may have written: nothing is fetched for them.
+    "Content-Security-Policy": "default-src 'self' 'unsafe-inline' data:",
+}
+
+Page = tuple[str, bytes]
+"""Content type and body."""
 
 
 class StatusServer:
@@ -42,8 +61,8 @@ class StatusServer:
     /pictures.json       `pictures()`: small pictures of the newest rejected records
     /                    the status page, which asks for the three above
 
-    The callables are called from request threads. While it serves, `heartbeat("http", now)` is called about twice a
-    second.
+    `live` and `ready` are called from the server's thread and must be quick; the others from threads beside it, each in
+    one at a time. While it serves, `heartbeat("http", now)` is called about twice a second.
     """
 
     def __init__(
@@ -56,39 +75,46 @@ class StatusServer:
         status: Callable[[], dict[str, Any]],
         heartbeat: Callable[[str, float], None] | None = None,
         pictures: Callable[[], dict[int, str | None]] = dict,
+        allowed_hosts: Sequence[str] = (),
     ) -> None:
-        """Listen from here on; `start` answers. `port`: 0 is any free one. Raises OSError when the address cannot be
-        had."""
+        """Listen from here on; `start` answers. `port`: 0 is any free one. `allowed_hosts`: names that it answers to,
+        besides those of exporter.web. Raises OSError when the address cannot be had."""
 
         def state() -> dict[str, Any]:
             return {key: value for key, value in status().items() if key != "report"}
 
         page = _page()
-        routes: dict[str, Callable[[str], tuple[int, str, bytes]]] = {
-            "/": lambda _: (HTTPStatus.OK, "text/html; charset=utf-8", page),
-            "/metrics": _MetricsRoute(registry),
-            "/livez": lambda _: _health(live()),
-            "/healthz": lambda _: _health(live()),
-            "/readyz": lambda _: _health(ready()),
-            "/status.json": lambda _: (HTTPStatus.OK, JSON, _json(state())),
-            "/report.json": lambda _: (HTTPStatus.OK, JSON, _json(status().get("report"))),
-            "/pictures.json": lambda _: (HTTPStatus.OK, JSON, _json(pictures())),
+        pages: dict[str, Callable[[str], Page]] = {
+            "/": lambda _: ("text/html; charset=utf-8", page),
+            "/metrics": _Metrics(registry),
+            "/status.json": lambda _: (JSON, _json(state())),
+            "/report.json": lambda _: (JSON, _json(status().get("report"))),
+            "/pictures.json": lambda _: (JSON, _json(pictures())),
         }
-        try:
-            self._server = _Server((host, port), type("Handler", (_Handler,), {"routes": routes}))
-        except OSError as error:
-            raise OSError(
-                error.errno,
-                f"cannot serve /metrics on {host}:{port} ({error.strerror or error}); set http.host and http.port to a "
-                "free address, or http.port to 0 for any free port",
-            ) from error
-        self._server.heartbeat = heartbeat
-        self._thread = threading.Thread(target=self._server.serve_forever, name="http", daemon=True)
+        probes = {"/livez": live, "/healthz": live, "/readyz": ready}
+        paths = [*pages, *probes]
+
+        async def not_found(request: Request, error: Exception) -> Response:
+            return Response(_json({"error": "not found", "paths": paths}), 404, _HEADERS, JSON)
+
+        self._heartbeat = heartbeat
+        self._server = web_server(
+            [Route(path, _answer(path, make)) for path, make in pages.items()]
+            + [Route(path, _probe(reasons)) for path, reasons in probes.items()],
+            host=host,
+            allowed_hosts=allowed_hosts,
+            max_connections=MAX_CONNECTIONS,
+            drain_s=_STOP_S,
+            not_found=not_found,
+        )
+        self._socket = listen(host, port, "http")
+        self._port: int = self._socket.getsockname()[1]
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), name="http", daemon=True)
 
     @property
     def port(self) -> int:
         """The port listened on, also where 0 was asked for."""
-        return self._server.server_address[1]
+        return self._port
 
     def start(self) -> None:
         """Answer requests from now on."""
@@ -96,85 +122,64 @@ class StatusServer:
 
     def stop(self) -> None:
         """Stop answering and free the port. Does nothing harmful when never started."""
+        self._server.should_exit = True
         if self._thread.is_alive():
-            self._server.shutdown()
-            self._thread.join()
-        self._server.server_close()
+            self._thread.join(2 * _STOP_S)
+        self._socket.close()
+
+    async def _serve(self) -> None:
+        async def beat() -> None:
+            while True:
+                if self._heartbeat is not None:
+                    self._heartbeat("http", time.time())
+                await asyncio.sleep(_BEAT_S)
+
+        beating = asyncio.create_task(beat())
+        try:
+            await self._server.serve(sockets=[self._socket])
+        finally:
+            beating.cancel()
 
 
-class _MetricsRoute:
-    """Answers /metrics."""
+def _answer(path: str, make: Callable[[str], Page]) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+    """Answer by `make`, which gets the header Accept and may take its time: probes are answered meanwhile."""
+    # One at a time: many who ask for what takes seconds must not take all threads, which /metrics needs too.
+    one_at_a_time = asyncio.Lock()
+
+    async def answer(request: Request) -> Response:
+        try:
+            async with one_at_a_time:
+                kind, body = await asyncio.to_thread(make, request.headers.get("accept", ""))
+            return Response(body, 200, {**_HEADERS, "Content-Type": kind})
+        except Exception:
+            log.exception("%s could not be answered; the agent goes on", path)
+            return Response(_json({"error": "internal error; see the agent's log"}), 500, _HEADERS, JSON)
+
+    return answer
+
+
+def _probe(reasons: Callable[[], list[str]]) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+    async def answer(request: Request) -> Response:
+        return health(reasons(), _HEADERS)
+
+    return answer
+
+
+class _Metrics:
+    """Makes the text of /metrics."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._registry = registry
-        self._lock = threading.Lock()
         self._newest = "", b"", -math.inf
         """Content type and text of the newest scrape, and when it was made."""
 
-    def __call__(self, accept: str) -> tuple[int, str, bytes]:
+    def __call__(self, accept: str) -> Page:
         encode, kind = choose_encoder(accept)
-        with self._lock:
-            known, text, made = self._newest
-            if kind != known or time.monotonic() - made > FRESH_S:
-                text = encode(self._registry)
-                self._newest = kind, text, time.monotonic()
-        return HTTPStatus.OK, kind, text
-
-
-class _Server(ThreadingHTTPServer):
-    """This is Python's own server with a thread for every connection: one that is slow holds up no other."""
-
-    daemon_threads = True  # a client that hangs does not keep the process from ending
-    heartbeat: Callable[[str, float], None] | None = None
-
-    def service_actions(self) -> None:
-        """Run after every turn of socketserver's loop, which waits half a second for a request."""
-        if self.heartbeat is not None:
-            self.heartbeat("http", time.time())
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Stay silent: else every client that hangs up would print a traceback to standard error."""
-        log.debug("request from %s was cut off: %s", client_address, sys.exception())
-
-
-class _Handler(BaseHTTPRequestHandler):
-    """Answers the requests of one connection by `routes`: path -> what makes status, content type and body."""
-
-    routes: dict[str, Callable[[str], tuple[int, str, bytes]]]
-    timeout = _CLIENT_S
-    server_version = "gapstream"
-    sys_version = ""  # which Python runs is nobody's business
-
-    def do_GET(self) -> None:
-        """Answer GET and HEAD; http.server refuses every other verb with 501."""
-        route = self.routes.get(self.path.partition("?")[0])
-        if route is None:
-            self._answer(HTTPStatus.NOT_FOUND, JSON, _json({"error": "not found", "paths": list(self.routes)}))
-            return
-        try:
-            answer = route(self.headers.get("Accept", ""))
-        except Exception:
-            log.exception("%s could not be answered; the agent goes on", self.path)
-            answer = HTTPStatus.INTERNAL_SERVER_ERROR, JSON, _json({"error": "internal error; see the agent's log"})
-        self._answer(*answer)
-
-    do_HEAD = do_GET
-
-    def _answer(self, code: int, kind: str, body: bytes) -> None:
-        self.send_response(code)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(body)))
-        self.send_header("Cache-Control", "no-store")  # all of it is about now
-        self.send_header("X-Content-Type-Options", "nosniff")
-        # The page shows text and pictures from the stream, which anybody may have written: nothing is fetched for them.
-        self.send_header("Content-Security-Policy", "default-src 'self' 'unsafe-inline' data:")
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Stay silent: else every request would be a line on standard error."""
-        log.debug(format, *args)
+        known, text, made = self._newest
+        if kind != known or time.monotonic() - made > FRESH_S:
+            text = encode(self._registry)
+            self._newest = kind, text, time.monotonic()
+        return kind, text
 
 
 def _page() -> bytes:
@@ -184,11 +189,6 @@ def _page() -> bytes:
     for name in ("look.css", "charts.js"):
         page = page.replace(f"/* {name} */", assets.joinpath(name).read_text(encoding="utf-8"))
     return page.encode()
-
-
-def _health(reasons: list[str]) -> tuple[int, str, bytes]:
-    code = HTTPStatus.SERVICE_UNAVAILABLE if reasons else HTTPStatus.OK
-    return code, JSON, _json({"status": "failing" if reasons else "ok", "reasons": reasons})
 
 
 def _json(value: Any) -> bytes:

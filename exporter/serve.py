@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import socket
 import threading
 import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
@@ -20,36 +19,33 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
-import uvicorn
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
-from starlette.applications import Starlette
-from starlette.datastructures import UploadFile
+from python_multipart.multipart import parse_options_header
+from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from exporter.batcher import Batcher
+from exporter.bodies import Bodies, Refused
 from exporter.precision import FP32
 from exporter.preprocess import ImageError
 from exporter.release import ReleaseError
 from exporter.runtime import Classifier, NamesError, Prediction, Prepared
 from exporter.serving_metrics import ServeMetrics
 from exporter.session import Device
+from exporter.web import health, listen, web_server
 
 log = logging.getLogger(__name__)
-
-READ_S = 30
-"""Seconds within which a request's body must be there. Chosen by hand: the largest request by default (32 MiB) at 10
-Mbit/s. A client that is slower, or says nothing, would otherwise hold one of serve.max_requests places for ever."""
 
 DRAIN_S = 8
 """Seconds that requests have to end after SIGTERM. The process must be gone before it is killed: after 10 s by `docker
 stop`, after 15 s by the systemd unit."""
 
 LOOP_SILENT_S = 30
-"""Seconds without a turn of the event loop after which the process is not alive. It turns ten times a second unless
+"""Seconds without a turn of the event loop after which the process is not alive. It turns at least once a second unless
 something blocks it, and nothing here should; with less, a machine that is short of CPU would lose its servers too."""
 
 FOLLOW_S = 1.0
@@ -63,13 +59,14 @@ _MAX_TOP_DIGITS = 9
 """Longest `top` that is read as a number: more classes than there are, and int() never sees a text of megabytes."""
 
 
-class Refused(Exception):
-    """A request that is not answered; the message says why."""
+_BOUNDARY_BYTES = 70
+"""Longest boundary of a multipart body, by RFC 2046."""
 
-    def __init__(self, status: int, why: str) -> None:
-        """`status`: the HTTP status of the refusal."""
-        super().__init__(why)
-        self.status = status
+
+class _FilesInMemory(MultiPartParser):
+    """Bodies are in memory, where they are bounded; so are their files, and a full TMPDIR is no matter."""
+
+    spool_max_size = 0  # SpooledTemporaryFile takes that for no limit
 
 
 class Companion(Protocol):
@@ -104,7 +101,10 @@ class Server:
         max_batch: int = 64,
         max_images: int = 64,
         max_request_bytes: int = 32 * 2**20,
+        max_bytes: int = 256 * 2**20,
         max_requests: int = 32,
+        max_connections: int = 512,
+        allowed_hosts: Sequence[str] = (),
         max_pixels: int = 50_000_000,
         max_names: int = 64,
         max_name_chars: int = 200,
@@ -122,14 +122,14 @@ class Server:
             max_name_chars=max_name_chars,
         )
         self._max_images = max_images
-        self._max_bytes = max_request_bytes
+        self._bodies = Bodies(max_request_bytes, max_bytes)
         self._max_requests = max_requests
         self._requests = 0
         self.registry = CollectorRegistry()
         """What /metrics shows."""
         self._metrics = ServeMetrics(self.registry)
         self._classifier: Classifier | None = None
-        self._companion: Companion | None = None
+        self._companions: list[Companion] = []
         self._why_not = "the release is being opened"
         self._stopping = threading.Event()
         self._beat: float | None = None
@@ -147,30 +147,10 @@ class Server:
             Route("/readyz", self._on_ready),
             Route("/metrics", self._on_metrics),
         ]
-        self._uvicorn = uvicorn.Server(
-            uvicorn.Config(
-                Starlette(routes=routes),
-                log_config=None,  # or uvicorn would set up logging anew
-                access_log=False,  # nothing is logged per request: /metrics counts them
-                server_header=False,
-                proxy_headers=False,  # who asks is never looked at, so nobody's word is needed for it
-                lifespan="off",  # Starlette has nothing to set up; what is open here is closed in `run`
-                timeout_graceful_shutdown=DRAIN_S,
-                callback_notify=self._on_turn,
-                timeout_notify=1,
-            )
+        self._uvicorn = web_server(
+            routes, host=host, allowed_hosts=allowed_hosts, max_connections=max_connections, drain_s=DRAIN_S
         )
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        try:
-            self._socket = socket.create_server((host, port), family=family, backlog=1024)
-        except OSError as error:
-            raise OSError(
-                error.errno,
-                f"cannot serve on {host}:{port} ({error.strerror or error}); set serve.host and serve.port to a free "
-                "address, or serve.port to 0 for any free port",
-            ) from error
-        # asyncio sets it only on sockets made with IPPROTO_TCP; without it an answer waits 40 ms for the client's ACK.
-        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._socket = listen(host, port, "serve")
 
     @property
     def port(self) -> int:
@@ -201,11 +181,11 @@ class Server:
         silent = time.monotonic() - self._beat if self._beat is not None else 0
         if silent > LOOP_SILENT_S:
             reasons.append(f"the event loop was last seen {silent:.0f} s ago")
-        return reasons + (self._companion.why_not_alive() if self._companion else [])
+        return reasons + [reason for companion in self._companions for reason in companion.why_not_alive()]
 
     def watch(self, companion: Companion) -> None:
         """Let /livez and /readyz speak for `companion` too, which works beside the server."""
-        self._companion = companion
+        self._companions.append(companion)
 
     def run(self) -> None:
         """Answer until `stop`, SIGTERM or SIGINT; requests that have begun are answered first, within DRAIN_S."""
@@ -213,7 +193,7 @@ class Server:
         opener = threading.Thread(target=self._open_release, name="opener", daemon=True)
         opener.start()
         try:
-            self._uvicorn.run(sockets=[self._socket])
+            asyncio.run(self._serve())
         finally:
             self._stopping.set()
             opener.join()
@@ -223,6 +203,18 @@ class Server:
             self._decoders.shutdown()
             self._namers.shutdown()
             self._socket.close()
+
+    async def _serve(self) -> None:
+        async def turn() -> None:
+            while True:
+                await self._on_turn()
+                await asyncio.sleep(1)
+
+        turning = asyncio.create_task(turn())
+        try:
+            await self._uvicorn.serve(sockets=[self._socket])
+        finally:
+            turning.cancel()
 
     def stop(self) -> None:
         """Make `run` end, also one that has not begun yet. May be called from any thread."""
@@ -255,13 +247,7 @@ class Server:
     async def _on_classify(self, request: Request) -> Response:
         began = time.monotonic()
         try:
-            if self._requests >= self._max_requests:
-                raise Refused(503, f"{self._requests} requests are being worked on, no more are taken; come again")
-            self._requests += 1
-            try:
-                response = await self._answer(request)
-            finally:
-                self._requests -= 1
+            response = await self._admitted(request)
         except (Refused, NamesError) as refused:
             status = refused.status if isinstance(refused, Refused) else 400
             # The request's body was not read to the end, so the connection cannot carry another request.
@@ -276,14 +262,34 @@ class Server:
         self._metrics.seconds.observe(time.monotonic() - began)
         return response
 
-    async def _answer(self, request: Request) -> Response:
-        """Read, prepare and classify the images of one request. Raises what `_on_classify` makes a response of."""
+    async def _admitted(self, request: Request) -> Response:
+        """Read a request and answer it as one of at most `max_requests`. Raises what `_on_classify` makes a response
+        of.
+        """
         classifier = self._ready()
+        self._check_place()  # so that no body is read for nothing
         top = request.query_params.get("top", str(_TOP))
         if not top.isdecimal() or len(top) > _MAX_TOP_DIGITS:
             raise Refused(400, f"got top={top}, expected how many classes to list, 0 for all")
         names = classifier.check_names(request.query_params.getlist("name"))
-        images = await self._images(request)
+        async with self._bodies.body(request) as body:
+            images = await self._images(request, body)
+            # Only now: who is slow to send, or never ends, holds no place.
+            self._check_place()
+            self._requests += 1
+            try:
+                return await self._answer(classifier, images, int(top), names)
+            finally:
+                self._requests -= 1
+
+    def _check_place(self) -> None:
+        if self._requests >= self._max_requests:
+            raise Refused(503, f"{self._requests} requests are being worked on, no more are taken; come again")
+
+    async def _answer(
+        self, classifier: Classifier, images: Sequence[bytes], top: int, names: tuple[str, ...]
+    ) -> Response:
+        """Prepare and classify the images of one request."""
         # The names go by themselves, once for all images: a decoder thread that waited for them would hold up others.
         _, *prepared = await asyncio.gather(
             self._encode_names(classifier, names), *(self._prepare(classifier, image, names) for image in images)
@@ -294,7 +300,7 @@ class Server:
         # One image that cannot be used is an error in its place of the answer, not the end of the request.
         answers: Iterator[Prediction] = iter(())
         if usable:
-            found = await asyncio.wrap_future(self._batcher.submit(usable, int(top)))
+            found = await asyncio.wrap_future(self._batcher.submit(usable, top))
             answers = iter(found)
         body: dict[str, Any] = {"release": None, "predictions": []}
         for image in prepared:
@@ -317,16 +323,10 @@ class Server:
             return error
         return replace(prepared, extra=names)
 
-    async def _images(self, request: Request) -> list[bytes]:
-        """Give the encoded images of a request, at least one. Raises Refused."""
-        try:
-            async with asyncio.timeout(READ_S):
-                body = await self._body(request)
-        except TimeoutError:
-            raise Refused(408, f"the request was not complete after {READ_S} s") from None
-        except ClientDisconnect:
-            raise Refused(400, "the request ended before its body did") from None
-        if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+    async def _images(self, request: Request, body: bytes) -> list[bytes]:
+        """Give the encoded images in the body of a request, at least one. Raises Refused."""
+        kind, options = parse_options_header(request.headers.get("content-type", ""))
+        if kind != b"multipart/form-data":
             if not body:
                 raise Refused(400, "got nothing, expected an image as the body, or several as multipart/form-data")
             return [body]
@@ -335,30 +335,21 @@ class Server:
             yield body
             yield b""
 
+        expected = f"expected one to {self._max_images} files, and nothing else"
+        boundary = options.get(b"boundary", b"")
+        if not 0 < len(boundary) <= _BOUNDARY_BYTES or set(boundary) & set(b'"\\'):
+            raise Refused(400, f"got the boundary {boundary[:100]!r} of multipart/form-data; {expected}")
+        # Without the client's charset: it would choose among all codecs of Python, for names that nobody looks at.
+        headers = Headers({"content-type": f'multipart/form-data; boundary="{boundary.decode("latin-1")}"'})
         try:
-            parser = MultiPartParser(request.headers, whole(), max_files=self._max_images, max_fields=0)
-            form = await parser.parse()
-        except (MultiPartException, KeyError) as error:
-            why = getattr(error, "message", "") or f"{error} is missing"
-            raise Refused(400, f"{why}; expected one to {self._max_images} files, and nothing else") from None
+            form = await _FilesInMemory(headers, whole(), max_files=self._max_images, max_fields=0).parse()
+        except MultiPartException as error:
+            raise Refused(400, f"{error.message}; {expected}") from None
         images = [await part.read() for _, part in form.multi_items() if isinstance(part, UploadFile)]
         await form.close()
         if not images:
             raise Refused(400, f"got no file, expected one to {self._max_images}")
         return images
-
-    async def _body(self, request: Request) -> bytes:
-        """Give the whole body of at most `_max_bytes`; what a client announces may be a lie, so both are checked."""
-        too_large = f"larger than the {self._max_bytes} bytes that are taken; send fewer or smaller images"
-        announced = request.headers.get("content-length", "0")
-        if announced.isdecimal() and int(announced) > self._max_bytes:
-            raise Refused(413, f"the request has {announced} bytes, {too_large}")
-        body = bytearray()
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > self._max_bytes:
-                raise Refused(413, f"the request is {too_large}")
-        return bytes(body)
 
     async def _on_labels(self, request: Request) -> Response:
         if self._classifier is None:
@@ -367,15 +358,17 @@ class Server:
         return JSONResponse({"release": release.id, "created": release.created, "classes": release.classes})
 
     async def _on_turn(self) -> None:
-        """Note that the event loop is at work; uvicorn calls it once a second."""
+        """Note that the event loop is at work; called once a second."""
         self._beat = time.monotonic()
 
     async def _on_live(self, request: Request) -> Response:
-        return _health(self.why_not_alive())
+        return health(self.why_not_alive())
 
     async def _on_ready(self, request: Request) -> Response:
         reasons = [] if self._classifier is not None else [self._why_not]
-        return _health(reasons + (self._companion.why_not_ready() if self._companion else []))
+        reasons += self.why_not_alive()
+        reasons += [reason for companion in self._companions for reason in companion.why_not_ready()]
+        return health(reasons)
 
     async def _on_metrics(self, request: Request) -> Response:
         # What can be read off is set here, at the scrape, and costs the requests nothing.
@@ -389,7 +382,3 @@ class Server:
             metrics.made.set(datetime.fromisoformat(release.created).timestamp())
         encode, kind = choose_encoder(request.headers.get("accept", ""))
         return Response(encode(self.registry), headers={"Content-Type": kind})
-
-
-def _health(reasons: list[str]) -> Response:
-    return JSONResponse({"status": "failing" if reasons else "ok", "reasons": reasons}, 503 if reasons else 200)

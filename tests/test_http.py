@@ -115,7 +115,7 @@ def test_other_verbs_are_refused(server):
     request = urllib.request.Request(f"http://127.0.0.1:{server.port}/metrics", data=b"x", method="POST")
     with pytest.raises(urllib.error.HTTPError) as error:
         urllib.request.urlopen(request, timeout=5)
-    assert error.value.code == 501
+    assert error.value.code == 405
 
 
 def test_a_failing_status_is_a_500_and_the_server_goes_on(registry):
@@ -136,8 +136,48 @@ def test_a_client_that_says_nothing_does_not_keep_others_waiting(server):
         assert get(server, "/livez")[0] == 200
 
 
+def test_many_who_never_end_their_request_stop_no_probe_and_take_no_thread(server):
+    before = threading.active_count()
+    clients = [socket.create_connection(("127.0.0.1", server.port), timeout=20) for _ in range(http.MAX_CONNECTIONS)]
+    for client in clients:
+        client.sendall(b"GET /livez HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Slow: ")
+
+    assert get(server, "/livez")[0] == 200
+    assert get(server, "/readyz")[0] == 503
+    assert get(server, "/metrics")[0] == 200
+
+    assert threading.active_count() < before + 10
+    for client in clients:
+        client.close()
+
+
+def test_pages_that_take_long_keep_neither_probes_nor_metrics_waiting(registry):
+    go = threading.Event()
+    server = StatusServer("127.0.0.1", 0, registry, list, list, dict, pictures=lambda: dict(wait=go.wait(20)))
+    server.start()
+    slow = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(40)]
+    try:
+        for client in slow:
+            client.sendall(b"GET /pictures.json HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+        assert get(server, "/livez")[0] == get(server, "/metrics")[0] == get(server, "/status.json")[0] == 200
+    finally:
+        go.set()
+        server.stop()
+        for client in slow:
+            client.close()
+
+
+def test_a_page_whose_name_was_made_to_point_here_reads_nothing(server, registry):
+    assert get(server, "/status.json", Host="rebound.example:9187")[0] == 403
+    assert get(server, "/livez", Host=f"localhost:{server.port}")[0] == 200
+    named = StatusServer("127.0.0.1", 0, registry, list, list, dict, allowed_hosts=["agent"])
+    named.start()
+    assert get(named, "/livez", Host="agent:9187")[0] == 200
+    named.stop()
+
+
 def test_a_taken_port_is_a_clear_error(server, registry):
-    with pytest.raises(OSError, match=rf"cannot serve /metrics on 127.0.0.1:{server.port} .*http.port to 0"):
+    with pytest.raises(OSError, match=rf"cannot serve on 127.0.0.1:{server.port} .*http.port to 0"):
         StatusServer("127.0.0.1", server.port, registry, list, list, dict)
 
 

@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.error
@@ -22,7 +23,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from agent.cli import main
-from exporter import serve
+from exporter import bodies, serve
 from exporter.batcher import Batcher
 from exporter.runtime import Classifier, NamesError, Prediction
 from exporter.serve import Server
@@ -33,6 +34,8 @@ from tests.test_text import Exports
 from tests.tiny import tiny_clip
 
 TOP = Path(__file__).parent.parent
+HEAD_OF_TEN = b"POST /v1/classify HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 10\r\n\r\n"
+"""The head of a request with a body of ten bytes."""
 
 
 @pytest.fixture(scope="module")
@@ -157,10 +160,67 @@ def test_an_answer_on_a_kept_connection_does_not_wait_for_an_acknowledgement(ser
 
 
 def test_a_client_that_never_sends_its_image_is_let_go(server, monkeypatch):
-    monkeypatch.setattr(serve, "READ_S", 0.05)
+    monkeypatch.setattr(bodies, "BODY_S", 0.05)
     with socket.create_connection(("127.0.0.1", server.port), timeout=20) as client:
-        client.sendall(b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\nabc")
+        client.sendall(HEAD_OF_TEN + b"abc")
         assert client.recv(4096).startswith(b"HTTP/1.1 408")
+
+
+def test_many_who_never_end_their_request_stop_neither_probes_nor_requests(state):
+    """1,100 of them took every file the process may open: nothing was answered, and the log grew by 3 MB a second."""
+    with serving(state.path, max_connections=20, max_requests=1) as server:
+        wait_for(lambda: ask(server, "/readyz")[0] == 200)
+        clients = [socket.create_connection(("127.0.0.1", server.port), timeout=20) for _ in range(60)]
+        for number, client in enumerate(clients):
+            client.sendall(HEAD_OF_TEN[:-2] if number % 2 else HEAD_OF_TEN + b"abc")
+
+        assert [ask(server, path)[0] for path in ("/livez", "/readyz", "/metrics")] == [200] * 3
+        assert classify(server, png(picture(1)))[0] == 200
+
+        for client in clients:
+            client.close()
+
+
+@pytest.mark.parametrize("charset", ["no-such", "punycode", "idna", "hex", '"', "\xff"])
+def test_a_charset_of_whatever_name_changes_nothing(charset, server):
+    body = b'--x\r\nContent-Disposition: form-data; name="a\xff"; filename="b"\r\n\r\n'
+    body += png(picture(1)) + b"\r\n--x--\r\n"
+    assert ask(server, "/v1/classify", body, f"multipart/form-data; boundary=x; charset={charset}")[0] == 200
+
+
+def test_files_of_a_request_need_no_disk(server, monkeypatch):
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda *_, **__: pytest.fail("a file was made"))
+    monkeypatch.setattr(server._bodies, "_max_bytes", 2**23)
+    noise = png(picture(1, 900, 900))
+    assert len(noise) > 2**21
+    assert classify(server, noise, png(picture(2)))[0] == 200
+
+
+def test_no_redirect_repeats_the_host_that_a_client_named(server):
+    assert ask(server, "/v1/labels/")[0] == 404
+
+
+def test_a_page_whose_name_was_made_to_point_here_reads_nothing(state):
+    with serving(state.path, allowed_hosts=["images.example.com"]) as server:
+        for host, status in (("rebound.example", 403), ("images.example.com:9188", 200), ("127.0.0.1", 200)):
+            connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+            connection.request("GET", "/livez", headers={"Host": host})
+            assert connection.getresponse().status == status
+
+
+@pytest.mark.parametrize("path", ["/livez", "/readyz", "/metrics", "/v1/labels", "/v1/classify", "/nothing"])
+def test_every_answer_says_once_what_it_is(path, server):
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+    connection.request("GET", path)
+    assert [name.lower() for name, _ in connection.getresponse().getheaders()].count("content-type") == 1
+
+
+def test_a_clock_that_is_set_back_does_not_make_the_event_loop_dead(server, monkeypatch):
+    """uvicorn's own notification goes by the time of day: the watchdog would end a server that is well."""
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() - 1e6)
+    before = server._beat
+    wait_for(lambda: server._beat > before)
 
 
 @pytest.fixture(scope="module")
@@ -270,12 +330,25 @@ def test_labels_are_those_of_the_release_that_answers(server, state):
 def test_more_requests_than_allowed_are_told_to_come_again(state):
     with serving(state.path, max_requests=1) as server:
         wait_for(lambda: ask(server, "/readyz")[0] == 200)
-        # given one that is being read
-        with socket.create_connection(("127.0.0.1", server.port)) as slow:
-            slow.sendall(b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\nabc")
-            wait_for(lambda: "gapstream_serve_requests_in_flight 1.0" in ask(server, "/metrics")[1])
+        # given one that is being answered
+        begun, go = threading.Event(), threading.Event()
+        answering = server._batcher._classify
+
+        def slowly(images, top):
+            begun.set()
+            go.wait(20)
+            return answering(images, top)
+
+        server._batcher._classify = slowly
+        with ThreadPoolExecutor(1) as pool:
+            first = pool.submit(classify, server, png(picture(1)))
+            assert begun.wait(20)
+            assert "gapstream_serve_requests_in_flight 1.0" in ask(server, "/metrics")[1]
 
             status, answer = classify(server, png(picture(1)))
+
+            go.set()
+            assert first.result()[0] == 200
 
         assert status == 503 and "come again" in answer["error"]
         # and when it has gone

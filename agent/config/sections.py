@@ -278,6 +278,10 @@ class Http(Section):
     """The agent listens on this port; 0 takes a free one, which the log names."""
     enabled: bool = True
     """With false the agent does not listen at all."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Requests are answered whose Host header has one of these names (without port), `host`, this machine's name, a
+    name that ends in `localhost`, or any address; `*` allows every name. Others are refused (403), since a web page
+    could make its own name point here and read answers (DNS rebinding)."""
 
 
 class Serve(Section):
@@ -303,11 +307,21 @@ class Serve(Section):
     """A request with more images than this is refused (400)."""
     max_request_bytes: int = Field(32 * 2**20, ge=1)
     """A request with more bytes than this is refused (413)."""
+    max_bytes: int = Field(256 * 2**20, ge=1)
+    """All requests under way have at most about this number of bytes in memory; beyond it the slowest of those still
+    coming is told to come again (503). It is at least `max_request_bytes`."""
     max_names: int = Field(64, ge=0)
     """A request that asks for more names never learned than this is refused (400); each may have at
     most `source.max_label_chars` characters."""
     max_requests: int = Field(32, ge=1)
-    """At most this number of requests is worked on at once; one more is told to come again (503)."""
+    """At most this number of requests is worked on at once; one more is told to come again (503). A request counts once
+    all of it is there."""
+    max_connections: int = Field(512, ge=1)
+    """At most this number of connections is open; for one more, the connection that has waited longest for its client
+    is closed. Together with 128 more that may just be accepted it must stay below the number of files that the process
+    may open (`ulimit -n`)."""
+    allowed_hosts: tuple[str, ...] = ()
+    """The same as `http.allowed_hosts`: names by which clients, balancers and scrapers ask this server."""
     kafka: ServeKafka = ServeKafka()
 
 
