@@ -20,6 +20,7 @@ import argcomplete
 
 from agent.config import ConfigError
 from agent.process import is_ours
+from exporter.masking import masked
 
 EXIT_ERROR = 1
 """The exit code of whatever stops a command; by convention of shells. systemd starts an agent again that ends so."""
@@ -154,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return chosen.function(chosen) or 0
     except ConfigError as error:
-        print(f"gapstream: {error}", file=sys.stderr)
+        print(f"gapstream: {masked(str(error))}", file=sys.stderr)
         return EXIT_CONFIG
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
@@ -165,5 +166,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if not is_ours(error) and not isinstance(error, OSError):
             raise  # a mistake of ours: with its traceback
-        print(f"gapstream: {error}", file=sys.stderr)
+        print(f"gapstream: {masked(str(error))}", file=sys.stderr)
         return EXIT_ERROR

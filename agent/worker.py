@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, Protocol
 
 from agent.config import Config
-from agent.process import LOG_FORMAT
+from agent.process import stderr_handler
 from agent.values import OnProgress, Outcome, Progress
 from streams.buffer import Task
 
@@ -276,7 +276,7 @@ def _child_main(config: Config, learner: str, commit: Path | None, orders: Conne
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     faulthandler.enable()  # a crash inside torch or CUDA leaves the Python stack on standard error
-    logging.basicConfig(level=config.agent.log_level, format=LOG_FORMAT)
+    logging.basicConfig(level=config.agent.log_level, handlers=[stderr_handler()])
     # onnxruntime's quantisation logs a line for every node it leaves alone, under no logger's name.
     logging.getLogger().addFilter(lambda record: record.levelno > logging.INFO)
     # OpenMP reads it once, when torch is imported below with the learner.

@@ -23,6 +23,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from exporter.instruments import Instruments
+from exporter.masking import masked
 from exporter.release import ReleaseError
 from exporter.release import read as read_release
 from exporter.thumbnails import Thumbnails
@@ -137,7 +138,7 @@ class Metrics(Instruments):
         """The source does not read at present because of `why`; it does when that is empty."""
         self._holding.set(bool(why))
         with self._lock:
-            self._status["holding"] = why[:DETAIL_CHARS]
+            self._status["holding"] = masked(why)[:DETAIL_CHARS]
 
     def skipped(self, skipped: Mapping[str, int]) -> None:
         """Retention removed this number of records per topic before they were read, since the process started."""
@@ -201,7 +202,7 @@ class Metrics(Instruments):
             "partition": item.partition.number,
             "offset": item.offset,
             "reason": str(item.reason),
-            "detail": item.detail[:DETAIL_CHARS],
+            "detail": masked(item.detail)[:DETAIL_CHARS],
         }
         with self._lock:
             self._consumed["rejected"] += 1

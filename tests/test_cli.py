@@ -195,7 +195,7 @@ def test_a_taken_port_exits_with_a_clear_message(tmp_path, archive, capsys):
         port = taken.getsockname()[1]
         where = settings(state__path=tmp_path / "state", source__archive__path=archive, http__port=port)
         assert main(["run", *where]) == 1
-    assert f"cannot serve /metrics on 127.0.0.1:{port}" in capsys.readouterr().err
+    assert f"cannot serve on 127.0.0.1:{port}" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr
 
+from agent.cli import main
 from agent.config import Config, ConfigError, load, resolved, to_toml
 from agent.config.loading import _leaves
 
@@ -211,3 +212,21 @@ def test_a_precision_that_is_not_known_is_refused_with_those_that_are():
         "release.precisions (--set): got 'int4', expected: 'fp16' or 'int8'",
         "serve.precision (--set): got 'int4', expected: 'fp32', 'fp16' or 'int8'",
     ]
+
+
+def test_credentials_inside_urls_are_shown_to_nobody(capsys):
+    url = "https://me:s3cret@idp.example.com/token"
+    env = {
+        "GAPSTREAM_SOURCE__KAFKA__SECURITY__PROTOCOL": "SASL_SSL",
+        "GAPSTREAM_SOURCE__KAFKA__SECURITY__MECHANISM": "OAUTHBEARER",
+        "GAPSTREAM_SOURCE__KAFKA__SECURITY__TOKEN_URL": url,
+        "GAPSTREAM_SOURCE__KAFKA__IMAGES__ALLOWED": '["https://me:s3cret@images.example.com/"]',
+    }
+    config = load(None, env)
+    assert config.source.kafka.security.token_url == url
+    shown = f"{to_toml(config)}{resolved(config)}"
+    assert "s3cret" not in shown and "https://***@idp.example.com/token" in shown
+
+    assert main(["config", "--set", "source.kafka.images.allowed=https://me:s3cret@host"]) == 78
+    said = capsys.readouterr()
+    assert "s3cret" not in said.out + said.err and "https://***@host" in said.err

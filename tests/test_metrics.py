@@ -315,3 +315,11 @@ def test_removed_dead_letters_are_told_as_totals_and_the_detail_of_a_rejection_i
     assert registry.get_sample_value("gapstream_dead_letters_total", {"result": "removed"}) == 5
     metrics.rejected(Rejected(PARTITION, 1, Reason.BAD_SCHEMA, "x" * 10**6), now=1)
     assert len(metrics.status()["rejected"][0]["detail"]) == 1000
+
+
+def test_credentials_in_the_url_of_a_rejected_record_are_not_on_the_page(metrics):
+    url = "https://me:s3cret@images.example.com/a.jpg"
+    metrics.holding(f"{url} does not answer")
+    metrics.consumed(Rejected(PARTITION, 7, Reason.FETCH_FORBIDDEN, f"{url} is not below an allowed prefix"), now=1.0)
+    shown = str(metrics.status())
+    assert "s3cret" not in shown and shown.count("https://***@images.example.com") == 2

@@ -27,6 +27,7 @@ from agent.layout import LOCK, SPOOL, has_learned
 from agent.parts import open_exchange, source_parts
 from agent.process import is_ours
 from agent.values import Commit
+from exporter.masking import masked
 from streams.source import DeadLetterError
 
 Level = Literal["ok", "warning", "problem"]
@@ -56,9 +57,9 @@ def run(arguments: argparse.Namespace) -> int:
     for finding in examine(config):
         problems += finding.level == "problem"
         colour = colours[finding.level]
-        console.print(f"[{colour}]{finding.level:<8}[/] {finding.about:<9} {escape(finding.text)}")
+        console.print(f"[{colour}]{finding.level:<8}[/] {finding.about:<9} {escape(masked(finding.text))}")
         if finding.cure:
-            console.print(f"{'':18} -> {escape(finding.cure)}")
+            console.print(f"{'':18} -> {escape(masked(finding.cure))}")
     console.print(f"\n{problems} problem(s)" if problems else "\nready to run")
     return 1 if problems else 0
 

@@ -22,6 +22,7 @@ from pydantic.fields import FieldInfo
 
 from agent.config.base import MAYBE_PATH, ConfigError
 from agent.config.sections import Config
+from exporter.masking import masked
 
 ENV_PREFIX = "GAPSTREAM_"
 """A variable that begins so is a key; one that names no key is a mistake, as a mistyped one must not be passed over."""
@@ -51,13 +52,17 @@ def load(path: Path | None, env: Mapping[str, str], overrides: Mapping[str, str]
         mistakes += _explain(error, origins)
     if mistakes:
         where = f" in {path}" if path else ""
-        raise ConfigError("\n  ".join([f"the configuration{where} has {len(mistakes)} mistake(s):", *mistakes]))
+        told = "\n  ".join([f"the configuration{where} has {len(mistakes)} mistake(s):", *mistakes])
+        raise ConfigError(masked(told))
     return config
 
 
 def resolved(config: Config) -> dict[str, Any]:
-    """Give every key with its value, nested by section and JSON-able, secrets masked: what a commit records."""
-    return config.model_dump(mode="json")
+    """Give every key with its value, nested by section and JSON-able: what a commit records.
+
+    Secrets are masked, also those inside URLs.
+    """
+    return _masked(config.model_dump(mode="json"))
 
 
 def to_toml(config: Config, documented: bool = False) -> str:
@@ -91,6 +96,14 @@ _EXAMPLE_HEAD = """Every key of gapstream with its default. Delete what you do n
 The environment wins over this file: GAPSTREAM_TASK__SAMPLES=100 sets samples of [task]. Relative paths are relative
 to this file. All mistakes are reported at once; `gapstream config` prints what is in force."""
 """The example file begins with this text."""
+
+
+def _masked(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _masked(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_masked(one) for one in value]
+    return masked(value) if isinstance(value, str) else value
 
 
 def _is_section(field: FieldInfo) -> bool:
