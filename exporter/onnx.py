@@ -24,6 +24,7 @@ import onnxscript
 import torch
 from numpy.typing import NDArray
 
+from exporter import golden
 from exporter.parity import compare, judge, reference_answers
 from exporter.precision import FP32, PRECISIONS, Tolerance
 from exporter.preprocess import Preprocess
@@ -133,7 +134,10 @@ class OnnxExporter:
                 part = None if text is None else self._text.write(text, module.classes, folder, before, device)
             shipped = images[: min(GOLDEN_IMAGES, len(check_images))]
             embedding, logits, probabilities = (values[: len(shipped)] for values in expected[0])
-            np.savez(folder / GOLDEN, images=shipped, embedding=embedding, logits=logits, probabilities=probabilities)
+            answers = {"images": shipped, "embedding": embedding, "logits": logits, "probabilities": probabilities}
+            files = golden.encoded()
+            arrays: dict[str, NDArray[Any]] = {**answers, **files, golden.PIXELS: golden.pixels(files, preprocess)}
+            np.savez(folder / GOLDEN, allow_pickle=False, **arrays)
             release = Release(
                 path=folder,
                 created=datetime.now(UTC).isoformat(timespec="seconds"),

@@ -8,16 +8,19 @@ release/
   text.onnx.data    its weights that never change, linked from release to release
   text.npy          embedding [C,D] of the learned class names
   tokenizer.json    class name, put into the prompt -> token ids (library `tokenizers`)
-  golden.npz        a few preprocessed images with the answers of the trained model
-  release.json      everything else: class names, preprocessing, hashes, parity, versions
+  golden.npz        a few preprocessed images with the answers of the trained model, and two encoded ones with theirs
+  release.json      everything else: class names, preprocessing, hashes, parity, versions, and a hash of itself
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,9 @@ MANIFEST = "release.json"
 """File of everything that is not an array or a graph. It is written last: a folder without it is no release."""
 MODEL = "model.onnx"
 """File of the model in fp32. Readers outside this project open it by this name, so it stays."""
+MAX_MANIFEST_BYTES = 64 * 2**20
+"""Largest release.json that is read, chosen by hand: a hundred thousand classes with names of the longest take half of
+it. What is larger is none of ours, and reading it would take the memory of who answers."""
 GOLDEN = "golden.npz"
 """File of a few images and the trained model's answers, with which every reader tests itself."""
 TEXT = "text.onnx"
@@ -50,12 +56,17 @@ class ReleaseError(Exception):
     """A release cannot be read, trusted or made.
 
     ReleaseError
-    └── ParityError     onnxruntime's answers are not the trained model's
+    ├── ParityError     onnxruntime's answers are not the trained model's
+    └── NoRelease       there is none, or not yet
     """
 
 
 class ParityError(ReleaseError):
     """onnxruntime's answers are not the trained model's; the message has the numbers. Nothing was released."""
+
+
+class NoRelease(ReleaseError):
+    """There is no release here, or not yet."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +163,8 @@ class Release:
     """Precision -> what came of it, for every name in exporter.precision.PRECISIONS that was asked for."""
     text: TextPart | None = None
     """What came of the text part; None when it was not asked for."""
+    hashed: bool = True
+    """Whether release.json is hashed and `id` names what it says too; False for a release of an older version."""
 
     @property
     def model(self) -> Path:
@@ -178,11 +191,17 @@ class Release:
 
     @property
     def id(self) -> str:
-        """Twelve hex digits that name what answers (the model in fp32 and the text part): equal content, equal id."""
+        """Twelve hex digits that name what answers: the model in fp32, class names, preprocessing and the text part.
+
+        Equal content, equal id, wherever and whenever it was made.
+        """
         # Without the smaller precisions and the golden answers, which follow from the model.
         names = sorted([*(name for name in self.files if name.startswith(MODEL)), *self.text_files])
-        digests = [f"{name} {self.files[name][1]}" for name in names]
-        return hashlib.sha256("\n".join(digests).encode()).hexdigest()[:12]
+        parts = [f"{name} {self.files[name][1]}" for name in names]
+        if self.hashed:
+            text = [self.text.prompt, self.text.clean, self.text.scale] if self.text and self.text_files else None
+            parts.append(json.dumps([self.classes, self.preprocess.to_dict(), text], sort_keys=True))
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
     def verify(self, names: Iterable[str] | None = None) -> None:
         """Compare every file, or only the files of these names, with its size and hash.
@@ -193,6 +212,7 @@ class Release:
             expected = self.files[name]
             # Sizes and hashes, not times: a copy by rsync or into a container is still the same release.
             try:
+                _check_regular(self.path / name)
                 found = digest(self.path / name)
             except OSError as error:
                 raise ReleaseError(f"release {self.path}: {name} cannot be read ({error}); it is not used") from error
@@ -206,10 +226,13 @@ class Release:
 def write(release: Release) -> None:
     """Write release.json into the release's folder, where the other files already are."""
     values = {"format": FORMAT, "id": release.id}
-    values |= {part.name: getattr(release, part.name) for part in fields(release) if part.name != "path"}
+    kept = [part.name for part in fields(release) if part.name not in ("path", "hashed")]
+    values |= {name: getattr(release, name) for name in kept}
     values |= {"preprocess": release.preprocess.to_dict(), "parity": asdict(release.parity)}
     values |= {"variants": {name: asdict(variant) for name, variant in release.variants.items()}}
     values |= {"text": release.text and asdict(release.text)}
+    if release.hashed:
+        values["sha256"] = _own_digest(values)
     (release.path / MANIFEST).write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -218,16 +241,25 @@ def read(folder: Path) -> Release:
 
     Raises ReleaseError when there is no release, or release.json is damaged or of another format.
     """
+    path = folder / MANIFEST
     try:
-        values = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if _check_regular(path) > MAX_MANIFEST_BYTES:
+            raise ValueError(f"more than {MAX_MANIFEST_BYTES} bytes")
+        values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ReleaseError(f"no release in {folder}: {MANIFEST} is missing") from error
-    except (OSError, ValueError) as error:
+        raise NoRelease(f"no release in {folder}: {MANIFEST} is missing") from error
+    except (OSError, ValueError, RecursionError) as error:
         raise ReleaseError(f"release {folder}: {MANIFEST} cannot be read ({error}); it is not used") from error
     try:
-        if values.pop("format") != FORMAT:
+        if values["format"] != FORMAT:
             raise ValueError(f"its format is not {FORMAT}")
-        del values["id"]  # for people who look into the file; here it is computed from the hashes
+        sha256 = values.pop("sha256", None)
+        if sha256 is not None and sha256 != _own_digest(values):
+            raise ValueError("it is damaged: its hash is not that of its content")
+        # The id is for people who look into the file; here it is computed from the hashes.
+        values = {key: value for key, value in values.items() if key not in ("format", "id")}
+        _check_names(values["classes"], list(values["files"]))
+        datetime.fromisoformat(values["created"])
         text = values.get("text")
         variants = {
             name: Variant(**{**variant, "parity": variant["parity"] and _parity(variant["parity"])})
@@ -242,10 +274,12 @@ def read(folder: Path) -> Release:
                 "parity": _parity(values["parity"]),
                 "variants": variants,
                 "text": text and TextPart(**text),
-                "files": {name: (size, sha256) for name, (size, sha256) in values["files"].items()},
+                "files": {name: (size, digest) for name, (size, digest) in values["files"].items()},
+                "hashed": sha256 is not None,
             }
         )
-    except (AttributeError, KeyError, TypeError, ValueError) as error:  # what JSON of any other shape leads to
+    # What JSON of any other shape leads to.
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError, OverflowError) as error:
         found = f"{type(error).__name__}: {error}"
         raise ReleaseError(f"release {folder}: {MANIFEST} is not a release of format {FORMAT} ({found})") from error
 
@@ -273,10 +307,10 @@ def _current(path: Path) -> Path:
         return pointer.resolve()
     link = path / CURRENT
     if not link.exists():
-        raise ReleaseError(f"no release in {path}: neither {MANIFEST} nor {CURRENT} is there; was a task learned yet?")
+        raise NoRelease(f"no release in {path}: neither {MANIFEST} nor {CURRENT} is there; was a task learned yet?")
     folder = link.resolve() / RELEASE_FOLDER
     if not folder.exists():
-        raise ReleaseError(f"no release in {path}: the current commit {folder.parent.name} has none")
+        raise NoRelease(f"no release in {path}: the current commit {folder.parent.name} has none")
     return folder.resolve()
 
 
@@ -287,6 +321,29 @@ def variant_name(precision: str) -> str:
 
 def _parity(values: Mapping[str, Any]) -> Parity:
     return Parity(**{**values, "batches": tuple(values["batches"])})
+
+
+def _own_digest(values: Mapping[str, Any]) -> str:
+    """Hash what release.json says, whatever its keys' order and its white space."""
+    read_back = json.loads(json.dumps(values))  # tuples become lists and keys text, as a reader will find them
+    return hashlib.sha256(json.dumps(read_back, sort_keys=True).encode()).hexdigest()
+
+
+def _check_names(classes: Any, files: Iterable[str]) -> None:
+    """Refuse class names that are no texts, and files that would be read outside of the release. Raises ValueError."""
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise ValueError(f"got classes {str(classes)[:100]}, expected a list of names")
+    for name in files:
+        if name in ("", ".", "..") or "/" in name or "\0" in name:
+            raise ValueError(f"got the file {name[:100]!r}, expected a name without a folder")
+
+
+def _check_regular(path: Path) -> int:
+    """Give the size of a file in bytes. Raises OSError, also for what is no file: a pipe would be waited for."""
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return found.st_size
 
 
 def digest(path: Path) -> tuple[int, str]:

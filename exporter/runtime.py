@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import logging
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from exporter import golden as golden_set
 from exporter import release as releases
 from exporter.precision import FP32
 from exporter.preprocess import Preprocess, decode, upright_rgb
@@ -26,6 +29,11 @@ log = logging.getLogger(__name__)
 
 OUTPUTS = ("embedding", "logits", "probabilities")
 """Names of a released graph's outputs, in their order; the fields of `Answers` and the arrays of golden.npz."""
+
+
+RETRY_S = 60.0
+"""Longest pause, in seconds, before a release that could not be used is tried again. Chosen by hand: reading all of a
+large model anew costs seconds of disk, and what mends itself (a disk, a copy that goes on) takes a minute or so."""
 
 
 class Answers(NamedTuple):
@@ -55,6 +63,11 @@ class Session:
     def run(self, images: NDArray[np.float32]) -> Answers:
         """Answer `images`, float32 [B, 3, H, W], preprocessed."""
         return Answers(*self._session.run(OUTPUTS, {"images": images}))
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What the model file says about itself; a converter may have left things out."""
+        return self._session.get_modelmeta().custom_metadata_map
 
 
 class NamesError(ValueError):
@@ -95,6 +108,29 @@ class _OpenRelease:
     """Its text part; None when it has none."""
 
 
+@dataclass(frozen=True)
+class _Trouble:
+    """What could not be taken up, and until when it is not tried again."""
+
+    what: str = ""
+    """Id of the release, or what was wrong where not even that could be read."""
+    why: str = ""
+    """What was wrong."""
+    tries: int = 0
+    until: float = 0.0
+    """A time of time.monotonic()."""
+
+    def waits(self, what: str) -> bool:
+        """Tell whether `what` is the same as before, and not to be tried yet."""
+        return what == self.what and time.monotonic() < self.until
+
+    def again(self, what: str, why: str) -> _Trouble:
+        """Give the state after `what` has failed, once more or for the first time."""
+        tries = self.tries + 1 if what == self.what else 1
+        wait_s = min(2.0 ** min(tries - 1, 10), RETRY_S)  # 2 to a power of thousands is no float
+        return _Trouble(what, why, tries, time.monotonic() + wait_s)
+
+
 class Classifier:
     """Answers from a release folder, or from the current release of a state folder.
 
@@ -132,8 +168,9 @@ class Classifier:
         self._refreshing = threading.Lock()
         self._stop = threading.Event()
         self._follower: threading.Thread | None = None
-        self._seen = releases.current(path)
-        self._served = self._load(releases.read(self._seen))
+        self._trouble = _Trouble()
+        self._served = self._load(releases.read(releases.current(path)))
+        self._current_at = time.monotonic()
 
     @property
     def release(self) -> Release:
@@ -144,6 +181,21 @@ class Classifier:
     def provider(self) -> str:
         """The onnxruntime execution provider that answers, such as `CPUExecutionProvider`."""
         return self._served.session.provider
+
+    @property
+    def behind_s(self) -> float:
+        """Seconds since the release that answers was last found to be the one that readers follow."""
+        return time.monotonic() - self._current_at
+
+    @property
+    def why_behind(self) -> str:
+        """Why the release that readers follow could not be taken up at the last attempt; empty when it could."""
+        return self._trouble.why
+
+    def why_not_alive(self) -> list[str]:
+        """Give the reasons why newer releases are never taken up any more; empty where `follow` runs or never ran."""
+        dead = self._follower is not None and not self._follower.is_alive() and not self._stop.is_set()
+        return ["the thread that follows releases has died"] if dead else []
 
     def check_names(self, extra: Sequence[str]) -> tuple[str, ...]:
         """Give `extra` as a tuple, when the release that answers now can score its names beside the learned classes.
@@ -220,23 +272,34 @@ class Classifier:
     def refresh(self) -> bool:
         """Take up the current release if it is another one: open and test it beside the old one, then swap.
 
-        Returns whether another release answers now. Raises ReleaseError when the new one cannot be used: the old one
-        goes on answering, and the bad one is not tried again.
+        Releases are told apart by what is in them. Returns whether another one answers now. Raises ReleaseError when
+        the new one cannot be used: the old one goes on answering, and calls try the bad one again after a second, then
+        after twice the time each time, up to RETRY_S; until then they return False.
         """
         with self._refreshing:
-            folder = releases.current(self._path)
-            if folder == self._seen:
-                return False
-            self._seen = folder  # noted first: one that cannot be used would else be read again every second
-            release = releases.read(folder)
-            if release.id == self.release.id:  # a commit that kept its predecessor's release
-                return False
-            served = self._load(release)
+            release = None
+            try:
+                release = releases.read(releases.current(self._path))
+                if release.id == self.release.id:
+                    self._current_at = time.monotonic()
+                    self._trouble = _Trouble()
+                    return False
+                if self._trouble.waits(release.id):
+                    return False
+                served = self._load(release)
+            except ReleaseError as error:
+                what = str(error) if release is None else release.id
+                if self._trouble.waits(what):
+                    return False
+                self._trouble = self._trouble.again(what, str(error))
+                raise
             if served.names is not None and self._served.names is not None and self._served.names.opened:
                 served.names.open()  # where names are asked for, no request of the new release waits for it
             self._served = served
+            self._current_at = time.monotonic()
+            self._trouble = _Trouble()
         _trim_memory()
-        log.info("release %s answers now: %d classes, %s", release.id, len(release.classes), folder)
+        log.info("release %s answers now: %d classes, %s", release.id, len(release.classes), release.path)
         return True
 
     def follow(self, interval_s: float = 1.0) -> None:
@@ -251,6 +314,9 @@ class Classifier:
                     self.refresh()
                 except ReleaseError as error:
                     log.error("release %s goes on answering: %s", self.release.id, error)
+                except Exception as error:  # nobody would start the thread again
+                    log.exception("release %s goes on answering", self.release.id)
+                    self._trouble = self._trouble.again(repr(error), repr(error))
 
         self._follower = threading.Thread(target=loop, name="release-follower", daemon=True)
         self._follower.start()
@@ -285,6 +351,11 @@ class Classifier:
         names = None
         if release.text is not None and release.text_files:
             names = NameEmbeddings(release, release.text, self._device, self._threads)
+        if not release.hashed:
+            log.warning(
+                "release %s is of an older version: its class names and preprocessing are neither hashed nor tested",
+                release.id,
+            )
         return _OpenRelease(release, session, names)
 
 
@@ -324,6 +395,18 @@ def _trim_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def _check_described(release: Release, session: Session) -> None:
+    """Compare release.json with what the model file says of the same: who edits one leaves the other. Raises
+    ReleaseError."""
+    said = session.metadata
+    for name, ours in (("classes", list(release.classes)), ("preprocess", release.preprocess.to_dict())):
+        if name in said and json.loads(said[name]) != json.loads(json.dumps(ours)):
+            raise ReleaseError(
+                f"release {release.path}: {name} in {releases.MANIFEST} are not those that the model was made with; "
+                "it is not used"
+            )
+
+
 def _self_test(release: Release, precision: str, session: Session) -> None:
     """Compare with the trained model's answers that the release has, one image alone and all at once.
 
@@ -333,8 +416,20 @@ def _self_test(release: Release, precision: str, session: Session) -> None:
     atol = release.atol if precision == release.precision else release.variants[precision].atol
     with np.load(release.golden, allow_pickle=False) as golden:
         images, want = golden["images"], Answers(*(golden[name] for name in OUTPUTS))
+        strayed = golden_set.difference(golden, release.preprocess)
+    if strayed is not None and not strayed <= golden_set.PIXEL_ATOL:
+        raise ReleaseError(
+            f"release {release.path} fails its own test: encoded images are preprocessed otherwise than where it was "
+            f"made, by {strayed:.3g} in the mean, at most {golden_set.PIXEL_ATOL:.3g} is allowed; it is not used"
+        )
+    _check_described(release, session)
     for size in {1, len(images)}:
         got = session.run(images[:size])
+        if got.probabilities.shape[1] != len(release.classes):
+            raise ReleaseError(
+                f"release {release.path} names {len(release.classes)} classes, and its model answers for "
+                f"{got.probabilities.shape[1]}; it is not used"
+            )
         difference = max(
             float(np.abs(got.embedding - want.embedding[:size]).max()),
             float(np.abs(got.probabilities - want.probabilities[:size]).max()),

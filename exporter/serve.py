@@ -32,8 +32,8 @@ from exporter.batcher import Batcher
 from exporter.bodies import Bodies, Refused
 from exporter.precision import FP32
 from exporter.preprocess import ImageError
-from exporter.release import ReleaseError
-from exporter.runtime import Classifier, NamesError, Prediction, Prepared
+from exporter.release import NoRelease, ReleaseError
+from exporter.runtime import RETRY_S, Classifier, NamesError, Prediction, Prepared
 from exporter.serving_metrics import ServeMetrics
 from exporter.session import Device
 from exporter.web import health, listen, web_server
@@ -47,6 +47,10 @@ stop`, after 15 s by the systemd unit."""
 LOOP_SILENT_S = 30
 """Seconds without a turn of the event loop after which the process is not alive. It turns at least once a second unless
 something blocks it, and nothing here should; with less, a machine that is short of CPU would lose its servers too."""
+
+BEHIND_S = 60
+"""Seconds since the last look that found the release that answers to be the current one, beyond which /readyz tells it.
+A look is taken every second; opening a large release takes tens of them."""
 
 FOLLOW_S = 1.0
 """Seconds between two looks for another release. A look reads a symlink or two; with a longer time the old release only
@@ -85,7 +89,8 @@ class Server:
     POST /v1/classify?top=5   an image as the body, or several as multipart/form-data (top=0: all classes)
          &name=zebra&...      names to score beside the learned classes
     GET  /v1/labels           class names of the release that answers
-    GET  /livez, /readyz      200, or 503 with reasons; ready once there is a release
+    GET  /livez, /readyz      200, or 503 with reasons; ready once there is a release. /readyz also tells, under
+                              `warnings`, when newer releases cannot be taken up
     GET  /metrics             Prometheus
     """
 
@@ -181,6 +186,7 @@ class Server:
         silent = time.monotonic() - self._beat if self._beat is not None else 0
         if silent > LOOP_SILENT_S:
             reasons.append(f"the event loop was last seen {silent:.0f} s ago")
+        reasons += self._classifier.why_not_alive() if self._classifier else []
         return reasons + [reason for companion in self._companions for reason in companion.why_not_alive()]
 
     def watch(self, companion: Companion) -> None:
@@ -222,14 +228,17 @@ class Server:
 
     def _open_release(self) -> None:
         """Open the release as soon as there is one; from then on its classifier takes up newer ones by itself."""
+        wait_s = FOLLOW_S
         while not self._stopping.is_set():
             try:
                 classifier = self._open()
-            except ReleaseError as error:
+            except Exception as error:  # nobody would start the thread again
                 if str(error) != self._why_not:
-                    log.warning("not ready: %s", error)
-                self._why_not = str(error)
-                self._stopping.wait(FOLLOW_S)
+                    log.warning("not ready: %s", error, exc_info=not isinstance(error, ReleaseError))
+                self._why_not = str(error) or repr(error)
+                # What is damaged is read whole at every attempt, and what is not there yet costs nothing.
+                wait_s = FOLLOW_S if isinstance(error, NoRelease) else min(2 * wait_s, RETRY_S)
+                self._stopping.wait(wait_s)
                 continue
             classifier.follow(FOLLOW_S)
             log.info("release %s answers on %s", classifier.release.id, classifier.provider)
@@ -368,7 +377,14 @@ class Server:
         reasons = [] if self._classifier is not None else [self._why_not]
         reasons += self.why_not_alive()
         reasons += [reason for companion in self._companions for reason in companion.why_not_ready()]
-        return health(reasons)
+        # Only told: the release that answers goes on answering, and a bad one must not take every server out at once.
+        classifier, warnings = self._classifier, []
+        if classifier is not None and classifier.behind_s > BEHIND_S:
+            why = classifier.why_behind or "a look for another one has not ended"
+            warnings.append(
+                f"release {classifier.release.id} was last found to be current {classifier.behind_s:.0f} s ago: {why}"
+            )
+        return health(reasons, warnings=warnings)
 
     async def _on_metrics(self, request: Request) -> Response:
         # What can be read off is set here, at the scrape, and costs the requests nothing.
@@ -380,5 +396,6 @@ class Server:
                 {"id": release.id, "classes": str(len(release.classes)), "provider": self._classifier.provider}
             )
             metrics.made.set(datetime.fromisoformat(release.created).timestamp())
+            metrics.followed.set(time.time() - self._classifier.behind_s)
         encode, kind = choose_encoder(request.headers.get("accept", ""))
         return Response(encode(self.registry), headers={"Content-Type": kind})

@@ -37,6 +37,9 @@ class ServeMetrics:
         self.in_flight = Gauge("requests_in_flight", "Requests being worked on", **common)
         self.release = Info("release", "The release that answers", **common)
         self.made = Gauge("release_timestamp_seconds", "When the release that answers was made", **common)
+        self.followed = Gauge(
+            "release_current_timestamp_seconds", "When the release that answers was last found to be current", **common
+        )
 
 
 class KafkaMetrics:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
+import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -18,11 +22,12 @@ import pytest
 import torch
 from PIL import Image
 
+from exporter import golden, runtime
 from exporter import release as releases
 from exporter.onnx import OnnxExporter
 from exporter.preprocess import ImageError
 from exporter.release import Release, ReleaseError
-from exporter.runtime import Classifier
+from exporter.runtime import OUTPUTS, RETRY_S, Classifier, Session
 from tests.test_onnx import FACTS, PREPROCESS, SIZE, Toy
 
 
@@ -61,6 +66,22 @@ def two_releases(tmp_path_factory) -> State:
 def state(two_releases) -> State:
     two_releases.point(1)
     return two_releases
+
+
+class Clock:
+    """The time by hand."""
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(runtime, "time", clock)
+    return clock
 
 
 def picture(seed: int, width: int = 40, height: int = 50) -> Image.Image:
@@ -222,9 +243,52 @@ def falsify_golden(folder: Path) -> None:
     rehash(folder)
 
 
-def rehash(folder: Path) -> None:
-    release = releases.read(folder)
+def rehash(folder: Path, **changes: Any) -> None:
+    """Write release.json anew, with hashes that fit what is there."""
+    release = replace(releases.read(folder), **changes)
     releases.write(replace(release, files={name: releases.digest(folder / name) for name in release.files}))
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    """Change values of release.json and nothing else."""
+    values = json.loads((folder / "release.json").read_text())
+    (folder / "release.json").write_text(json.dumps(values | changes))
+
+
+def reverse_names(folder: Path) -> None:
+    edit(folder, classes=releases.read(folder).classes[::-1])
+
+
+def reverse_names_and_rehash(folder: Path) -> None:
+    rehash(folder, classes=releases.read(folder).classes[::-1])
+
+
+def another_mean(folder: Path) -> None:
+    edit(folder, preprocess=replace(PREPROCESS, mean=(0.4, 0.4, 0.4)).to_dict())
+
+
+def nest_deeply(folder: Path) -> None:
+    (folder / "release.json").write_text("[" * 100_000)
+
+
+def pipe_for_a_manifest(folder: Path) -> None:
+    (folder / "release.json").unlink()
+    os.mkfifo(folder / "release.json")
+
+
+def pipe_for_a_model(folder: Path) -> None:
+    (folder / "model.onnx").unlink()
+    os.mkfifo(folder / "model.onnx")
+
+
+def huge_manifest(folder: Path) -> None:
+    with (folder / "release.json").open("r+b") as file:
+        file.truncate(releases.MAX_MANIFEST_BYTES + 1)
+
+
+def lead_out(folder: Path) -> None:
+    values = json.loads((folder / "release.json").read_text())
+    edit(folder, files={"../model.onnx": [1, "00"], **values["files"]}, sha256=None)
 
 
 @pytest.mark.parametrize(
@@ -234,9 +298,21 @@ def rehash(folder: Path) -> None:
         (truncate_model, "cannot be run"),
         (falsify_golden, "fails its own test"),
         (lambda folder: (folder / "release.json").unlink(), r"release\.json is missing"),
+        (reverse_names, "it is damaged: its hash"),
+        (reverse_names_and_rehash, "classes in release.json are not those"),
+        (another_mean, "it is damaged: its hash"),
+        (lambda folder: rehash(folder, preprocess=replace(PREPROCESS, mean=(0.4, 0.4, 0.4))), "preprocess"),
+        (lambda folder: rehash(folder, classes=("a", "b", "c")), "classes in release.json are not those"),
+        (lambda folder: edit(folder, classes="abcdefg", sha256=None), "expected a list of names"),
+        (lambda folder: edit(folder, created="long ago", sha256=None), "long ago"),
+        (nest_deeply, "cannot be read .*recursion"),
+        (pipe_for_a_manifest, "not a regular file"),
+        (pipe_for_a_model, "not a regular file"),
+        (huge_manifest, "more than 67108864 bytes"),
+        (lead_out, "expected a name without a folder"),
     ],
 )
-def test_a_bad_release_is_refused_at_the_start_and_never_replaces_a_good_one(spoil, message, tmp_path):
+def test_a_bad_release_is_refused_at_the_start_and_never_replaces_a_good_one(spoil, message, tmp_path, clock):
     # Given a good release that serves and a spoilt one after it
     state = State(tmp_path)
     state.commit(Toy(5, seed=1))
@@ -247,11 +323,162 @@ def test_a_bad_release_is_refused_at_the_start_and_never_replaces_a_good_one(spo
     with pytest.raises(ReleaseError, match=message):
         classifier.refresh()
 
-    # Then the good one goes on, the bad one is not tried again, and nobody can start from it
+    # Then the good one goes on, the bad one is not tried again at once, and nobody can start from it
     assert len(classifier.classify([picture(0)], top=0)[0].labels) == 5
     assert not classifier.refresh()
     with pytest.raises(ReleaseError, match=message):
         Classifier(state.path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"classes": ("a", "b", "c")}, "names 3 classes, and its model answers for 7"),
+        ({"preprocess": replace(PREPROCESS, mean=(0.47, 0.5, 0.5))}, "preprocessed otherwise than where it was made"),
+        ({"preprocess": replace(PREPROCESS, std=(0.3, 0.3, 0.3))}, "preprocessed otherwise than where it was made"),
+    ],
+)
+def test_a_model_without_a_description_is_held_to_its_golden_set_alone(changes, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(Session, "metadata", {})
+    release = State(tmp_path).commit(Toy(7))
+    Classifier(release.path)
+    rehash(release.path, **changes)
+    with pytest.raises(ReleaseError, match=message):
+        Classifier(release.path)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        replace(PREPROCESS, mean=(0.47, 0.5, 0.5)),
+        replace(PREPROCESS, resize_mode="squash"),
+        replace(PREPROCESS, resize_mode="longest"),
+        replace(PREPROCESS, interpolation="bilinear"),
+    ],
+    ids=["another mean", "squashed", "padded", "another resampling"],
+)
+@pytest.mark.parametrize("size", [32, 224])
+def test_the_golden_set_finds_another_preprocessing(other, size):
+    ours, other = replace(PREPROCESS, size=size), replace(other, size=size)
+    files = golden.encoded()
+    arrays = {**files, golden.PIXELS: golden.pixels(files, ours)}
+    assert golden.difference(arrays, ours) == 0
+    assert golden.difference(arrays, other) > golden.PIXEL_ATOL
+    arrays[golden.PIXELS] = arrays[golden.PIXELS][:, ::-1]  # blue first
+    assert golden.difference(arrays, ours) > golden.PIXEL_ATOL
+
+
+def test_a_release_of_an_older_version_is_loaded_and_says_so_once(tmp_path, caplog):
+    # given one without a hash of release.json and without encoded images
+    state = State(tmp_path)
+    folder = state.commit(Toy(5)).path
+    with np.load(folder / "golden.npz") as arrays:
+        np.savez(folder / "golden.npz", **{name: arrays[name] for name in ("images", *OUTPUTS)})
+    rehash(folder)
+    values = json.loads((folder / "release.json").read_text())
+    del values["sha256"]
+    (folder / "release.json").write_text(json.dumps(values))
+    model = hashlib.sha256((folder / "model.onnx").read_bytes()).hexdigest()
+
+    # when
+    classifier = Classifier(tmp_path)
+    for _ in range(3):
+        classifier.refresh()
+
+    # then it keeps the id it had
+    assert classifier.release.id == hashlib.sha256(f"model.onnx {model}".encode()).hexdigest()[:12]
+    assert caplog.text.count("is of an older version") == 1
+    caplog.clear()
+    state.commit(Toy(6))
+    assert classifier.refresh() and "older version" not in caplog.text
+
+
+def test_releases_are_told_apart_by_what_is_in_them_not_by_their_folder(tmp_path):
+    # given a folder served by its own path
+    state = State(tmp_path)
+    first, second = state.commit(Toy(5, seed=1)).path, state.commit(Toy(7, seed=2)).path
+    classifier = Classifier(first)
+
+    # when another release takes its place
+    shutil.rmtree(first)
+    second.rename(first)
+
+    # then
+    assert classifier.refresh() and len(classifier.release.classes) == 7
+    assert not classifier.refresh()
+
+
+def test_a_release_that_could_not_be_used_is_tried_again_after_longer_and_longer_pauses(tmp_path, clock):
+    # given a good one, and one after it that is still being copied
+    state = State(tmp_path)
+    state.commit(Toy(5, seed=1))
+    classifier = Classifier(state.path)
+    model = state.commit(Toy(7, seed=2)).path / "model.onnx"
+    whole = model.read_bytes()
+    model.write_bytes(whole[:1000])
+
+    # when it is looked for every half second
+    tried = []
+    for look in range(600):
+        clock.now = look / 2
+        try:
+            assert not classifier.refresh()
+        except ReleaseError:
+            tried.append(clock.now)
+    assert tried == [0, 1, 3, 7, 15, 31, 63, 123, 183, 243]
+    assert "model.onnx has 1000 bytes" in classifier.why_behind and classifier.behind_s == clock.now
+
+    # and when it is whole
+    model.write_bytes(whole)
+    clock.now += RETRY_S
+
+    # then
+    assert classifier.refresh() and len(classifier.release.classes) == 7
+    assert (classifier.why_behind, classifier.behind_s) == ("", 0)
+
+
+def test_a_good_release_is_taken_up_at_once_after_a_bad_one(tmp_path, clock):
+    state = State(tmp_path)
+    state.commit(Toy(5, seed=1))
+    classifier = Classifier(state.path)
+    damage_model(state.commit(Toy(7, seed=2)).path)
+    with pytest.raises(ReleaseError):
+        classifier.refresh()
+    state.commit(Toy(6, seed=3))
+    assert classifier.refresh() and len(classifier.release.classes) == 6
+
+
+@pytest.mark.parametrize("error", [ReleaseError("damaged"), RecursionError("too deep"), MemoryError(), OSError("disk")])
+def test_no_exception_ends_the_follower(state, monkeypatch, error):
+    classifier = Classifier(state.path)
+    failed = threading.Semaphore(0)
+
+    def broken(path: Path) -> Path:
+        failed.release()
+        raise error
+
+    with monkeypatch.context() as broken_for_a_while:
+        broken_for_a_while.setattr(releases, "current", broken)
+        classifier.follow(interval_s=0.01)
+        assert all(failed.acquire(timeout=20) for _ in range(3))
+        assert classifier.why_not_alive() == [] and classifier.why_behind
+    try:
+        state.point(2)
+        deadline = time.monotonic() + 20
+        while len(classifier.release.classes) != 7 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert len(classifier.release.classes) == 7
+    finally:
+        classifier.close()
+    assert classifier.why_not_alive() == []
+
+
+def test_the_same_model_makes_the_same_release(tmp_path):
+    first, second = (State(tmp_path / name).commit(Toy(5, seed=1)) for name in "ab")
+    assert first.id == second.id and first.files == second.files
+    said = [json.loads((release.path / "release.json").read_text()) for release in (first, second)]
+    differ = {key for key in said[0] if said[0][key] != said[1][key]}
+    assert differ <= {"created", "seconds", "sha256"}
 
 
 def test_a_state_folder_without_a_release_is_an_error_that_says_so(tmp_path):

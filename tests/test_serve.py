@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -36,6 +37,7 @@ from tests.tiny import tiny_clip
 TOP = Path(__file__).parent.parent
 HEAD_OF_TEN = b"POST /v1/classify HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 10\r\n\r\n"
 """The head of a request with a body of ten bytes."""
+FOLLOWED = "gapstream_serve_release_current_timestamp_seconds"
 
 
 @pytest.fixture(scope="module")
@@ -366,6 +368,65 @@ def test_it_is_alive_without_a_release_and_ready_as_soon_as_there_is_one(state, 
 
         wait_for(lambda: ask(server, "/readyz")[0] == 200)
         assert classify(server, png(picture(1)))[0] == 200
+
+
+def test_a_release_that_cannot_be_taken_up_is_told_and_leaves_the_server_ready(state, tmp_path, monkeypatch):
+    monkeypatch.setattr(serve, "FOLLOW_S", 0.02)
+    monkeypatch.setattr(serve, "BEHIND_S", 0.1)
+    folder = tmp_path / "release"
+    shutil.copytree(state.path / "commits" / "000001" / "release", folder)
+    with serving(folder) as server:
+        wait_for(lambda: ask(server, "/readyz") == (200, {"status": "ok", "reasons": []}))
+        (folder / "release.json").write_text("[" * 100_000)
+
+        wait_for(lambda: "warnings" in ask(server, "/readyz")[1])
+
+        status, told = ask(server, "/readyz")
+        assert status == 200 and "release.json cannot be read" in told["warnings"][0]
+        assert classify(server, png(picture(1)))[0] == 200
+        [shown] = [line for line in ask(server, "/metrics")[1].splitlines() if line.startswith(FOLLOWED)]
+        assert 0 < time.time() - float(shown.split()[1]) < 300
+
+
+def test_whatever_works_beside_the_server_speaks_in_both_probes(server):
+    class Beside:
+        dead, unready = ["a decoder hangs"], ["not joined yet"]
+
+        def why_not_alive(self) -> list[str]:
+            return self.dead
+
+        def why_not_ready(self) -> list[str]:
+            return self.unready
+
+    pool = Beside()
+    server.watch(pool)
+    try:
+        assert ask(server, "/livez") == (503, {"status": "failing", "reasons": ["a decoder hangs"]})
+        assert ask(server, "/readyz")[1]["reasons"] == ["a decoder hangs", "not joined yet"]
+    finally:
+        pool.dead = pool.unready = []
+    assert ask(server, "/readyz")[0] == ask(server, "/livez")[0] == 200
+
+
+@pytest.mark.parametrize("error", [RecursionError("too deep"), MemoryError(), OSError("disk")])
+def test_no_exception_ends_the_search_for_a_first_release(error, state, monkeypatch):
+    monkeypatch.setattr(serve, "FOLLOW_S", 0.02)
+    opened, failures = Server._open_release, [error, error]
+
+    def open_release(server: Server) -> None:
+        whole = server._open
+
+        def broken() -> Classifier:
+            if failures:
+                raise failures.pop()
+            return whole()
+
+        server._open = broken
+        opened(server)
+
+    monkeypatch.setattr(Server, "_open_release", open_release)
+    with serving(state.path) as server:
+        wait_for(lambda: ask(server, "/readyz")[0] == 200)
 
 
 def test_swaps_under_load_neither_drop_nor_mix_an_answer(state, monkeypatch):
