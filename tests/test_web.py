@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import threading
 import time
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
@@ -29,6 +30,9 @@ def serving(max_connections: int = 8) -> Iterator[int]:
     async def answer(request: Request) -> Response:
         if request.url.query == "slow":
             await asyncio.sleep(1.5)
+        if request.method == "POST":
+            with contextlib.suppress(ClientDisconnect):
+                await request.body()
         return PlainTextResponse("x" * (LARGE if request.url.query == "large" else 1))
 
     server = web_server(
@@ -80,17 +84,65 @@ def answered(port: int) -> bool:
         GET + GET[:-2],
         b"POST / HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 1000000\r\n\r\n",
         b"POST / HTTP/1.1\r\nHost: 127.0.0.1\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n",
+        b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 1000000\r\n\r\n",
     ],
-    ids=["nothing", "half a head", "half a head after an answer", "no body", "half a body in chunks"],
+    ids=["nothing", "half a head", "half a head after an answer", "no body", "half a body in chunks", "a body unread"],
 )
 def test_a_request_that_drips_is_ended_at_its_deadline(sent, monkeypatch):
     monkeypatch.setattr(web, "HEAD_S", 0.3)
+    monkeypatch.setattr(web, "BODY_S", 0.3)
     with serving() as port, connect(port, sent) as client:
         began = time.monotonic()
         with pytest.raises(OSError):
             while time.monotonic() - began < 20:
                 client.sendall(b"x")
                 time.sleep(0.05)
+        assert answered(port)
+
+
+def chunked(size: int, chunks: int) -> bytes:
+    head = b"POST / HTTP/1.1\r\nHost: 127.0.0.1\r\nTransfer-Encoding: chunked\r\n\r\n"
+    return head + (b"%x\r\n%s\r\n" % (size, b"x" * size)) * chunks + b"0\r\n\r\n"
+
+
+def test_a_body_in_chunks_of_a_byte_is_not_taken():
+    """Two million of them took half a minute of the event loop, and probes waited."""
+    with serving() as port, connect(port) as client:
+        with contextlib.suppress(ConnectionError):
+            client.sendall(chunked(1, 300_000))
+        assert ended(client)
+        assert answered(port)
+
+
+@pytest.mark.parametrize("head_end", [b"\r\n\r\n", b"\n\n"])
+def test_small_chunks_that_come_with_their_head_are_not_taken_either(head_end):
+    with serving() as port, connect(port) as client, contextlib.suppress(ConnectionError):
+        client.sendall(chunked(1, 5000).replace(b"\r\n\r\n", head_end, 1))
+        assert client.recv(2**16) == b""
+
+
+@pytest.mark.parametrize(("size", "chunks"), [(200, 5000), (1, 20)])
+def test_chunks_of_some_size_and_a_few_small_ones_are_taken(size, chunks):
+    with serving() as port, connect(port, chunked(size, chunks)) as client:
+        assert client.recv(2**16).startswith(b"HTTP/1.1 200")
+
+
+def test_line_ends_in_a_body_without_chunks_are_taken():
+    body = b"\r\n" * 100_000
+    head = b"POST / HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: %d\r\n\r\n" % len(body)
+    with serving() as port, connect(port, head + body) as client:
+        assert client.recv(2**16).startswith(b"HTTP/1.1 200")
+
+
+def test_requests_that_wait_for_no_answer_are_answered_in_their_order_but_not_without_end():
+    with serving() as port, connect(port, GET * 20) as client:
+        got = b""
+        while got.count(b"HTTP/1.1 200") < 20:
+            got += client.recv(2**16)
+    with serving() as port, connect(port) as client:
+        with contextlib.suppress(ConnectionError):
+            client.sendall(GET * 20_000)
+        assert ended(client)
         assert answered(port)
 
 
