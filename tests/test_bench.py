@@ -121,7 +121,7 @@ def test_the_numbers_are_those_the_agent_reports(config: Config, clip: Clip, tmp
         HoldOut(0, 0),
         test=ArchiveFolder(tmp_path / "data", "test"),
         probe=ArchiveFolder(tmp_path / "probe"),
-        max_pixels=10**6,
+        decoders=Decoders(10**6),
         cache_bytes=2**30,
     )
     method, report, released = build(clip, one.method), None, None

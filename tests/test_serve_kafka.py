@@ -19,6 +19,7 @@ from agent.cli import main
 from agent.commands import serve_kafka
 from agent.commands.serve_kafka import Responder
 from agent.config import load
+from exporter.decoders import Decoders
 from exporter.release import ReleaseError
 from exporter.runtime import Classifier
 from exporter.serving_metrics import KafkaMetrics
@@ -90,7 +91,7 @@ def answering(exchange: ListExchange, classifier: Any, **settings: Any) -> Itera
     stop = threading.Event()
     settings = {"fetch": lambda claim: CODEC.fetch(claim, None), **settings}
     metrics = KafkaMetrics(registry, Reason)
-    responder = Responder(exchange, lambda: classifier, metrics, stop.is_set, **settings)  # type: ignore[arg-type]
+    responder = Responder(exchange, lambda: classifier, metrics, stop.is_set, Decoders(10**6), **settings)  # type: ignore[arg-type]
     responder.start()
     try:
         wait_for(lambda: not exchange.left)
@@ -217,7 +218,7 @@ class Moody:
 
     def __init__(self, classifier: Classifier, error: Exception) -> None:
         self._classifier, self._errors = classifier, [error]
-        self.prepare = classifier.prepare
+        self.release = classifier.release
 
     def classify(self, images: Any, top: int) -> Any:
         if self._errors:
@@ -253,7 +254,7 @@ def test_a_stop_in_the_middle_commits_what_is_answered_and_leaves_the_rest(state
     metrics = KafkaMetrics(CollectorRegistry(), Reason)
     moody: Any = Stopping(classifier, RuntimeError())
     fetch = lambda claim: CODEC.fetch(claim, None)  # noqa: E731
-    responder = Responder(exchange, lambda: moody, metrics, stop.is_set, fetch=fetch, max_batch=2)  # type: ignore[arg-type]
+    responder = Responder(exchange, lambda: moody, metrics, stop.is_set, Decoders(10**6), fetch=fetch, max_batch=2)  # type: ignore[arg-type]
     responder.start()
     responder.join()
 
@@ -274,6 +275,7 @@ def test_without_a_release_nothing_is_taken(state):
         lambda: found[0] if found else None,
         metrics,
         stop.is_set,
+        Decoders(10**6),
         fetch=lambda claim: CODEC.fetch(claim, None),
     )
     responder.start()

@@ -183,7 +183,10 @@ class Plain:
 def _task(clip: Clip, number: int, images: Images) -> TaskData:
     names = tuple(dict.fromkeys(name for name, _ in images))
     readers = [lambda data=data: data for _, data in images]
-    loaded = load_tokens(readers, clip, max_pixels=MAX_PIXELS, cache_bytes=2**30, scratch=Path(tempfile.gettempdir()))
+    with closing(Decoders(MAX_PIXELS)) as decoders:
+        loaded = load_tokens(
+            readers, clip, decoders=decoders, cache_bytes=2**30, scratch=Path(tempfile.gettempdir())
+        )
     labels = torch.tensor([names.index(name) for name, _ in images])
     return TaskData(number, names, labels, loaded.tokens)
 
