@@ -78,9 +78,9 @@ class DecodersError(OSError):
 class DecoderDied(Exception):
     """The process is gone before it answered; the message says how."""
 
-    def __init__(self, how: str, fault: Literal["time", "late", "crash"]) -> None:
-        """`fault`: `time` where the image took its processor time, `late` where the process was killed since no answer
-        came though it did not, `crash` for any other end."""
+    def __init__(self, how: str, fault: Literal["start", "time", "late", "crash"]) -> None:
+        """`fault`: `start` where it did not come up; `time` where the image took its processor time; `late` where the
+        process was killed since no answer came though it did not; `crash` for any other end."""
         super().__init__(how)
         self.fault = fault
 
@@ -146,7 +146,7 @@ class Decoder:
         which are good until the next call, a picture, or why the image is unusable.
 
         Raises DecoderDied when the process is gone before the next answer, or was killed since that was late; it cannot
-        be used any more then. Raises DecodersError when it does not come up, or the machine has no memory for an image.
+        be used any more then. Raises DecodersError when the machine has no memory for an image.
         """
         if not self._size:
             self._await_start()
@@ -202,7 +202,7 @@ class Decoder:
             self._receive(ANSWER.size)
             self._size = address_space(self._process.pid) if sys.platform == "linux" else 1
         except (DecoderDied, OSError) as error:
-            raise DecodersError(f"a decoder process could not be started: {error}") from error
+            raise DecoderDied(f"could not be started: {error}", "start") from error
 
     def _understood(self, kind: int, body: bytes, order: Order) -> Buffer | Image.Image | ImageError:
         if kind == PIXELS and len(body) == order.answer_bytes:

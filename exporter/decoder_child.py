@@ -79,11 +79,12 @@ def main(handle: int, shared_handle: int, parent: int, max_pixels: int, nice: in
     # kernel for every image's anew: 0.5 ms for one of 500 x 400 pixels.
     bytearray(_KEPT_BYTES)
     shared = mmap.mmap(shared_handle, SHARED_BYTES)
+    os.close(shared_handle)
     with socket.socket(fileno=handle) as connection, connection.makefile("rwb") as stream:
         stream.write(ANSWER.pack(PIXELS, 0))
         stream.flush()
-        # What happened until here is for the log; from here on it may be the doing of an image.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        # What was said until here is for the log, as standard error; from here on it may be the doing of an image.
+        os.dup2(1, 2)
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             while count := stream.read(1):
                 # All of them are read first: else both ends could wait for the other to read.

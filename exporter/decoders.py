@@ -369,11 +369,9 @@ class Decoders:
             detail = f"takes more than {job.order.cpu_s:.1f} s of processor time to decode"
             self._settle(jobs.popleft(), ImageError("bomb", detail))
         elif job.attempts >= ATTEMPTS:
-            if died.fault == "late":
-                self._settle(jobs.popleft(), DecodersError(f"{ATTEMPTS} decoder processes did not answer in time"))
-            else:
-                detail = f"the decoder process {died}, {ATTEMPTS} times"
-                self._settle(jobs.popleft(), ImageError("undecodable", detail))
+            detail = f"the decoder process {died}, {ATTEMPTS} times"
+            machine = died.fault in ("start", "late")
+            self._settle(jobs.popleft(), DecodersError(detail) if machine else ImageError("undecodable", detail))
 
     def _settle(self, job: _Job, answer: Any) -> None:
         """Tell a job's answer to who waits for it."""

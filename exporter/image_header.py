@@ -32,7 +32,7 @@ unusual depth, a run-length BMP. A value takes up to 0.8 microseconds there, a h
 MEMORY_BYTES_PER_PIXEL = 11
 """Bytes of memory that a decoder has for each pixel of the largest image that is allowed. Measured with 10 million
 pixels: JPEG 8 (progressive 10, of four channels 12), PNG and GIF 9, BMP, PPM and TIFF of 8 bits 8, AVIF 10.4; these may
-be as large as allowed. WebP takes 18 and 16-bit grey 22, so fewer pixels of them are decoded."""
+be as large as allowed, and so may 16-bit grey (11). WebP takes 18, so fewer pixels of it are decoded."""
 
 MEMORY_BYTES = 64 * 2**20
 """Bytes of memory a decoder has beside those for pixels: for the encoded image and what it carries beside its pixels

@@ -26,6 +26,7 @@ from agent.methods import build
 from agent.model.clip import Clip, load_clip
 from agent.scoring.evaluator import Evaluator
 from agent.scoring.holdout import HoldOut
+from exporter.decoders import Decoders
 from streams.archive_folder import ArchiveFolder
 from tests.tiny import silent
 

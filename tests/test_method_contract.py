@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from agent.methods.base import LearnerState, Method, TaskData
 from agent.model.clip import Clip, load_clip
 from agent.model.images import load_tokens
 from agent.values import Progress, Update
-from exporter.onnx import OnnxExporter
 from exporter.decoders import Decoders
+from exporter.onnx import OnnxExporter
 from exporter.preprocess import Preprocess
 from exporter.text import name_encoder
 from exporter.text_export import TextToRelease

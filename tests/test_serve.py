@@ -312,6 +312,7 @@ def test_swaps_under_load_neither_drop_nor_mix_an_answer(state, monkeypatch):
 
     with serving(state.path) as server, ThreadPoolExecutor(4) as pool:
         wait_for(lambda: ask(server, "/readyz")[0] == 200)
+        assert classify(server, image)[0] == 200  # the decoders are there
         clients = [pool.submit(client) for _ in range(4)]
         try:
             for number in (1, 2, 1, 2):

@@ -121,9 +121,9 @@ class Responder:
         max_batch: int = 64,
     ) -> None:
         """`classifier` gives what answers; while it gives None nothing is taken. `stopping` says when to end, and
-        `decoders` are closed then. `fetch` gets the image of a message that only points at one. A prediction lists `top` classes
-        (0: all) and carries the message's headers of the names in `headers`. `max_batch` images go through the model at
-        once."""
+        `decoders` are closed then. `fetch` gets the image of a message that only points at one. A prediction lists
+        `top` classes (0: all) and carries the message's headers of the names in `headers`. `max_batch` images go
+        through the model at once."""
         self._exchange = exchange
         self._classifier = classifier
         self._metrics = metrics
