@@ -157,6 +157,31 @@ def test_what_cannot_be_answered_gets_its_reason_and_stops_nothing(state):
     wait_for(lambda: value("gapstream_serve_kafka_lag_records", {"topic": "images", "partition": "1"}) == 0)
 
 
+def test_a_poison_message_is_answered_with_its_error_and_the_partition_goes_on(state, monkeypatch):
+    monkeypatch.setattr("exporter.decoder.CPU_S", 0.2)
+    monkeypatch.setattr("exporter.decoder.CPU_S_PER_PIXEL", 0.0)
+    image, poison = png(picture(1)), b"P3 1000 300 255\n" + b"0 " * 3 * 300_000
+    exchange = ListExchange(arrivals(image, poison, image))
+    exchange.left[1] = Arrival(Record(PLACE, 1, "", poison), 1001, Raw(b"key 1", poison))
+
+    with answering(exchange, Classifier(state.path)):
+        pass
+
+    answers = [json.loads(reply.value) for reply in exchange.replies]
+    assert [answer.get("error") for answer in answers] == [None, "bomb", None]
+
+
+def test_images_made_to_be_slow_are_committed_bit_by_bit(state, monkeypatch):
+    # given messages of which the first takes longer to decode than a transaction may last, as a process is started
+    monkeypatch.setattr(serve_kafka, "_BATCH_S", 0.02)
+    exchange = ListExchange(arrivals(*[png(picture(1))] * 3))
+
+    with answering(exchange, Classifier(state.path)):
+        pass
+
+    assert exchange.commits[0] == 1 and len(exchange.replies) == 3
+
+
 def test_a_store_of_images_that_is_away_is_an_answer():
     class Store:
         def fetch(self, url: str) -> bytes:
