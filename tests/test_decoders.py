@@ -23,7 +23,7 @@ from exporter import decoder, decoders
 from exporter.decoders import ATTEMPTS, REQUEST_IMAGES, Busy, Decoders, DecodersError, TooManyPixels
 from exporter.image_header import ImageError
 from exporter.preprocess import Preprocess, decode
-from tests.bad_images import MAX_PIXELS, all_images, encoded, picture, png_chunk, png_of
+from tests.bad_images import MAX_PIXELS, all_images, encoded, jpeg_with_scans, picture, png_chunk, png_of, webp_of
 
 PREPROCESS = Preprocess(32, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
 LARGE = Preprocess(1300, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3), "bilinear", "longest")
@@ -345,6 +345,29 @@ def deep_png(side: int) -> bytes:
     pixels = zlib.compress(bytes((2 * side + 1) * side), 9)
     parts = (b"IHDR", header), (b"IDAT", pixels), (b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(kind, data) for kind, data in parts)
+
+
+def poison() -> dict[str, bytes]:
+    """What once took 10 to 30 seconds, or a gigabyte, of whoever decoded it."""
+    return {
+        "jpeg of a hundred scans": jpeg_with_scans(100, (4000, 4000)),
+        "jpeg whose last scan is repeated 400 times": jpeg_with_scans(400, (4000, 4000)),
+        "webp of 38 bytes and 982 MB": webp_of(7389, 7389),
+        "plain ppm of 31 MB": b"P3 2000 2580 255\n" + b"90 " * 2000 * 2580 * 2,
+    }
+
+
+@pytest.mark.parametrize("name", poison())
+def test_poison_of_old_is_refused_by_its_header_without_a_process(name):
+    with closing(Decoders(50_000_000)) as pool:
+        [answer] = pool.pixels([poison()[name]], PREPROCESS)
+        assert isinstance(answer, ImageError) and answer.reason == "bomb" and not pids(pool)
+
+
+def test_sixteen_bits_take_no_more_memory_than_eight():
+    with closing(Decoders(42_000_000, workers=1)) as pool:
+        [answer] = pool.pixels([deep_png(6480)], PREPROCESS)
+    assert isinstance(answer, np.ndarray)
 
 
 @pytest.mark.slow

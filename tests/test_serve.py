@@ -314,7 +314,7 @@ def test_pixels_in_flight_are_bounded(state):
         assert status == 503 and "come again" in answer["error"]
 
 
-def test_an_image_that_outlasts_its_limits_is_answered_with_its_error_and_holds_up_no_stop(state, monkeypatch):
+def test_an_image_that_outlasts_its_limits_is_answered_with_its_error(state, monkeypatch):
     monkeypatch.setattr("exporter.decoder.CPU_S", 0.2)
     monkeypatch.setattr("exporter.decoder.CPU_S_PER_PIXEL", 0.0)
     with serving(state.path) as server:
