@@ -13,6 +13,9 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 """Formats that are decoded, by Pillow's names. Anything else is `unsupported_format`, however well Pillow would do:
 each of its forty plugins is code that hostile bytes can reach."""
 
+REASONS = ("empty", "unsupported_format", "undecodable", "truncated", "bomb", "bad_dimensions")
+"""Why bytes give no usable image, see ImageError."""
+
 MAX_ASPECT = 100
 """Longer side over shorter side of the narrowest image that is taken. Resizing the shorter side to 224 would make 50
 gigapixels of a 1 x 1,000,000 image. The same as in streams.record, which cannot be imported here; a test compares the
@@ -29,7 +32,7 @@ unusual depth, a run-length BMP. A value takes up to 0.8 microseconds there, a h
 MEMORY_BYTES_PER_PIXEL = 11
 """Bytes of memory that a decoder has for each pixel of the largest image that is allowed. Measured with 10 million
 pixels: JPEG 8 (progressive 10, of four channels 12), PNG and GIF 9, BMP, PPM and TIFF of 8 bits 8, AVIF 10.4; these may
-be as large as allowed. WebP takes 18 and 16-bit grey 22, so fewer pixels of them are decoded."""
+be as large as allowed, and so may 16-bit grey (11). WebP takes 18, so fewer pixels of it are decoded."""
 
 MEMORY_BYTES = 64 * 2**20
 """Bytes of memory a decoder has beside those for pixels: for the encoded image and what it carries beside its pixels
@@ -96,8 +99,8 @@ class ImageError(Exception):
     """Bytes that give no usable image."""
 
     def __init__(self, reason: str, detail: str) -> None:
-        """`reason`: one of `empty`, `unsupported_format`, `undecodable`, `truncated`, `bomb` (more pixels than
-        allowed), `bad_dimensions` (sides differ too much); `detail`: what was found."""
+        """`reason`: one of REASONS; `bomb` is for more pixels, memory or time than allowed, `bad_dimensions` for sides
+        that differ too much. `detail`: what was found."""
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
         self.detail = detail
@@ -138,8 +141,6 @@ class Header:
             return self.pixels * 18  # two canvases, a frame, and Pillow's pixels
         if self.format == "AVIF":
             return self.pixels * (11 if self.bits <= 8 else 17)  # deep planes take 2 bytes a value, twice
-        if self.bits > 8:
-            return self.pixels * 22  # upright_rgb calculates with 64 bits
         return self.pixels * (9 + (self.channels if self.format == "TIFF" else 0))  # a strip may be all of the image
 
 

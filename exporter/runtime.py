@@ -88,7 +88,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Prepared:
-    """An image as the network takes it, made by `Classifier.prepare`."""
+    """An image as the network takes it, made by `Classifier.prepare` or of what exporter.decoders gives."""
 
     pixels: NDArray[np.float32]
     """The model's input [3, H, W]."""

@@ -1,8 +1,8 @@
 """`gapstream serve`: answers images over HTTP with the release readers follow; onnxruntime alone, no torch.
 
-Requests are read on the event loop, their images decoded on one pool of threads and their names encoded on another, and
-all images go through the model on one thread (exporter.batcher). So a request without names, or with names that are
-known, does not wait for another's new ones.
+Requests are read on the event loop, their images decoded in processes of their own (exporter.decoders) and their names
+encoded on threads, and all images go through the model on one thread (exporter.batcher). So a request without names, or
+with names that are known, does not wait for another's new ones.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,14 +23,16 @@ from prometheus_client.exposition import choose_encoder
 from python_multipart.multipart import parse_options_header
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from exporter.batcher import Batcher
 from exporter.bodies import Bodies, Refused
+from exporter.decoders import Busy, Decoders, DecodersError, TooManyPixels
+from exporter.disconnects import unless_gone
+from exporter.image_header import ImageError
 from exporter.precision import FP32
-from exporter.preprocess import ImageError
 from exporter.release import NoRelease, ReleaseError
 from exporter.runtime import RETRY_S, Classifier, NamesError, Prediction, Prepared
 from exporter.serving_metrics import ServeMetrics
@@ -65,6 +66,8 @@ _MAX_TOP_DIGITS = 9
 
 _BOUNDARY_BYTES = 70
 """Longest boundary of a multipart body, by RFC 2046."""
+_CLIENT_LEFT = 499
+"""Status under which a request is counted whose client did not wait for the answer; the number is nginx's."""
 
 
 class _FilesInMemory(MultiPartParser):
@@ -140,8 +143,7 @@ class Server:
         self._beat: float | None = None
         """When the event loop was last at work; None before `run`."""
         self._batcher = Batcher(self._classify, max_batch, self._metrics.batch.observe)
-        # Pillow releases the interpreter's lock while it decodes and resizes, so threads use all cores.
-        self._decoders = ThreadPoolExecutor(os.cpu_count(), "decoder")
+        self._decoders = Decoders(max_pixels)
         # A thread per request: those with new names wait for each other, and with fewer threads would hold up requests
         # whose names are known.
         self._namers = ThreadPoolExecutor(max_requests, "namer")
@@ -183,6 +185,7 @@ class Server:
         An event loop that is blocked cannot answer /livez; who asks here hears of it.
         """
         reasons = [] if self._batcher.alive else ["the thread that runs the model has died"]
+        reasons += self._decoders.why_not_alive()
         silent = time.monotonic() - self._beat if self._beat is not None else 0
         if silent > LOOP_SILENT_S:
             reasons.append(f"the event loop was last seen {silent:.0f} s ago")
@@ -206,7 +209,7 @@ class Server:
             if self._classifier is not None:
                 self._classifier.close()
             self._batcher.close()
-            self._decoders.shutdown()
+            self._decoders.close()
             self._namers.shutdown()
             self._socket.close()
 
@@ -262,7 +265,9 @@ class Server:
             # The request's body was not read to the end, so the connection cannot carry another request.
             headers = {"Connection": "close"} | ({"Retry-After": "1"} if status == 503 else {})
             response = JSONResponse({"error": str(refused)}, status, headers)
-        except ReleaseError as error:
+        except ClientDisconnect:  # nobody reads it; the metric counts it
+            response = Response(status_code=_CLIENT_LEFT)
+        except (ReleaseError, DecodersError) as error:
             response = JSONResponse({"error": str(error)}, 503, {"Retry-After": "1"})
         except Exception:
             log.exception("a request could not be answered; the next ones are")
@@ -287,7 +292,8 @@ class Server:
             self._check_place()
             self._requests += 1
             try:
-                return await self._answer(classifier, images, int(top), names)
+                # Work of a client that has left is dropped: who waits for an answer does not wait for it.
+                return await unless_gone(request, self._answer(classifier, images, names, int(top)))
             finally:
                 self._requests -= 1
 
@@ -296,12 +302,12 @@ class Server:
             raise Refused(503, f"{self._requests} requests are being worked on, no more are taken; come again")
 
     async def _answer(
-        self, classifier: Classifier, images: Sequence[bytes], top: int, names: tuple[str, ...]
+        self, classifier: Classifier, images: Sequence[bytes], names: tuple[str, ...], top: int
     ) -> Response:
         """Prepare and classify the images of one request."""
-        # The names go by themselves, once for all images: a decoder thread that waited for them would hold up others.
-        _, *prepared = await asyncio.gather(
-            self._encode_names(classifier, names), *(self._prepare(classifier, image, names) for image in images)
+        # The names go by themselves, once for all images: a decoder that waited for them would hold up others.
+        _, prepared = await asyncio.gather(
+            self._encode_names(classifier, names), self._prepare(classifier, images, names)
         )
         usable = [image for image in prepared if isinstance(image, Prepared)]
         self._metrics.images.labels("ok").inc(len(usable))
@@ -325,12 +331,26 @@ class Server:
         if names:
             await asyncio.get_running_loop().run_in_executor(self._namers, classifier.encode_names, names)
 
-    async def _prepare(self, classifier: Classifier, image: bytes, names: tuple[str, ...]) -> Prepared | ImageError:
+    async def _prepare(
+        self, classifier: Classifier, images: Sequence[bytes], names: tuple[str, ...]
+    ) -> list[Prepared | ImageError]:
+        """Have the images of a request decoded, or say why one cannot be. Raises Refused, DecodersError."""
+        preprocess = classifier.release.preprocess
+        # Headers made to be slow take milliseconds each, which the event loop has not.
+        checked = await asyncio.get_running_loop().run_in_executor(None, self._decoders.check, images)
         try:
-            prepared = await asyncio.get_running_loop().run_in_executor(self._decoders, classifier.prepare, image)
-        except ImageError as error:
-            return error
-        return replace(prepared, extra=names)
+            pixels = self._decoders.submit(checked, preprocess)
+        except TooManyPixels as error:
+            raise Refused(413, str(error)) from None
+        except Busy as error:
+            raise Refused(503, str(error)) from None
+        found = await asyncio.gather(*map(asyncio.wrap_future, pixels), return_exceptions=True)
+        prepared: list[Prepared | ImageError] = []
+        for one in found:
+            if isinstance(one, BaseException) and not isinstance(one, ImageError):
+                raise one
+            prepared.append(one if isinstance(one, ImageError) else Prepared(one, preprocess, names))
+        return prepared
 
     async def _images(self, request: Request, body: bytes) -> list[bytes]:
         """Give the encoded images in the body of a request, at least one. Raises Refused."""

@@ -26,6 +26,7 @@ from agent.methods import build
 from agent.model.clip import Clip, load_clip
 from agent.scoring.evaluator import Evaluator
 from agent.scoring.holdout import HoldOut
+from exporter.decoders import Decoders
 from streams.archive_folder import ArchiveFolder
 from tests.tiny import silent
 
@@ -121,7 +122,7 @@ def test_the_numbers_are_those_the_agent_reports(config: Config, clip: Clip, tmp
         HoldOut(0, 0),
         test=ArchiveFolder(tmp_path / "data", "test"),
         probe=ArchiveFolder(tmp_path / "probe"),
-        max_pixels=10**6,
+        decoders=Decoders(10**6),
         cache_bytes=2**30,
     )
     method, report, released = build(clip, one.method), None, None

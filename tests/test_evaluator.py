@@ -21,6 +21,7 @@ from agent.scoring.formulas import backward_transfer, forgetting
 from agent.scoring.holdout import HoldOut
 from agent.scoring.report import Drift, Gap, GapChange, OldClasses, Probe, Report
 from agent.values import GapStatistics, Progress, Update
+from exporter.decoders import Decoders
 from exporter.preprocess import Preprocess, decode
 from streams.record import Reason, Unusable
 
@@ -146,6 +147,9 @@ class FakeFolder:
         return files[:limit] if limit else files
 
 
+DECODERS = Decoders(100, workers=1)
+
+
 class FakeTokens:
     def __init__(self, clip: FakeClip, images: list[bytes]) -> None:
         self._tokens = clip.prefix(torch.from_numpy(clip.preprocess.batch([decode(data, 100) for data in images])))
@@ -185,7 +189,7 @@ def evaluator(clip: FakeClip, test: FakeFolder | None = None, cache_bytes: int =
     settings = Evaluation(batch_size=3, **{k: v for k, v in options.items() if k.endswith("per_class")})
     holdout = options.get("holdout", HoldOut(0, 0))
     return Evaluator(
-        clip, settings, holdout, test=test, probe=options.get("probe"), max_pixels=100, cache_bytes=cache_bytes
+        clip, settings, holdout, test=test, probe=options.get("probe"), decoders=DECODERS, cache_bytes=cache_bytes
     )  # type: ignore[arg-type]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from agent.methods.base import LearnerState, Method, TaskData
 from agent.model.clip import Clip, load_clip
 from agent.model.images import load_tokens
 from agent.values import Progress, Update
+from exporter.decoders import Decoders
 from exporter.onnx import OnnxExporter
 from exporter.preprocess import Preprocess
 from exporter.text import name_encoder
@@ -326,7 +328,8 @@ def tinyclip() -> Clip:
 def photographs(clip: Clip, scratch: Path, number: int, classes: list[str], start: int, count: int) -> TaskData:
     archive = ArchiveFolder("bundled", "train")
     images = [image.read for name in classes for image in archive.images(name)[start : start + count]]
-    loaded = load_tokens(images, clip, max_pixels=10**6, cache_bytes=2**30, scratch=scratch)
+    with closing(Decoders(10**6)) as decoders:
+        loaded = load_tokens(images, clip, decoders=decoders, cache_bytes=2**30, scratch=scratch)
     labels = torch.arange(len(classes)).repeat_interleave(count)
     return TaskData(number, tuple(classes), labels, loaded.tokens)
 

@@ -322,6 +322,84 @@ def test_requests_with_and_without_names_go_through_the_model_together(naming):
     batcher.close()
 
 
+def slow_images(count: int) -> list[bytes]:
+    """Images of 2 million values that are decoded one by one, in more than a second each."""
+    return [b"P3 1000 %d 255\n" % (666 - number) + b"0 " * 3 * 666_000 for number in range(count)]
+
+
+def test_a_lone_image_does_not_wait_for_another_requests_many(state):
+    with serving(state.path) as server, ThreadPoolExecutor(2) as pool:
+        wait_for(lambda: ask(server, "/readyz")[0] == 200)
+        assert classify(server, png(picture(1)))[0] == 200
+        many = [pool.submit(classify, server, *slow_images(6)) for _ in range(2)]
+        wait_for(lambda: "gapstream_serve_requests_in_flight 2.0" in ask(server, "/metrics")[1])
+        assert classify(server, png(picture(1)))[0] == 200
+        assert not any(one.done() for one in many)
+        server.stop()  # and nobody waits for the rest
+
+
+def test_the_work_for_a_client_that_has_left_is_dropped(state):
+    with serving(state.path) as server:
+        wait_for(lambda: ask(server, "/readyz")[0] == 200)
+        body = b"".join(b"--x\r\nContent-Disposition: form-data; name=a; filename=a\r\n\r\n" + image + b"\r\n"
+                        for image in slow_images(6)) + b"--x--\r\n"  # fmt: skip
+        with socket.create_connection(("127.0.0.1", server.port)) as client:
+            client.sendall(
+                b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=x\r\n"
+                b"Content-Length: %d\r\n\r\n" % len(body) + body
+            )
+            wait_for(lambda: server._decoders._images > 0)
+
+        # the image at work is ended by itself, the others are never begun
+        wait_for(lambda: server._decoders._images <= (os.cpu_count() or 1))
+        wait_for(lambda: 'gapstream_serve_requests_total{code="499"} 1.0' in ask(server, "/metrics")[1])
+        wait_for(lambda: server._decoders._images == 0)
+        assert "gapstream_serve_images_total" in ask(server, "/metrics")[1]
+
+
+def test_more_pixels_than_a_request_may_have_are_refused(state):
+    with serving(state.path, max_pixels=300) as server:
+        wait_for(lambda: ask(server, "/readyz")[0] == 200)
+        image = png(picture(1, 15, 20))
+        assert classify(server, *[image] * 4)[0] == 200
+        status, answer = classify(server, *[image] * 5)
+    assert status == 413 and "1500 pixels in all, at most 1200" in answer["error"]
+
+
+def test_pixels_in_flight_are_bounded(state):
+    with serving(state.path, max_pixels=700_000) as server:
+        wait_for(lambda: ask(server, "/readyz")[0] == 200)
+        decoders = server._decoders
+        for _ in range(2):
+            decoders.submit(decoders.check(slow_images(4)), server.classifier.release.preprocess)
+        status, answer = classify(server, *slow_images(4))
+        assert status == 503 and "come again" in answer["error"]
+
+
+def test_an_image_that_outlasts_its_limits_is_answered_with_its_error(state, monkeypatch):
+    monkeypatch.setattr("exporter.decoder.CPU_S", 0.2)
+    monkeypatch.setattr("exporter.decoder.CPU_S_PER_PIXEL", 0.0)
+    with serving(state.path) as server:
+        wait_for(lambda: ask(server, "/readyz")[0] == 200)
+        status, answer = classify(server, png(picture(1)), *slow_images(1), png(picture(2)))
+        assert status == 200
+        first, bomb, last = answer["predictions"]
+        assert bomb["error"] == "bomb" and "processor time" in bomb["detail"]
+        assert first["labels"] and last["labels"]
+        assert server.why_not_alive() == []
+
+
+def test_a_decoder_that_is_stuck_is_a_reason_not_to_be_alive(state):
+    with serving(state.path) as server:
+        wait_for(lambda: ask(server, "/readyz")[0] == 200)
+        classify(server, png(picture(1)))
+        [decoder] = server._decoders._decoders
+        decoder._due = time.monotonic() - 100
+        assert any("a decoder has been stuck" in reason for reason in server.why_not_alive())
+        assert ask(server, "/livez")[0] == 503
+        decoder._due = None
+
+
 def test_labels_are_those_of_the_release_that_answers(server, state):
     status, answer = ask(server, "/v1/labels")
     release = Classifier(state.path).release
@@ -446,6 +524,7 @@ def test_swaps_under_load_neither_drop_nor_mix_an_answer(state, monkeypatch):
 
     with serving(state.path) as server, ThreadPoolExecutor(4) as pool:
         wait_for(lambda: ask(server, "/readyz")[0] == 200)
+        assert classify(server, image)[0] == 200  # the decoders are there
         clients = [pool.submit(client) for _ in range(4)]
         try:
             for number in (1, 2, 1, 2):

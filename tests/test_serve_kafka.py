@@ -19,6 +19,7 @@ from agent.cli import main
 from agent.commands import serve_kafka
 from agent.commands.serve_kafka import Responder
 from agent.config import load
+from exporter.decoders import Decoders
 from exporter.release import ReleaseError
 from exporter.runtime import Classifier
 from exporter.serving_metrics import KafkaMetrics
@@ -90,7 +91,7 @@ def answering(exchange: ListExchange, classifier: Any, **settings: Any) -> Itera
     stop = threading.Event()
     settings = {"fetch": lambda claim: CODEC.fetch(claim, None), **settings}
     metrics = KafkaMetrics(registry, Reason)
-    responder = Responder(exchange, lambda: classifier, metrics, stop.is_set, **settings)  # type: ignore[arg-type]
+    responder = Responder(exchange, lambda: classifier, metrics, stop.is_set, Decoders(10**6), **settings)  # type: ignore[arg-type]
     responder.start()
     try:
         wait_for(lambda: not exchange.left)
@@ -156,6 +157,31 @@ def test_what_cannot_be_answered_gets_its_reason_and_stops_nothing(state):
     wait_for(lambda: value("gapstream_serve_kafka_lag_records", {"topic": "images", "partition": "1"}) == 0)
 
 
+def test_a_poison_message_is_answered_with_its_error_and_the_partition_goes_on(state, monkeypatch):
+    monkeypatch.setattr("exporter.decoder.CPU_S", 0.2)
+    monkeypatch.setattr("exporter.decoder.CPU_S_PER_PIXEL", 0.0)
+    image, poison = png(picture(1)), b"P3 1000 300 255\n" + b"0 " * 3 * 300_000
+    exchange = ListExchange(arrivals(image, poison, image))
+    exchange.left[1] = Arrival(Record(PLACE, 1, "", poison), 1001, Raw(b"key 1", poison))
+
+    with answering(exchange, Classifier(state.path)):
+        pass
+
+    answers = [json.loads(reply.value) for reply in exchange.replies]
+    assert [answer.get("error") for answer in answers] == [None, "bomb", None]
+
+
+def test_images_made_to_be_slow_are_committed_bit_by_bit(state, monkeypatch):
+    # given messages of which the first takes longer to decode than a transaction may last, as a process is started
+    monkeypatch.setattr(serve_kafka, "_BATCH_S", 0.02)
+    exchange = ListExchange(arrivals(*[png(picture(1))] * 3))
+
+    with answering(exchange, Classifier(state.path)):
+        pass
+
+    assert exchange.commits[0] == 1 and len(exchange.replies) == 3
+
+
 def test_a_store_of_images_that_is_away_is_an_answer():
     class Store:
         def fetch(self, url: str) -> bytes:
@@ -217,7 +243,7 @@ class Moody:
 
     def __init__(self, classifier: Classifier, error: Exception) -> None:
         self._classifier, self._errors = classifier, [error]
-        self.prepare = classifier.prepare
+        self.release = classifier.release
 
     def classify(self, images: Any, top: int) -> Any:
         if self._errors:
@@ -253,7 +279,7 @@ def test_a_stop_in_the_middle_commits_what_is_answered_and_leaves_the_rest(state
     metrics = KafkaMetrics(CollectorRegistry(), Reason)
     moody: Any = Stopping(classifier, RuntimeError())
     fetch = lambda claim: CODEC.fetch(claim, None)  # noqa: E731
-    responder = Responder(exchange, lambda: moody, metrics, stop.is_set, fetch=fetch, max_batch=2)  # type: ignore[arg-type]
+    responder = Responder(exchange, lambda: moody, metrics, stop.is_set, Decoders(10**6), fetch=fetch, max_batch=2)  # type: ignore[arg-type]
     responder.start()
     responder.join()
 
@@ -274,6 +300,7 @@ def test_without_a_release_nothing_is_taken(state):
         lambda: found[0] if found else None,
         metrics,
         stop.is_set,
+        Decoders(10**6),
         fetch=lambda claim: CODEC.fetch(claim, None),
     )
     responder.start()

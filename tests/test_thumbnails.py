@@ -2,15 +2,15 @@
 
 import base64
 import io
-import os
-import signal
+import subprocess
 import sys
+from collections.abc import Generator, Iterable
+from typing import Any
 
 import pytest
 from PIL import Image
 
-from exporter import thumbnails
-from exporter.thumbnails import COUNT, LOOK_S, MAX_PIXELS, PAUSE_S, SIDE, Thumbnails, picture_of
+from exporter.thumbnails import COUNT, LOOK_S, MAX_PIXELS, PAUSE_S, SIDE, Thumbnails, pictures_of
 from tests.bad_images import bad_images, encoded, good_images, picture
 
 
@@ -20,9 +20,10 @@ class Maker:
     def __init__(self) -> None:
         self.seen: list[bytes] = []
 
-    def __call__(self, data: bytes) -> bytes | None:
-        self.seen.append(data)
-        return None if data == b"broken" else b"JPEG of " + data
+    def __call__(self, images: Iterable[bytes]) -> Generator[bytes | None, None, None]:
+        for data in images:
+            self.seen.append(data)
+            yield None if data == b"broken" else b"JPEG of " + data
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ def bad(name: str) -> bytes:
 
 
 def seen(data: bytes) -> Image.Image:
-    made = picture_of(data)
+    made = next(pictures_of([data]))
     assert made is not None
     return Image.open(io.BytesIO(made))
 
@@ -78,30 +79,7 @@ def test_a_picture_stands_upright():
     ],
 )
 def test_what_cannot_or_must_not_be_decoded_shows_nothing(data):
-    assert picture_of(data) is None
-
-
-def test_a_decoder_that_crashes_or_hangs_takes_only_its_own_process(monkeypatch, tmp_path):
-    for ending in (f"import os; os.kill(os.getpid(), {signal.SIGSEGV})", "while True: pass"):
-        program = tmp_path / "python"
-        program.write_text(f"#!/bin/sh\nexec {sys.executable} -c '{ending}'\n")
-        program.chmod(0o755)
-        monkeypatch.setattr(sys, "executable", str(program))
-        monkeypatch.setattr(thumbnails, "_WAIT_S", 1)
-        assert picture_of(b"x") is None
-        monkeypatch.undo()
-
-
-def test_a_decoder_is_not_told_the_secrets_of_the_environment(monkeypatch, tmp_path):
-    program = tmp_path / "python"
-    program.write_text("#!/bin/sh\nenv\n")
-    program.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(program))
-    monkeypatch.setenv("GAPSTREAM_SOURCE__KAFKA__PASSWORD", "hush")
-    monkeypatch.setenv("PYTHONPATH", "/somewhere")
-    told = picture_of(b"x")
-    assert told is not None and b"hush" not in told
-    assert b"PYTHONPATH=/somewhere\n" in told and b"PATH=" + os.environb[b"PATH"] in told
+    assert next(pictures_of([data])) is None
 
 
 def test_nothing_is_decoded_before_somebody_looks_and_everything_once(maker):
@@ -136,10 +114,11 @@ def test_bytes_are_let_go_once_the_picture_is_made(maker):
 
 
 def test_what_is_pushed_out_while_it_is_decoded_leaves_nothing_behind():
-    def make(data: bytes) -> bytes | None:
-        for number in range(2, 2 + COUNT):
-            kept.add(number, b"x")
-        return b"late"
+    def make(images: Iterable[bytes]) -> Generator[bytes | None, None, None]:
+        for _ in images:
+            for number in range(2, 2 + COUNT):
+                kept.add(number, b"x")
+            yield b"late"
 
     kept = Thumbnails(max_bytes=100, make=make)
     kept.add(1, b"x" * 80)
@@ -163,9 +142,10 @@ def test_a_flood_is_decoded_only_now_and_then(maker):
 def test_a_slow_machine_answers_with_the_newest_first_and_the_rest_later():
     now = [0.0]
 
-    def make(data: bytes) -> bytes:
-        now[0] += LOOK_S
-        return b"slow"
+    def make(images: Iterable[bytes]) -> Generator[bytes | None, None, None]:
+        for _ in images:
+            now[0] += LOOK_S
+            yield b"slow"
 
     kept = Thumbnails(make=make, clock=lambda: now[0])
     for number in range(5):
@@ -176,5 +156,23 @@ def test_a_slow_machine_answers_with_the_newest_first_and_the_rest_later():
 
 
 def test_a_machine_that_starts_no_process_shows_nothing(monkeypatch):
-    monkeypatch.setattr(sys, "executable", os.devnull)
-    assert picture_of(encoded(picture(), "PNG")) is None
+    monkeypatch.setattr(sys, "executable", "/dev/null")
+    assert list(pictures_of([encoded(picture(), "PNG")])) == [None]
+
+
+def test_pictures_are_made_by_one_process_that_is_gone_when_nobody_looks(monkeypatch):
+    started: list[subprocess.Popen[bytes]] = []
+
+    class Started(subprocess.Popen[bytes]):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            started.append(self)
+
+    monkeypatch.setattr(subprocess, "Popen", Started)
+    kept = Thumbnails()
+    for number in (1, 2):
+        kept.add(number, encoded(picture(seed=number), "PNG"))
+
+    assert all(kept.pictures().values())
+
+    assert [process.poll() is None for process in started] == [False]

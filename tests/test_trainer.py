@@ -173,6 +173,22 @@ def test_broken_images_are_set_aside_with_their_reason_and_the_rest_is_learned(t
     assert outcome.classes == ("odd", "cat")
 
 
+def test_an_image_that_outlasts_its_limits_is_rejected_alone(tmp_path, monkeypatch):
+    # given an image that takes two seconds to decode, among others
+    monkeypatch.setattr("exporter.decoder.CPU_S", 0.5)
+    monkeypatch.setattr("exporter.decoder.CPU_S_PER_PIXEL", 0.0)
+    poison = b"P3 1000 666 255\n" + b"0 " * 3 * 666_000
+    bench = Bench(tmp_path)
+    good = images_of("cat", "ship", count=4)
+
+    # when the task is learned
+    outcome, _ = bench.learn(Trainer(bench.config, None), bench.task([*good[:4], ("cat", poison), *good[4:]]))
+
+    # then it is set aside, and the others are not
+    [rejected] = outcome.rejected
+    assert rejected.offset == 4 and rejected.reason == Reason.BOMB and "processor time" in rejected.detail
+
+
 def test_a_task_of_nothing_but_broken_images_commits_its_offsets_and_releases_nothing(tmp_path):
     bench = Bench(tmp_path)
     outcome, commit = bench.learn(Trainer(bench.config, None), bench.task([("odd", b"\xff\xd8\xff not an image")] * 3))

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,8 @@ from agent.config import Config
 from agent.methods.base import TaskData
 from agent.model.clip import Clip
 from agent.model.images import TokensAt, load_tokens
-from exporter.preprocess import ImageError
+from exporter.decoders import Decoders
+from exporter.image_header import ImageError
 from streams.archive import ArchiveSource
 from streams.archive_folder import ArchiveFolder, Entry
 from streams.record import Unusable
@@ -149,15 +151,16 @@ def load_data(
     """
     parts = (*listing.tasks, listing.test, listing.probe)
     entries = [item for part in parts for item in part]
-    loaded = load_tokens(
-        [partial(_read, entry) for _, entry in entries],
-        clip,
-        max_pixels=config.source.max_image_pixels,
-        # On a CPU in a file, so that memory stays bounded and what a method needs can be told apart.
-        cache_bytes=config.method.cache_bytes if clip.device.type != "cpu" else 0,
-        scratch=scratch,
-        advance=advance,
-    )
+    with closing(Decoders(config.source.max_image_pixels)) as decoders:
+        loaded = load_tokens(
+            [partial(_read, entry) for _, entry in entries],
+            clip,
+            decoders=decoders,
+            # On a CPU in a file, so that memory stays bounded and what a method needs can be told apart.
+            cache_bytes=config.method.cache_bytes if clip.device.type != "cpu" else 0,
+            scratch=scratch,
+            advance=advance,
+        )
     for index, error in loaded.failed:
         log.warning("image %s is left out: %s", entries[index][1].path, error)
     # `loaded.kept` ascends, as do the ends of the parts: one pass tells which part each row belongs to.

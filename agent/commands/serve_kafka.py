@@ -8,19 +8,19 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
 from agent.commands.waiting import when_there
 from agent.config import Config, ConfigError
 from agent.parts import codec, image_store, open_exchange
-from exporter.preprocess import ImageError
+from exporter.decoders import Decoders
+from exporter.image_header import ImageError
 from exporter.release import ReleaseError
 from exporter.runtime import Classifier, Prediction, Prepared
 from exporter.serve import Server
@@ -84,6 +84,7 @@ def beside(config: Config, server: Server, stop: threading.Event) -> Iterator[No
         lambda: server.classifier,
         KafkaMetrics(server.registry, Reason),
         lambda: server.stopping,
+        Decoders(config.source.max_image_pixels),
         fetch=lambda claim: _fetched(claim, decoder, images),
         top=section.top,
         headers=section.headers,
@@ -112,15 +113,17 @@ class Responder:
         classifier: Callable[[], Classifier | None],
         metrics: KafkaMetrics,
         stopping: Callable[[], bool],
+        decoders: Decoders,
         *,
         fetch: Callable[[Claim], Record | Rejected],
         top: int = 5,
         headers: Sequence[str] = (),
         max_batch: int = 64,
     ) -> None:
-        """`classifier` gives what answers; while it gives None nothing is taken. `stopping` says when to end. `fetch`
-        gets the image of a message that only points at one. A prediction lists `top` classes (0: all) and carries the
-        message's headers of the names in `headers`. `max_batch` images go through the model at once."""
+        """`classifier` gives what answers; while it gives None nothing is taken. `stopping` says when to end, and
+        `decoders` are closed then. `fetch` gets the image of a message that only points at one. A prediction lists
+        `top` classes (0: all) and carries the message's headers of the names in `headers`. `max_batch` images go
+        through the model at once."""
         self._exchange = exchange
         self._classifier = classifier
         self._metrics = metrics
@@ -132,7 +135,7 @@ class Responder:
         self._failure = ""
         self._beat = time.monotonic()  # written by the thread, read by /livez; a float is one assignment
         self._shown: set[Partition] = set()
-        self._decoders = ThreadPoolExecutor(os.cpu_count(), "kafka-decoder")
+        self._decoders = decoders
         self._thread = threading.Thread(target=self._run, name="kafka-responder", daemon=True)
 
     def start(self) -> None:
@@ -148,7 +151,8 @@ class Responder:
     def why_not_alive(self) -> list[str]:
         """Give the reasons why the process should be started anew; empty when all is well."""
         silent = time.monotonic() - self._beat
-        return [f"the Kafka thread was last seen {silent:.0f} s ago"] if silent > STALLED_S else []
+        reasons = [f"the Kafka thread was last seen {silent:.0f} s ago"] if silent > STALLED_S else []
+        return reasons + self._decoders.why_not_alive()
 
     def why_not_ready(self) -> list[str]:
         """Give the reasons why nothing is answered at present; empty when all is well."""
@@ -176,7 +180,7 @@ class Responder:
                 log.warning("%s", self._failure, exc_info=not isinstance(error, StreamError))
                 self._sleep(wait)
         self._exchange.close()
-        self._decoders.shutdown()
+        self._decoders.close()
 
     def _sleep(self, seconds: float) -> None:
         """Wait, but not for a stop."""
@@ -190,7 +194,7 @@ class Responder:
         answers: list[Prediction | Refusal | None] = []
         while len(answers) < len(arrivals) and not (self._stopping() or time.monotonic() - began > _BATCH_S):
             self._beat = time.monotonic()
-            answers += self._classified(self._part(arrivals[len(answers) :]), classifier)
+            answers += self._classified(self._part(arrivals[len(answers) :]), classifier, began + _BATCH_S)
         if not answers:
             return
         done = arrivals[: len(answers)]
@@ -213,8 +217,11 @@ class Responder:
         for reason, count in rejected.items():
             self._metrics.rejected.labels(reason).inc(count)
 
-    def _classified(self, arrivals: Sequence[Arrival], classifier: Classifier) -> list[Prediction | Refusal | None]:
-        """Find what is to be said to each message; None for marks, which are passed without an answer."""
+    def _classified(
+        self, arrivals: Sequence[Arrival], classifier: Classifier, until: float
+    ) -> list[Prediction | Refusal | None]:
+        """Find what is to be said to each message; None for marks, which are passed without an answer. Only the first
+        are answered where decoding takes longer than `until`."""
         waiting = [
             in_background(partial(self._fetch, arrival.item), "image-fetch")
             if isinstance(arrival.item, Claim)
@@ -223,7 +230,7 @@ class Responder:
         ]
         items = [item.result() if isinstance(item, Future) else item for item in waiting]
         while True:
-            found = list(self._decoders.map(lambda item: _prepared(item, classifier), items))
+            found = list(self._prepared(items, classifier, until))
             usable = [image for image in found if isinstance(image, Prepared)]
             try:
                 predictions = iter(classifier.classify(usable, self._top))
@@ -231,6 +238,27 @@ class Responder:
                 log.info("%s", error)
                 continue
             return [next(predictions) if isinstance(image, Prepared) else image for image in found]
+
+    def _prepared(
+        self, items: Sequence[Record | Rejected | Control], classifier: Classifier, until: float
+    ) -> Iterator[Prepared | Refusal | None]:
+        """Decode images for the model, or say why one cannot be; None for a mark. Ends after the first that is there at
+        `until` or later: images made to be slow take many seconds each."""
+        preprocess = classifier.release.preprocess
+        images = (item.image for item in items if isinstance(item, Record))
+        with contextlib.closing(self._decoders.pixels(images, preprocess)) as decoded:
+            for item in items:
+                if isinstance(item, Record):
+                    pixels = next(decoded)
+                    self._beat = time.monotonic()
+                    if isinstance(pixels, ImageError):
+                        yield pixels.reason, pixels.detail
+                    else:
+                        yield Prepared(pixels, preprocess)
+                else:
+                    yield (item.reason, item.detail) if isinstance(item, Rejected) else None
+                if time.monotonic() > until or self._stopping():
+                    return
 
     def _part(self, arrivals: Sequence[Arrival]) -> Sequence[Arrival]:
         """Choose the first, to be answered together: a batch of images, or fewer where _FETCHES have to be fetched."""
@@ -288,16 +316,6 @@ def _fetched(claim: Claim, decoder: Codec, images: ImageStore | None) -> Record 
         return decoder.fetch(claim, images.fetch if images else None)
     except Unreachable as error:
         return Rejected(claim.partition, claim.offset, Reason.FETCH_FAILED, str(error), claim.raw)
-
-
-def _prepared(item: Record | Rejected | Control, classifier: Classifier) -> Prepared | Refusal | None:
-    """Decode an image for the model, or say why it cannot be; None for a mark."""
-    if isinstance(item, Record):
-        try:
-            return classifier.prepare(item.image)
-        except ImageError as error:
-            return error.reason, error.detail
-    return (item.reason, item.detail) if isinstance(item, Rejected) else None
 
 
 def _message(key: bytes | None, headers: list[tuple[str, bytes]], body: dict[str, Any]) -> Reply:

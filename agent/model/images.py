@@ -6,7 +6,7 @@ import os
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,11 +15,16 @@ import torch
 from torch import Tensor
 
 from agent.model.clip import Clip
-from exporter.preprocess import ImageError, decode
+from exporter.decoders import Decoders
+from exporter.image_header import ImageError
 
 CHUNK = 16
 """Images decoded and encoded together: so few that a convolution's activations stay in a core's cache. Together with
 one thread per core and folded batch norms that made tinyclip's trunk about 4 times as fast as the plain forward."""
+
+_TICK_S = 2.0
+"""Seconds after which a chunk that is waited for is looked at again. Images that are made to be slow take many seconds
+each, which must not make the trainer silent (agent.trainer_silent_s)."""
 
 
 class StoredTokens:
@@ -68,21 +73,23 @@ def load_tokens(
     read: Sequence[Callable[[], bytes]],
     clip: Clip,
     *,
-    max_pixels: int,
+    decoders: Decoders,
     cache_bytes: int,
     scratch: Path,
     advance: Callable[[int], None] = lambda done: None,
 ) -> LoadedImages:
     """Decode, preprocess and encode every image once. Memory: `cache_bytes` plus a few chunks of images.
 
+    What `read` cannot give raises ImageError.
     When all tokens together exceed `cache_bytes` they go to a file in `scratch` that has no name any more once it is
-    open, so nothing is left behind whatever happens. `advance(done)` is called after every chunk.
+    open, so nothing is left behind whatever happens. `advance(done)` is called after every chunk, and every few seconds
+    as long as images are decoded. Raises DecodersError.
     """
     kept: list[int] = []
     failed: list[tuple[int, ImageError]] = []
     store: Tensor | None = None
     done = 0
-    for images in _chunks(read, clip, max_pixels):
+    for images in _chunks(read, clip, decoders, lambda: advance(len(kept) + len(failed))):
         good = []
         for image in images:
             if isinstance(image, ImageError):
@@ -103,29 +110,38 @@ def load_tokens(
     return LoadedImages(StoredTokens(tokens, clip.device), tuple(kept), tuple(failed))
 
 
-def _chunks(read: Sequence[Callable[[], bytes]], clip: Clip, max_pixels: int) -> Iterator[list[Tensor | ImageError]]:
+def _chunks(
+    read: Sequence[Callable[[], bytes]], clip: Clip, decoders: Decoders, tick: Callable[[], None]
+) -> Iterator[list[Tensor | ImageError]]:
     """Yield chunk after chunk, in order, worked on by one thread per core; images for a GPU, tokens on a CPU.
 
     On a CPU each chunk is encoded by a single thread: faster than splitting every small convolution over the cores, and
-    the result does not depend on how many there are.
+    the result does not depend on how many there are. `tick()` is called while one is waited for and images are decoded.
     """
-
-    def one(reader: Callable[[], bytes]) -> np.ndarray | ImageError:
-        try:
-            return clip.preprocess(decode(reader(), max_pixels))
-        except ImageError as error:
-            return error
+    decoded = 0
 
     def chunk(readers: Sequence[Callable[[], bytes]]) -> list[Tensor | ImageError]:
-        images = [one(reader) for reader in readers]
+        nonlocal decoded
+        images = []
+        for image in decoders.pixels((_encoded(reader) for reader in readers), clip.preprocess):
+            images.append(image)
+            decoded += 1  # of several threads; that one may be lost does not matter
         good = [torch.from_numpy(image) for image in images if not isinstance(image, ImageError)]
         if good and clip.device.type == "cpu":
             good = list(clip.prefix(torch.stack(good)))
         done = iter(good)
         return [image if isinstance(image, ImageError) else next(done) for image in images]
 
-    # Chosen by hand: for a GPU threads only decode, and larger chunks make fewer calls. 8 threads at most, and
-    # 2 * threads chunks ahead of the consumer, bound the memory of images in flight; more only helps with more cores.
+    def result(waiting: Future[list[Tensor | ImageError]]) -> list[Tensor | ImageError]:
+        seen = decoded
+        while not wait([waiting], _TICK_S).done:
+            if decoded != seen:
+                tick()
+            seen = decoded
+        return waiting.result()
+
+    # Chosen by hand: for a GPU threads only wait for decoders, and larger chunks make fewer calls. 8 threads at most,
+    # and 2 * threads chunks ahead of the consumer, bound the memory of images in flight; more helps with more cores.
     size = CHUNK if clip.device.type == "cpu" else 4 * CHUNK
     cores = torch.get_num_threads()
     threads = min(8, cores if clip.device.type == "cpu" else os.cpu_count() or 1)
@@ -135,10 +151,17 @@ def _chunks(read: Sequence[Callable[[], bytes]], clip: Clip, max_pixels: int) ->
         for start in range(0, len(read), size):
             pending.append(pool.submit(chunk, read[start : start + size]))
             if len(pending) > 2 * threads:
-                yield pending.popleft().result()
+                yield result(pending.popleft())
         while pending:
-            yield pending.popleft().result()
+            yield result(pending.popleft())
     torch.set_num_threads(cores)  # what libraries read back must be the main thread's
+
+
+def _encoded(reader: Callable[[], bytes]) -> bytes | ImageError:
+    try:
+        return reader()
+    except ImageError as error:
+        return error
 
 
 def _allocate(

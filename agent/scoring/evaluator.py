@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import compress, zip_longest
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from agent.config import Evaluation
@@ -21,7 +22,7 @@ from agent.scoring.holdout import HoldOut
 from agent.scoring.report import Answer, Drift, Example, Gap, GapChange, OldClasses, Probe, Report, TaskReport
 from agent.scoring.scored_images import ImageFolder, ScoredImages, image_refs
 from agent.values import OnProgress, Progress, Update
-from exporter.preprocess import decode
+from exporter.decoders import Decoders
 
 PREDICTED = 512
 """Training samples of a task that are predicted before they are learned: the standard error of an accuracy is then at
@@ -74,7 +75,7 @@ class Evaluator:
         *,
         test: ImageFolder | None = None,
         probe: ImageFolder | None = None,
-        max_pixels: int,
+        decoders: Decoders,
         cache_bytes: int,
     ) -> None:
         """test: images of the stream's classes, scored beside the hold-out. probe: classes that are never learned."""
@@ -83,8 +84,8 @@ class Evaluator:
         self._holdout = holdout
         self._test = test
         self._probe = probe
-        self._max_pixels = max_pixels
-        self._images = ScoredImages(clip, settings.batch_size, max_pixels, cache_bytes)
+        self._decoders = decoders
+        self._images = ScoredImages(clip, settings.batch_size, decoders, cache_bytes)
         self._names: dict[str, Tensor] = {}
         """Class name -> the untouched model's feature of it, float32 [D]."""
         self._opened: set[str] = set()
@@ -348,7 +349,7 @@ class Evaluator:
             [untouched] = _best(torch.softmax(self._clip.logit_scale * cosines, dim=-1), names)
             examples.append(
                 Example(
-                    image=_data_url(ref.read(), self._max_pixels),
+                    image=_data_url(self._decoders.picture(ref.read(), EXAMPLE_PIXELS)),
                     label=ref.label,
                     task=history[owner[ref.label]].task,
                     before=before[number],
@@ -395,9 +396,7 @@ def _gap(update: Update | None) -> Gap:
     )
 
 
-def _data_url(data: bytes, max_pixels: int) -> str:
-    image = decode(data, max_pixels)
-    image.thumbnail((EXAMPLE_PIXELS, EXAMPLE_PIXELS))
+def _data_url(image: Image.Image) -> str:
     out = io.BytesIO()
     image.save(out, "JPEG", quality=92, subsampling=0)  # halved colour would blur an image of 32 pixels
     return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()

@@ -20,7 +20,8 @@ from torch import Tensor
 from agent.model.clip import Clip
 from agent.model.images import LoadedImages, load_tokens
 from agent.scoring.holdout import ImageRef
-from exporter.preprocess import ImageError
+from exporter.decoders import Decoders
+from exporter.image_header import ImageError
 from streams.record import Unusable
 
 log = logging.getLogger(__name__)
@@ -52,13 +53,13 @@ class ImageFile(Protocol):
 class ScoredImages:
     """It has test images by number: where they are, the untouched model's embeddings, and tokens as far as they fit."""
 
-    def __init__(self, clip: Clip, batch_size: int, max_pixels: int, cache_bytes: int) -> None:
+    def __init__(self, clip: Clip, batch_size: int, decoders: Decoders, cache_bytes: int) -> None:
         self.refs: list[ImageRef] = []
         self.embeddings = torch.zeros(0, clip.embed_dim)
         """float32 [n, D], L2-normalised, on the CPU."""
         self._clip = clip
         self._batch_size = batch_size
-        self._max_pixels = max_pixels
+        self._decoders = decoders
         self._free_bytes = cache_bytes
         self._tokens: dict[int, Tensor] = {}
 
@@ -71,7 +72,7 @@ class ScoredImages:
         embeddings = [self.embeddings]
         for at in range(0, len(refs), self._batch_size):
             part = refs[at : at + self._batch_size]
-            loaded = self._load(part)
+            loaded = self._load(part, tick)
             tick()
             for index, error in loaded.failed:
                 log.warning("test image %s of %r is left out: %s", part[index].key, part[index].label, error)
@@ -106,13 +107,14 @@ class ScoredImages:
                 again = dict(zip(absent, loaded.tokens.batch(torch.arange(len(absent))), strict=True))
             yield part, torch.stack([self._tokens[n] if n in self._tokens else again[n] for n in part])
 
-    def _load(self, refs: Sequence[ImageRef]) -> LoadedImages:
+    def _load(self, refs: Sequence[ImageRef], tick: Callable[[], None] = lambda: None) -> LoadedImages:
         return load_tokens(
             [ref.read for ref in refs],
             self._clip,
-            max_pixels=self._max_pixels,
+            decoders=self._decoders,
             cache_bytes=sys.maxsize,  # a batch at a time, always in memory
             scratch=Path(),
+            advance=lambda done: tick(),
         )
 
 

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -34,6 +35,7 @@ from agent.methods.student import Student
 from agent.model.clip import Clip, load_clip
 from agent.model.images import load_tokens
 from agent.trainer import Trainer
+from exporter.decoders import Decoders
 from exporter.preprocess import decode
 from streams.archive_folder import ArchiveFolder
 from streams.buffer import Task
@@ -183,7 +185,8 @@ class Plain:
 def _task(clip: Clip, number: int, images: Images) -> TaskData:
     names = tuple(dict.fromkeys(name for name, _ in images))
     readers = [lambda data=data: data for _, data in images]
-    loaded = load_tokens(readers, clip, max_pixels=MAX_PIXELS, cache_bytes=2**30, scratch=Path(tempfile.gettempdir()))
+    with closing(Decoders(MAX_PIXELS)) as decoders:
+        loaded = load_tokens(readers, clip, decoders=decoders, cache_bytes=2**30, scratch=Path(tempfile.gettempdir()))
     labels = torch.tensor([names.index(name) for name, _ in images])
     return TaskData(number, names, labels, loaded.tokens)
 
