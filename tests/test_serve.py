@@ -345,7 +345,7 @@ def test_the_work_for_a_client_that_has_left_is_dropped(state):
                         for image in slow_images(6)) + b"--x--\r\n"  # fmt: skip
         with socket.create_connection(("127.0.0.1", server.port)) as client:
             client.sendall(
-                b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=x\r\n"
+                b"POST /v1/classify HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=x\r\n"
                 b"Content-Length: %d\r\n\r\n" % len(body) + body
             )
             wait_for(lambda: server._decoders._images > 0)
