@@ -126,7 +126,7 @@ def test_at_the_end_of_the_stream_the_rest_can_be_kept(tmp_path):
 class NewestFirst(ListSource):
     """A live stream that begins at its newest record, wherever that is when it is asked."""
 
-    def seek(self, offsets):
+    def seek(self, offsets, epochs=None):
         super().seek(offsets or {LIST: len(self.items)})
 
 
@@ -186,6 +186,20 @@ def test_a_commit_is_behind_the_marks_that_follow_its_last_record(tmp_path):
     agent = pipeline(tmp_path, source, quarantine=True)
     assert agent.run().number == 2
     assert source.acknowledged == [{LIST: 4}, {LIST: 5}]
+
+
+def test_a_commit_keeps_which_history_of_the_stream_it_ends_in(tmp_path):
+    class Elected(ListSource):
+        def epochs(self, offsets):
+            return {partition: 10 + offset for partition, offset in offsets.items()}
+
+    first = pipeline(tmp_path, Elected([*records(*TEN[:4]), rejected(4)]))
+    assert first.run().epochs == {LIST: 15}
+    assert first.commits.current().epochs == {LIST: 15}
+    first.commits.close()
+    source = Elected([])
+    pipeline(tmp_path, source)
+    assert source.resumed_epochs == {LIST: 15}
 
 
 def test_rejected_records_are_dead_lettered_before_the_commit_that_passes_them(tmp_path):
