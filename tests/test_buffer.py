@@ -9,7 +9,7 @@ import pytest
 
 from streams.buffer import CutRule, Task, TaskBuffer, halves
 from streams.record import Control, ControlKind, Item, Partition, Reason, Record, Rejected
-from streams.spool import Spool
+from streams.spool import LEAST, Spool
 
 P, Q = Partition("images", 0), Partition("images", 1)
 
@@ -101,7 +101,7 @@ def test_rejected_records_alone_are_no_task(buffer):
 
 def test_a_task_fills_no_more_than_the_spool(buffer):
     # given a rule that would wait for more than the spool holds
-    buffered = buffer(CutRule(samples=10**6), max_bytes=20)
+    buffered = buffer(CutRule(samples=10**6), max_bytes=4 * LEAST)
 
     # when the stream goes on
     tasks = taken(buffered, stream("a b c d e f g"), end=None)
