@@ -36,6 +36,9 @@ class CutRule:
     age_s: float = 0
     """Seconds after its first sample came at which a task ends: what it holds is in no commit yet. In a stream that is
     quiet they count from when its oldest sample was made, or agents that are restarted often would never cut."""
+    kept_s: float = math.inf
+    """Seconds for which the stream keeps records. One that is older than this when it comes is not kept by its own time
+    but by those beside it, so its time says nothing: a date of 1970 must not make a task of every pause."""
     boundaries: bool = True
     """Whether a task boundary mark ends a task."""
 
@@ -231,8 +234,9 @@ class TaskBuffer:
         self._spool_bytes += self._spool.bytes - before
         self._image_bytes += len(record.image)
         self._samples_held += 1
-        made_s = math.inf if record.timestamp_s is None else record.timestamp_s
-        self._oldest_s = min(self._oldest_s, made_s, self._clock())
+        now = self._clock()
+        made_s = now if record.timestamp_s is None else min(record.timestamp_s, now)
+        self._oldest_s = min(self._oldest_s, made_s if now - made_s < self._rule.kept_s else now)
 
     def _end_task(self, reason: str) -> None:
         # The trainer is another process: it must find every byte. And a segment of this task alone goes when it does.

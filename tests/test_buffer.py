@@ -160,6 +160,15 @@ def test_in_a_quiet_stream_the_age_of_records_counts_also_over_restarts(buffer):
     assert kept.cut(now=0) is None and kept.cut(now=10**6) is None
 
 
+@pytest.mark.parametrize(("made_s", "age_s"), [(0.0, 0.0), (9_800.0, 0.0), (9_800.1, 199.9), (1.7e9, 0.0)])
+def test_a_time_by_which_the_stream_would_have_deleted_the_record_is_not_believed(buffer, made_s, age_s):
+    buffered = buffer(CutRule(age_s=100, kept_s=200), clock=lambda: 10_000.0)
+    buffered.add(replace(stream("a")[0], timestamp_s=made_s))
+    assert buffered.age_s == pytest.approx(age_s)
+    assert buffered.cut(now=0) is None
+    assert (buffered.cut(now=10) is None) == (age_s < 100)
+
+
 def test_the_age_is_that_of_the_oldest_sample_in_no_commit(buffer):
     clock = [1000.0]
     buffered = buffer(CutRule(samples=2), clock=lambda: clock[0])

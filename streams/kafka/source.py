@@ -326,8 +326,9 @@ class KafkaSource:
                 # Without a time of its own a record goes before all others: nothing waits for it.
                 entries += [(0, (rejected, MESSAGE_OVERHEAD)) for rejected in lost]
                 total += MESSAGE_OVERHEAD * len(lost)
-                self._gaps.read(partition, message.offset, message.next_offset)
+                # Epochs before gaps: a commit behind a gap asks for the epoch there.
                 self._epochs.read(partition, message.next_offset, -1)
+                self._gaps.read(partition, message.offset, message.next_offset)
                 self._positions[partition] = message.next_offset
                 continue
             offset, timestamp_ms, raw = message.offset, message.timestamp_ms, message.raw
@@ -335,8 +336,8 @@ class KafkaSource:
             total += size
             item = decode(partition, offset, raw, timestamp_ms / 1000 if timestamp_ms >= 0 else None)
             entries.append((timestamp_ms, (item, size)))
-            self._gaps.read(partition, offset, offset + 1)
             self._epochs.read(partition, offset + 1, message.epoch)
+            self._gaps.read(partition, offset, offset + 1)
             self._positions[partition] = offset + 1
         self._merging_bytes[partition] += total
         self._merge.add(partition, entries, time.time() * 1000)
@@ -348,8 +349,8 @@ class KafkaSource:
         """Move behind what holds no record, where the client has: no message will ever say so."""
         for partition, (position, epoch) in self._client.reached().items():
             if position > self._positions.get(partition, position):
-                self._gaps.nothing_before(partition, position)
                 self._epochs.read(partition, position, epoch)
+                self._gaps.nothing_before(partition, position)
                 self._positions[partition] = position
 
     def _reached(self) -> tuple[Offsets, Mapping[Partition, int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,24 @@ def test_behind_a_batch_that_cannot_be_read_nothing_is_claimed(scripted: Callabl
     source, _ = scripted([message(0, epoch=1), broken], [broken])
     read(source, 4)
     assert source.epochs({HERE: 4}) == {} and source.epochs({HERE: 1}) == {HERE: 1}
+
+
+def test_whoever_knows_of_a_gap_finds_the_epoch_behind_it(scripted: Callable[..., Any]) -> None:
+    # given a commit that is moved behind marks of a later epoch in the moment in which they are noticed
+    go_on, found = threading.Event(), []
+    source, _ = scripted([message(0, epoch=1)], go_on.wait, [message(5, epoch=3)])
+    assert offsets(read(source, 1)) == [0]
+    notice = source._gaps.nothing_before
+
+    def noticed(partition: Partition, position: int) -> None:
+        notice(partition, position)
+        found.append((source.past_marks({HERE: 1}), source.epochs({HERE: position})))
+
+    source._gaps.nothing_before = noticed
+    go_on.set()
+    assert offsets(read(source, 1)) == [5]
+    # then it does not claim the earlier one, which ended before the marks: that would look like a truncation
+    assert found == [({HERE: 5}, {HERE: 3})]
 
 
 @pytest.mark.parametrize("end", [7, None])
