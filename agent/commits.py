@@ -32,7 +32,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from io import BufferedReader
@@ -89,6 +89,8 @@ class Provenance:
     """The counters as they are after the task, see agent.pipeline.counted."""
     config: Mapping[str, Any]
     """The resolved configuration, secrets masked."""
+    epochs: Mapping[Partition, int] = field(default_factory=dict)
+    """Which history of the stream lies before the offsets, see Commit."""
 
 
 class StateError(Exception):
@@ -313,7 +315,8 @@ class CommitStore:
             "number": number,
             "parent": self._last.commit.number if self._last else None,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "offsets": sorted([partition.topic, partition.number, offset] for partition, offset in offsets.items()),
+            "offsets": sorted([*partition, offset] for partition, offset in offsets.items()),
+            "epochs": sorted([*partition, epoch] for partition, epoch in provenance.epochs.items()),
             "fingerprint": provenance.fingerprint,
             "classes": list(classes),
             "seen": list(seen),
@@ -386,6 +389,7 @@ class CommitStore:
             release=folder / RELEASE_IN_COMMIT if any(is_of_release(name) for name in body["files"]) else None,
             seen=tuple(body["seen"]),
             damaged=damaged,
+            epochs={Partition(topic, number): epoch for topic, number, epoch in body.get("epochs", ())},
         )
 
     def _link(self, staging: Path, files: Files) -> Files:

@@ -93,6 +93,7 @@ class Metrics(Protocol):
     def lag(self, lag: Mapping[tuple[str, int], int]) -> None: ...
     def clamped(self, clamped: Mapping[str, int]) -> None: ...
     def holding(self, why: str) -> None: ...
+    def waiting(self, age_s: float, retention_s: float) -> None: ...
     def skipped(self, skipped: Mapping[str, int]) -> None: ...
     def cut(self, reason: str, samples: int, classes: int) -> None: ...
     def progressed(self, progress: Progress) -> None: ...
@@ -131,7 +132,7 @@ def resume(commits: CommitStore, source: Source) -> Commit | None:
             f"{source.fingerprint[:12]}), so its offsets mean nothing here; set [source] back to that stream and its "
             "order, or state.path to a new folder"
         )
-    source.seek(commit.offsets)
+    source.seek(commit.offsets, commit.epochs)
     return commit
 
 
@@ -284,7 +285,7 @@ class Pipeline:
 
         def commit() -> Commit:
             learned = replace(outcome, next_offsets=self.source.past_marks(outcome.next_offsets))
-            made = self.commits.commit(learned, self._provenance(task, outcome))
+            made = self.commits.commit(learned, self._provenance(learned.next_offsets, task, outcome))
             self.metrics.committed(made, outcome)
             return made
 
@@ -301,7 +302,7 @@ class Pipeline:
 
         def commit() -> Commit:
             offsets = self.source.past_marks(task.next_offsets)
-            made = self.commits.carry(offsets, task.number, self._provenance(task, None))
+            made = self.commits.carry(offsets, task.number, self._provenance(offsets, task, None))
             self.metrics.restored(made)
             return made
 
@@ -425,13 +426,14 @@ class Pipeline:
     def _carry(self, offsets: Offsets) -> None:
         """Commit `offsets` alone."""
         tasks = self.commit.tasks if self.commit else 0
-        self.commit = self.commits.carry(offsets, tasks, self._provenance(None, None))
+        self.commit = self.commits.carry(offsets, tasks, self._provenance(offsets, None, None))
         self.dead_letters.committed(self.commit.offsets)
         self.source.acknowledge(self.commit.offsets)
 
     def _tell(self) -> None:
         """Tell the metrics where the agent is, after every pass."""
         self.metrics.spooled(self.buffer.records, self.buffer.bytes, self.spool.max_bytes)
+        self.metrics.waiting(self.buffer.age_s, self.source.retention_s)
         self.metrics.lag(self.source.lag())
         self.metrics.clamped(self.source.clamped)
         self.metrics.holding(self.source.holding)
@@ -446,14 +448,15 @@ class Pipeline:
         """The folder of the commit that a learner is set up from; None while nothing has been learned."""
         return self.commit.path if self.commit and has_learned(self.commit.path) else None
 
-    def _provenance(self, task: Task | None, outcome: Outcome | None) -> Provenance:
-        """Say what the next commit records. task: None when it carries offsets alone; outcome: None for a task given
-        up.
+    def _provenance(self, offsets: Offsets, task: Task | None, outcome: Outcome | None) -> Provenance:
+        """Say what a commit of `offsets` records. task: None when it carries offsets alone; outcome: None for a task
+        given up.
         """
         totals: Mapping[str, float] = self.commit.totals if self.commit else {}
         if task is not None:
             totals = counted(totals, task, outcome)
-        return Provenance(self.source.fingerprint, task.classes if task else (), totals, self.config)
+        classes = task.classes if task else ()
+        return Provenance(self.source.fingerprint, classes, totals, self.config, self.source.epochs(offsets))
 
 
 def counted(totals: Mapping[str, float], task: Task, outcome: Outcome | None) -> dict[str, float]:

@@ -143,7 +143,7 @@ def _cut_rule(config: Config, retention_s: float) -> CutRule:
         told = "the stream keeps records for %.0f s, so a task is cut when its first sample has waited for %.0f s"
         level = logging.INFO if age_s > _SHORT_S else logging.WARNING
         log.log(level, told, retention_s, age_s)
-    return CutRule(**config.task.model_dump(exclude={"on_stop"}), age_s=age_s)
+    return CutRule(**config.task.model_dump(exclude={"on_stop"}), age_s=age_s, kept_s=retention_s)
 
 
 def _publisher(config: Config, commit: Commit | None, parts: contextlib.ExitStack) -> Callable[[Commit], None]:

@@ -151,3 +151,5 @@ class Commit:
     damaged: tuple[str, ...] = ()
     """Files that are not what was committed, and that learning does without: hold-out packs, or parts of the release.
     They are lost to the commits that follow."""
+    epochs: Mapping[Partition, int] = field(default_factory=dict)
+    """Which history of the stream lies before the offsets (streams.source.Source), where that is known."""

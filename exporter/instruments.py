@@ -85,6 +85,9 @@ class Instruments:
         self._size = make.histogram("record_size_bytes", "Size of an encoded image", _SIZES)
         self._age = make.histogram("record_age_seconds", "Time from production of a record to its intake", _AGES)
         self._lag_records = make.gauge("consumer_lag_records", "Records not read yet", "topic", "partition")
+        self._retention_used = make.gauge(
+            "retention_used_ratio", "Age of the oldest record read and not committed over its topic's retention"
+        )
         self._skipped = make.counter("skipped_records", "Records that retention removed before they were read", "topic")
         self._clamped = make.counter("future_timestamps", "Records dated far after their arrival", "topic")
         self._holding = make.gauge("source_holding", "1 while the source waits for something and reads nothing, else 0")

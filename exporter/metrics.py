@@ -128,6 +128,11 @@ class Metrics(Instruments):
         self._spool_capacity.set(capacity_bytes)
         self._spool = {"records": records, "bytes": bytes, "capacity_bytes": capacity_bytes}
 
+    def waiting(self, age_s: float, retention_s: float) -> None:
+        """The oldest record that was read and is in no commit is so old, of a stream that keeps records for
+        `retention_s` (infinite where it keeps them for ever)."""
+        self._retention_used.set(age_s / retention_s)
+
     def lag(self, lag: Mapping[tuple[str, int], int]) -> None:
         """This number of records per (topic, partition) is not read yet."""
         for (topic, partition), records in lag.items():

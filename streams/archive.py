@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -116,7 +116,7 @@ class ArchiveSource:
         """Tell whether a commit was made on exactly this order of exactly these files."""
         return fingerprint == self._fingerprint
 
-    def seek(self, offsets: Offsets) -> None:
+    def seek(self, offsets: Offsets, epochs: Mapping[Partition, int] | None = None) -> None:
         """Continue at `offsets`, or at the beginning when there are none. Raises PositionError."""
         at = offsets.get(self._partition, 0)
         if (offsets and self._partition not in offsets) or not 0 <= at <= len(self._stream):
@@ -167,6 +167,10 @@ class ArchiveSource:
     def past_marks(self, offsets: Offsets) -> Offsets:
         """Give the same offsets: every one of an archive holds an item."""
         return offsets
+
+    def epochs(self, offsets: Offsets) -> Mapping[Partition, int]:
+        """Give none: an archive is what its fingerprint says."""
+        return {}
 
     def acknowledge(self, offsets: Offsets) -> None:
         """Do nothing: nobody else looks at an archive's position."""

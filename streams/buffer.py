@@ -6,13 +6,19 @@ A task is a contiguous range of every partition, so one next offset per partitio
 
 from __future__ import annotations
 
+import math
+import time
 from collections import Counter, deque
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
 from streams.record import Control, ControlKind, Item, Offsets, Partition, Record, Rejected
 from streams.spool import Sample, Spool
+
+_QUIET_S = 10.0
+"""Seconds without an item after which the age of records counts, and not only how long they have waited here. Chosen by
+hand: while a backlog is read, old records come without such a pause, and tasks are to fill as they would have then."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +34,11 @@ class CutRule:
     idle_s: float = 0
     """Seconds without an item after which a task ends."""
     age_s: float = 0
-    """Seconds after its first sample at which a task ends: what it holds is in no commit yet."""
+    """Seconds after its first sample came at which a task ends: what it holds is in no commit yet. In a stream that is
+    quiet they count from when its oldest sample was made, or agents that are restarted often would never cut."""
+    kept_s: float = math.inf
+    """Seconds for which the stream keeps records. One that is older than this when it comes is not kept by its own time
+    but by those beside it, so its time says nothing: a date of 1970 must not make a task of every pause."""
     boundaries: bool = True
     """Whether a task boundary mark ends a task."""
 
@@ -82,10 +92,20 @@ class TaskBuffer:
 
     `known` are the class names of the commit the stream continues from, `offsets` its positions, `next_number` the
     number of the next task. Labels that differ only in case are one class, spelled as in `known` or as first seen.
+    `clock` gives seconds since the epoch.
     """
 
-    def __init__(self, rule: CutRule, spool: Spool, known: Collection[str], next_number: int, offsets: Offsets):
+    def __init__(
+        self,
+        rule: CutRule,
+        spool: Spool,
+        known: Collection[str],
+        next_number: int,
+        offsets: Offsets,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
         self._rule = rule
+        self._clock = clock
         self._spool = spool
         self._next_offsets: dict[Partition, int] = dict(offsets)
         self._number = next_number
@@ -95,6 +115,8 @@ class TaskBuffer:
             self._spelling.setdefault(name.casefold(), name)
         self._cut_tasks: deque[Task] = deque()
         self._samples_held = 0
+        self._oldest: deque[tuple[int, float]] = deque()
+        """Samples of each cut task that is not committed, and when the oldest of them was made."""
         self._quiet_since: float | None = None
         self._filling_since: float | None = None
         self._begin()
@@ -108,6 +130,12 @@ class TaskBuffer:
     def bytes(self) -> int:
         """The bytes that the samples take on disk."""
         return self._spool.bytes
+
+    @property
+    def age_s(self) -> float:
+        """Seconds since the oldest sample that waits for its commit was made, or read where its record has no time."""
+        oldest = min((oldest for _, oldest in self._oldest), default=self._oldest_s)
+        return max(0.0, self._clock() - min(oldest, self._oldest_s)) if self._samples_held else 0.0
 
     @property
     def full(self) -> bool:
@@ -152,8 +180,11 @@ class TaskBuffer:
             self._filling_since = now
         if not self._cut_tasks and self._samples and 0 < self._rule.idle_s <= now - self._quiet_since:
             self._end_task("idle")
-        elif self._filling_since is not None and 0 < self._rule.age_s <= now - self._filling_since:
-            self._end_task("age")
+        elif self._filling_since is not None and self._rule.age_s:
+            quiet = now - self._quiet_since >= _QUIET_S
+            age = max(now - self._filling_since, self._clock() - self._oldest_s if quiet else 0)
+            if age >= self._rule.age_s:
+                self._end_task("age")
         return self._cut_tasks.popleft() if self._cut_tasks else None
 
     def end(self, reason: str) -> Task | None:
@@ -169,9 +200,16 @@ class TaskBuffer:
         """Take the samples of a task off the spool, now that it is committed. Raises SpoolError."""
         self._spool.release(task.samples)
         self._samples_held -= len(task.samples)
+        left = len(task.samples)
+        while self._oldest and left:  # tasks are committed in order, but perhaps in parts
+            count, oldest = self._oldest.popleft()
+            if count > left:
+                self._oldest.appendleft((count - left, oldest))
+            left = max(0, left - count)
 
     def _begin(self) -> None:
         self._filling_since = None
+        self._oldest_s = math.inf
         self._samples: list[Sample] = []
         self._classes: dict[str, None] = {}
         self._new_classes = 0
@@ -196,6 +234,9 @@ class TaskBuffer:
         self._spool_bytes += self._spool.bytes - before
         self._image_bytes += len(record.image)
         self._samples_held += 1
+        now = self._clock()
+        made_s = now if record.timestamp_s is None else min(record.timestamp_s, now)
+        self._oldest_s = min(self._oldest_s, made_s if now - made_s < self._rule.kept_s else now)
 
     def _end_task(self, reason: str) -> None:
         # The trainer is another process: it must find every byte. And a segment of this task alone goes when it does.
@@ -211,6 +252,7 @@ class TaskBuffer:
             rejected=dict(self._rejected),
         )
         self._cut_tasks.append(task)
+        self._oldest.append((len(task.samples), self._oldest_s))
         self._number += 1
         # Also if nothing of it will be learned: read again, the stream must be cut at the same places.
         self._known |= self._classes.keys()

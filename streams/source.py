@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from streams.record import Item, Offsets, Rejected
+from streams.record import Item, Offsets, Partition, Rejected
 
 
 class Source(Protocol):
@@ -27,8 +27,10 @@ class Source(Protocol):
     def continues(self, fingerprint: str) -> bool:
         """Tell whether the offsets of a commit under `fingerprint` mean something here. It is asked before `seek`."""
 
-    def seek(self, offsets: Offsets) -> None:
-        """Continue at a commit's `offsets`. Partitions that it lacks start where the configuration says."""
+    def seek(self, offsets: Offsets, epochs: Mapping[Partition, int] | None = None) -> None:
+        """Continue at a commit's `offsets`, with its `epochs`. Partitions that it lacks start where the configuration
+        says.
+        """
 
     @property
     def positions(self) -> Offsets:
@@ -55,6 +57,10 @@ class Source(Protocol):
         """Give the offsets to commit for `offsets`: the same place, behind what lies there in the stream but is no
         item.
         """
+
+    def epochs(self, offsets: Offsets) -> Mapping[Partition, int]:
+        """Give, for a commit of `offsets`, which history of the stream was read up to each: a number that rises when
+        another place takes over the writing, for as much of the stream as has one."""
 
     def acknowledge(self, offsets: Offsets) -> None:
         """Tell the outside (lag tools) what is committed. It is never read back; a failure is logged, not fatal."""

@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from pkgutil import resolve_name
@@ -182,6 +182,7 @@ class ListSource:
         self.clamped: dict[str, int] = {}
         self.fingerprint = fingerprint
         self.acknowledged: list[dict[Partition, int]] = []
+        self.resumed_epochs: Mapping[Partition, int] | None = None
         self.judgements: list[tuple[int, int]] = []
         self.closed = False
         self.throttled = False
@@ -195,7 +196,8 @@ class ListSource:
     def continues(self, fingerprint: str) -> bool:
         return fingerprint == self.fingerprint
 
-    def seek(self, offsets: Offsets) -> None:
+    def seek(self, offsets: Offsets, epochs: Mapping[Partition, int] | None = None) -> None:
+        self.resumed_epochs = epochs
         self.positions = dict(offsets)
         self._at = sum(item.offset < offsets.get(item.partition, 0) for item in self.items)
 
@@ -215,6 +217,9 @@ class ListSource:
 
     def past_marks(self, offsets: Offsets) -> Offsets:
         return offsets
+
+    def epochs(self, offsets: Offsets) -> dict[Partition, int]:
+        return {}
 
     def acknowledge(self, offsets: Offsets) -> None:
         self.acknowledged.append(dict(offsets))

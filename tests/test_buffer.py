@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from streams.buffer import CutRule, Task, TaskBuffer
+from streams.buffer import CutRule, Task, TaskBuffer, halves
 from streams.record import Control, ControlKind, Item, Partition, Reason, Record, Rejected
-from streams.spool import Spool
+from streams.spool import LEAST, Spool
 
 P, Q = Partition("images", 0), Partition("images", 1)
 
@@ -30,8 +30,10 @@ def stream(text: str, partition: Partition = P) -> list[Item]:
 
 @pytest.fixture
 def buffer(tmp_path):
-    def make(rule: CutRule, max_bytes: int = 2**30, known: Sequence[str] = (), next_number: int = 1, offsets=None):
-        return TaskBuffer(rule, Spool(tmp_path / "spool", max_bytes), known, next_number, offsets or {})
+    def make(
+        rule: CutRule, max_bytes: int = 2**30, known: Sequence[str] = (), next_number: int = 1, offsets=None, **more
+    ):
+        return TaskBuffer(rule, Spool(tmp_path / "spool", max_bytes), known, next_number, offsets or {}, **more)
 
     return make
 
@@ -99,7 +101,7 @@ def test_rejected_records_alone_are_no_task(buffer):
 
 def test_a_task_fills_no_more_than_the_spool(buffer):
     # given a rule that would wait for more than the spool holds
-    buffered = buffer(CutRule(samples=10**6), max_bytes=20)
+    buffered = buffer(CutRule(samples=10**6), max_bytes=4 * LEAST)
 
     # when the stream goes on
     tasks = taken(buffered, stream("a b c d e f g"), end=None)
@@ -136,6 +138,55 @@ def test_a_task_that_fills_slowly_is_cut_by_its_age_also_when_the_stream_is_neve
     buffered.add(items[3])
     assert buffered.cut(now=200) is None
     assert words([buffered.cut(now=260)]) == ["idle: d -> 4"]
+
+
+def test_in_a_quiet_stream_the_age_of_records_counts_also_over_restarts(buffer):
+    # given an agent that has just been started, and reads again what an earlier one read long ago
+    clock = [10_000.0]
+    buffered = buffer(CutRule(age_s=100), clock=lambda: clock[0])
+    old = [replace(item, timestamp_s=9_920.0 + item.offset) for item in stream("a b c")]
+    for item in old[:2]:
+        buffered.add(item)
+    assert buffered.cut(now=0) is None and buffered.age_s == 80
+    # when the oldest becomes too old while others arrive, then they may be many more
+    clock[0] += 25
+    buffered.add(old[2])
+    assert buffered.cut(now=25) is None and buffered.cut(now=34.9) is None
+    # and once nothing arrives, it waits no longer
+    assert words([buffered.cut(now=35)]) == ["age: a b c -> 3"]
+    # nor is anything cut where retention deletes nothing
+    kept = buffer(CutRule(), clock=lambda: clock[0])
+    kept.add(old[0])
+    assert kept.cut(now=0) is None and kept.cut(now=10**6) is None
+
+
+@pytest.mark.parametrize(("made_s", "age_s"), [(0.0, 0.0), (9_800.0, 0.0), (9_800.1, 199.9), (1.7e9, 0.0)])
+def test_a_time_by_which_the_stream_would_have_deleted_the_record_is_not_believed(buffer, made_s, age_s):
+    buffered = buffer(CutRule(age_s=100, kept_s=200), clock=lambda: 10_000.0)
+    buffered.add(replace(stream("a")[0], timestamp_s=made_s))
+    assert buffered.age_s == pytest.approx(age_s)
+    assert buffered.cut(now=0) is None
+    assert (buffered.cut(now=10) is None) == (age_s < 100)
+
+
+def test_the_age_is_that_of_the_oldest_sample_in_no_commit(buffer):
+    clock = [1000.0]
+    buffered = buffer(CutRule(samples=2), clock=lambda: clock[0])
+    assert buffered.age_s == 0
+    times = (None, 700.0, 2000.0, 400.0, 950.0)
+    for item, made in zip(stream("a b c d e"), times, strict=True):
+        buffered.add(replace(item, timestamp_s=made))
+    assert buffered.age_s == 600
+    first, second = buffered.cut(0), buffered.cut(0)
+    # a task may be committed in parts
+    for part in halves(first):
+        buffered.committed(part)
+    assert buffered.age_s == 600
+    buffered.committed(second)
+    clock[0] += 10
+    assert buffered.age_s == 60
+    buffered.committed(buffered.end("end"))
+    assert buffered.age_s == 0
 
 
 def test_labels_that_differ_in_case_are_the_class_seen_first(buffer):

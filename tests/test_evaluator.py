@@ -320,6 +320,34 @@ def test_a_long_stream_keeps_its_newest_rows_and_the_metrics_of_the_whole_matrix
     assert changed, "the example must forget something"
 
 
+def test_a_report_that_leaves_out_old_tasks_has_the_scores_of_one_that_keeps_all(monkeypatch) -> None:
+    # given twelve tasks, most of which bring a class that came before, and a report that tells all of two
+    def stream(newest: int) -> list[Report]:
+        monkeypatch.setattr("agent.scoring.evaluator.HISTORY", newest)
+        clip, right = FakeClip(), right_names()
+        names = list(right)[:3]
+        method, reports = FakeMethod(clip), [None]
+        scorer = evaluator(clip, FakeFolder(**{name: [image(name, i) for i in range(4)] for name in names}))
+        for number in range(1, 13):
+            came = names[: 1 + number // 5]
+            rows = {name: right[name] for name in came} | ({names[0]: -right[names[0]]} if number in (6, 7, 12) else {})
+            reports.append(learn(scorer, method, task(clip, number, [came[-1]]), rows, reports[-1]))
+        return reports[1:]
+
+    whole, short = stream(100), stream(2)
+
+    # then what comes of all of them is the same at every task
+    for one, other in zip(whole, short, strict=True):
+        for name in ("accuracy", "last", "forgetting", "backward_transfer", "old_classes", "classes", "examples"):
+            assert getattr(one, name) == getattr(other, name)
+        assert other.avg == pytest.approx(one.avg)
+        rows = [row for row in other.matrix if row]
+        assert {len(row) for row in rows} == {len(other.history)} == {len(other.first)} == {len(other.best)}
+    # and the tasks that brought a class are there, with the newest two
+    assert [entry.task for entry in short[-1].history] == [1, 5, 10, 11, 12]
+    assert (short[-1].earlier.tasks, short[-1].earlier.scored) == (7, 7) and whole[-1].earlier is None
+
+
 def test_retention_compares_zero_shot_on_the_probe_with_the_untouched_model() -> None:
     # given a probe of which the untouched model knows two of three classes, and an update that loses one of the two
     clip, right = FakeClip(), right_names()

@@ -2,13 +2,17 @@
 
 import json
 import threading
+import time
+from dataclasses import replace
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 from agent.commits import CommitStore, StateError
 from agent.pipeline import HALVINGS, AgentError, TaskFailed, resume
 from agent.values import Progress
 from agent.worker import WorkerDied
+from exporter.metrics import Metrics
 from streams.buffer import CutRule
 from streams.record import Control, ControlKind, Partition, Reason, Record, Rejected
 from streams.source import DeadLetterDelayed, DeadLetterError, PositionError
@@ -126,7 +130,7 @@ def test_at_the_end_of_the_stream_the_rest_can_be_kept(tmp_path):
 class NewestFirst(ListSource):
     """A live stream that begins at its newest record, wherever that is when it is asked."""
 
-    def seek(self, offsets):
+    def seek(self, offsets, epochs=None):
         super().seek(offsets or {LIST: len(self.items)})
 
 
@@ -186,6 +190,20 @@ def test_a_commit_is_behind_the_marks_that_follow_its_last_record(tmp_path):
     agent = pipeline(tmp_path, source, quarantine=True)
     assert agent.run().number == 2
     assert source.acknowledged == [{LIST: 4}, {LIST: 5}]
+
+
+def test_a_commit_keeps_which_history_of_the_stream_it_ends_in(tmp_path):
+    class Elected(ListSource):
+        def epochs(self, offsets):
+            return {partition: 10 + offset for partition, offset in offsets.items()}
+
+    first = pipeline(tmp_path, Elected([*records(*TEN[:4]), rejected(4)]))
+    assert first.run().epochs == {LIST: 15}
+    assert first.commits.current().epochs == {LIST: 15}
+    first.commits.close()
+    source = Elected([])
+    pipeline(tmp_path, source)
+    assert source.resumed_epochs == {LIST: 15}
 
 
 def test_rejected_records_are_dead_lettered_before_the_commit_that_passes_them(tmp_path):
@@ -290,6 +308,24 @@ def test_a_killed_agent_does_not_set_aside_again_what_it_rejected_long_before(tm
     assert (learned(commit), commit.offsets) == ([0, 1, 2], {LIST: 60})
     assert commit.totals["samples"] == 3
     assert (tmp_path / "commits" / "000001").is_dir()
+
+
+def test_how_near_retention_is_to_what_is_in_no_commit_can_be_watched(tmp_path):
+    # given a stream that keeps records for a hundred seconds, and one that is forty seconds old and not learned
+    stop = threading.Event()
+
+    class Watching(Metrics):
+        def waiting(self, age_s, retention_s):
+            super().waiting(age_s, retention_s)
+            stop.set()
+
+    source = ListSource([replace(records("a")[0], timestamp_s=time.time() - 40)], live=True)
+    source.retention_s = 100
+    agent = pipeline(tmp_path, source, stop=stop)
+    registry = CollectorRegistry()
+    agent.metrics = Watching(registry)
+    agent.run()
+    assert 0.4 <= registry.get_sample_value("gapstream_retention_used_ratio") < 0.9
 
 
 def test_a_task_that_fails_once_is_tried_again_from_the_commit(tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from agent.scoring.report import (
+    Earlier,
     Example,
     Gap,
     GapChange,
@@ -106,6 +107,37 @@ def test_keys_of_a_later_version_are_passed_over_and_missing_ones_have_their_def
     assert (report.first, report.best, report.probe, report.release) == ((), (), None, None)
     assert report.learner == replace(LEARNER, device="")
     assert report.gap == scored().gap
+
+
+def test_old_tasks_are_left_out_but_for_those_that_brought_a_class_and_the_newest_release(tmp_path):
+    # given ten tasks, of which the first and the third brought a class, and the fifth made the last release
+    brought = {1: ("wren",), 3: ("owl",)}
+    history = tuple(
+        TaskReport(
+            task=n, classes=("wren", "owl"), new_classes=brought.get(n, ()), accuracy=None if n == 2 else n / 10,
+            released=n == 5, details={"long": [0] * 9},
+        )
+        for n in range(1, 11)
+    )  # fmt: skip
+    row = tuple(float(n) for n in range(1, 11))
+    whole = Report(task=10, history=history, first=row, best=row, matrix=((),) * 8 + (row[:9], row))
+
+    # when
+    short = whole.shortened(3)
+
+    # then
+    assert [entry.task for entry in short.history] == [1, 3, 5, 8, 9, 10]
+    assert short.first == short.best == short.matrix[-1] == (1, 3, 5, 8, 9, 10)
+    assert short.matrix == ((), (), (), (), (1, 3, 5, 8, 9), (1, 3, 5, 8, 9, 10))
+    assert short.earlier == Earlier(tasks=4, scored=3, accuracy=pytest.approx(0.4 + 0.6 + 0.7))
+    # and what may be long is told of the newest alone
+    assert [len(entry.classes) for entry in short.history] == [1, 1, 0, 2, 2, 2]
+    assert [bool(entry.details) for entry in short.history] == [False] * 3 + [True] * 3
+    # nothing changes a second time, nor where there is nothing old, and the file has it all
+    assert short.shortened(3) == short and whole.shortened(10) == whole
+    short.write(tmp_path / "report.json")
+    assert Report.read(tmp_path / "report.json") == short
+    assert "earlier" not in whole.to_json()
 
 
 def test_a_number_that_json_lacks_is_written_as_null():

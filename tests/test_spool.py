@@ -8,7 +8,7 @@ import pytest
 
 from streams.record import Partition, Raw, Record
 from streams.source import SpoolError
-from streams.spool import Spool
+from streams.spool import LEAST, Spool
 
 P = Partition("images", 0)
 
@@ -62,17 +62,17 @@ def test_an_image_that_is_the_message_is_stored_once(tmp_path):
 
 def test_a_segment_goes_when_all_its_samples_are_released(tmp_path):
     spool = Spool(tmp_path, max_bytes=2**20)
-    first = [spool.append(record(n, bytes(1000))) for n in range(3)]
+    first = [spool.append(record(n, bytes(5000))) for n in range(3)]
     spool.end_segment()
-    second = [spool.append(record(n, bytes(1000))) for n in range(3, 5)]
+    second = [spool.append(record(n, bytes(5000))) for n in range(3, 5)]
     spool.end_segment()
     assert spool.bytes == on_disk(tmp_path)
 
     spool.release(first[:2])
-    assert first[2].read() == bytes(1000)
+    assert first[2].read() == bytes(5000)
     spool.release(first[2:])
-    assert not first[0].path.exists() and second[0].read() == bytes(1000)
-    assert spool.bytes == on_disk(tmp_path) < 2100
+    assert not first[0].path.exists() and second[0].read() == bytes(5000)
+    assert spool.bytes == on_disk(tmp_path) < 10_100
 
     spool.release(second)
     assert spool.bytes == on_disk(tmp_path) == 0
@@ -80,13 +80,25 @@ def test_a_segment_goes_when_all_its_samples_are_released(tmp_path):
 
 
 def test_it_is_full_at_its_bound_and_not_after_a_release(tmp_path):
-    spool = Spool(tmp_path, max_bytes=2000)
-    samples = [spool.append(record(0, bytes(1500)))]
+    spool = Spool(tmp_path, max_bytes=8000)
+    samples = [spool.append(record(0, bytes(6000)))]
     assert not spool.full
-    samples.append(spool.append(record(1, bytes(1500))))
+    samples.append(spool.append(record(1, bytes(6000))))
     assert spool.full
     spool.release(samples)
     assert not spool.full
+
+
+def test_tiny_images_fill_it_by_the_memory_that_their_samples_take(tmp_path):
+    spool = Spool(tmp_path, max_bytes=100 * LEAST)
+    samples = [spool.append(record(n, bytes(40))) for n in range(99)]
+    assert not spool.full and spool.bytes == 99 * LEAST
+    samples.append(spool.append(record(99, bytes(40))))
+    spool.end_segment()
+    assert spool.full and on_disk(tmp_path) <= 100 * 50
+    assert samples[50].read() == bytes(40)
+    spool.release(samples)
+    assert spool.bytes == 0
 
 
 def test_what_an_earlier_run_left_is_deleted_and_nothing_else(tmp_path):

@@ -176,7 +176,8 @@ def _source(config: Config, commit: Commit | None) -> Iterator[Finding]:
             text = f"{where} is not the stream that {commit.path} was learned from, its offsets mean nothing here"
             yield Finding("source", "problem", text, "set [source] back to that stream, or state.path to a new folder")
             return
-        source.seek(commit.offsets if commit else {})
+        offsets, epochs = (commit.offsets, commit.epochs) if commit else ({}, {})
+        source.seek(offsets, epochs)
         at = ", ".join(f"{topic}/{number}:{offset}" for (topic, number), offset in sorted(source.positions.items()))
         yield Finding("source", "ok", f"{where}; read from {at or 'the beginning'}")
     if place := parts.dead_letter_place(config):

@@ -156,8 +156,9 @@ class Spool(Section):
     """Samples of tasks that are not committed yet wait on disk, as the encoded bytes that came."""
 
     max_bytes: int = Field(2 * 2**30, ge=2**20)
-    """When the samples have reached about this number of bytes (at least 1 MiB), fetching pauses until a task is
-    committed. It should hold a task at least, as one that fills it is cut early."""
+    """When the samples have reached about this number of bytes (at least 1 MiB; each counts for 4 KiB at least, as it
+    takes memory too), fetching pauses until a task is committed. It should hold a task at least, as one that fills it
+    is cut early."""
 
 
 class Evaluation(Section):

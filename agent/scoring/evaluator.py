@@ -19,7 +19,19 @@ from agent.methods.base import InferenceModule, Method, TaskData, task_generator
 from agent.model.clip import Clip
 from agent.scoring.formulas import average_incremental_accuracy, extended, last_accuracy, mean_change, retention
 from agent.scoring.holdout import HoldOut
-from agent.scoring.report import Answer, Drift, Example, Gap, GapChange, OldClasses, Probe, Report, TaskReport
+from agent.scoring.report import (
+    HISTORY,
+    Answer,
+    Drift,
+    Earlier,
+    Example,
+    Gap,
+    GapChange,
+    OldClasses,
+    Probe,
+    Report,
+    TaskReport,
+)
 from agent.scoring.scored_images import ImageFolder, ScoredImages, image_refs
 from agent.values import OnProgress, Progress, Update
 from exporter.decoders import Decoders
@@ -147,7 +159,8 @@ class Evaluator:
         """
         started = time.perf_counter()
         # A class belongs to the task that brought it first, also when a later one brings it again.
-        past = parent or Report(task=0)
+        past = (parent or Report(task=0)).shortened(HISTORY - 1)
+        earlier = past.earlier or Earlier()
         owner = {name: i for i, entry in enumerate(past.history) for name in entry.new_classes}
         new = tuple(name for name in method.classes if name not in owner)
         owner |= dict.fromkeys(new, len(past.history))
@@ -187,13 +200,14 @@ class Evaluator:
             held_out=len(self._holdout),
             old_classes=_old_classes(past, scores, owner),
             matrix=extended(past.matrix, row, MATRIX_ROWS),
-            avg=average_incremental_accuracy(accuracies),
+            avg=average_incremental_accuracy(accuracies, earlier.scored, earlier.accuracy),
             last=last_accuracy(accuracies),
             first=(*past.first, row[-1]),
             best=tuple(best),
             backward_transfer=mean_change(past.first, row),
             probe=probe,
             history=history,
+            earlier=past.earlier,
             examples=self._examples(before.answers, answers, method.classes, owner, history),
         )
 

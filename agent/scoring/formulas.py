@@ -21,9 +21,17 @@ Matrix = Sequence[Sequence[float | None]]
 """The accuracy matrix by rows; rows may be shorter than T, or empty."""
 
 
-def average_incremental_accuracy(accuracies: Sequence[float | None]) -> float | None:
-    """Compute Avg = (1/T) sum_t A_t; A_t is the sample-weighted accuracy over all classes seen after task t."""
-    return _mean(_row(accuracies))
+def average_incremental_accuracy(
+    accuracies: Sequence[float | None], earlier: int = 0, earlier_sum: float = 0.0
+) -> float | None:
+    """Compute Avg = (1/T) sum_t A_t; A_t is the sample-weighted accuracy over all classes seen after task t.
+
+    earlier: number of tasks before these that have an accuracy, with their sum.
+    """
+    values = _row(accuracies)
+    there = values[~np.isnan(values)]
+    count = there.size + earlier
+    return (float(there.sum()) + earlier_sum) / count if count else None
 
 
 def last_accuracy(accuracies: Sequence[float | None]) -> float | None:

@@ -1,7 +1,8 @@
 """What report.json says: the scores after an update, with their history, as frozen values.
 
     Report
-    ├── history: TaskReport...        one entry for each task so far
+    ├── history: TaskReport...        one entry for each task, of old ones only where a score needs it
+    ├── earlier: Earlier              what is left of the others
     ├── gap: Gap                      GapChange for positive, negative and centroid; Drift
     ├── old_classes: OldClasses
     ├── probe: Probe
@@ -30,6 +31,10 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 from exporter.release import Parity, Variant
 
 T = TypeVar("T")
+
+HISTORY = 200
+"""Newest tasks that a report tells all of: chosen by hand, as many as its charts can show. Each takes about 1.5 kB of
+every commit, and 100 numbers of the matrix; all of them would make a report of a year larger than its model."""
 
 LEFT_OUT = {"left out when None": True}
 """Marks a field whose key is not in the file while it is None; any other field is then written as null."""
@@ -216,6 +221,17 @@ class TaskReport(TaskScores):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Earlier:
+    """What is left of tasks that are not in the history any more."""
+
+    tasks: int = 0
+    scored: int = 0
+    """How many of them had an accuracy over all classes learned so far."""
+    accuracy: float = 0.0
+    """The sum of these accuracies, for the mean over all tasks."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Report(TaskScores):
     """It is the content of report.json: the scores after the update of `task`, and all that came before."""
 
@@ -239,7 +255,9 @@ class Report(TaskScores):
     probe: Probe | None = None
     """None where neither a probe archive nor two classes still to come are there."""
     history: tuple[TaskReport, ...] = ()
-    """One entry for each task so far, this one included."""
+    """One entry for each task so far, this one included; see `shortened` for old ones. T is their number."""
+    earlier: Earlier | None = field(default=None, metadata=LEFT_OUT)
+    """None while all tasks are in the history."""
     examples: tuple[Example, ...] = ()
     """At most 12."""
     learner: LearnerIdentity | None = None
@@ -253,6 +271,39 @@ class Report(TaskScores):
         this = replace(self.history[-1], seconds=all_seconds, released=release.refused is None)
         history = (*self.history[:-1], this)
         return replace(self, seconds=all_seconds, history=history, learner=learner, release=release)
+
+    def shortened(self, newest: int) -> Report:
+        """Leave out of the history, and of all that has an entry for each of its tasks, what is older than the `newest`
+        tasks: no score of a later task depends on it.
+
+        Tasks that first brought a class stay, with their scores and these classes, as their accuracy goes on; so does
+        the one of the newest release. So there are never more than newest + classes + 1.
+        """
+        released = [i for i, entry in enumerate(self.history) if entry.released is not False][-1:]
+        old = max(0, len(self.history) - newest)
+        kept = [i for i, entry in enumerate(self.history) if i >= old or entry.new_classes or i in released]
+        history = [self.history[i] if i >= old else _brief(self.history[i]) for i in kept]
+        if len(kept) == len(self.history):
+            return replace(self, history=tuple(history))
+        past, stay = self.earlier or Earlier(), set(kept)
+        accuracies = [entry.accuracy for i, entry in enumerate(self.history) if i not in stay]
+        scored = [accuracy for accuracy in accuracies if accuracy is not None]
+
+        def of_kept(row: Row) -> Row:
+            return tuple(row[i] for i in kept if i < len(row))
+
+        return replace(
+            self,
+            history=tuple(history),
+            matrix=tuple(of_kept(self.matrix[i]) for i in kept if i < len(self.matrix)),
+            first=of_kept(self.first),
+            best=of_kept(self.best),
+            earlier=Earlier(
+                tasks=past.tasks + len(accuracies),
+                scored=past.scored + len(scored),
+                accuracy=past.accuracy + sum(scored),
+            ),
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Give the content of report.json as dicts and lists; None for a number that JSON lacks (a diverged loss)."""
@@ -278,6 +329,11 @@ class Report(TaskScores):
     def read(cls, path: Path) -> Report:
         """Read the report in the file `path`. Raises OSError, and ValueError when it holds none."""
         return cls.from_json(json.loads(path.read_text(encoding="utf-8")))
+
+
+def _brief(entry: TaskReport) -> TaskReport:
+    """Give an old entry without what may be long: names of classes that came again, and a method's own values."""
+    return replace(entry, classes=entry.new_classes, details={})
 
 
 def _to_json(value: Any) -> Any:

@@ -13,6 +13,7 @@ from kafka.admin import ConfigResource, ConfigResourceType, KafkaAdminClient
 from kafka.errors import KafkaError
 
 from streams.kafka.connection import METADATA_MS, PARTITION_BYTES, REQUEST_MS, Connection, describe_error
+from streams.kafka.epochs import ends_of
 from streams.kafka.record_batches import Message, Unreadable, guard
 from streams.record import Offsets, Partition
 
@@ -29,11 +30,15 @@ _LAST_COMMIT_MS = 1500
 """Time that the copy of the last commit may take at the end; only lag tools miss it."""
 
 
-def describe_topics(connection: Connection, topics: Iterable[str]) -> list[dict[str, Any]]:
-    """Describe topics as the cluster does, asked over a connection of its own: see Client.describe."""
+def ask_anew(
+    connection: Connection, topics: Iterable[str], epochs: Mapping[Partition, int]
+) -> tuple[list[dict[str, Any]], dict[Partition, int | None]]:
+    """Do what Client.describe and Client.epoch_ends do, over a connection of its own."""
     admin = KafkaAdminClient(**connection.settings(), request_timeout_ms=REQUEST_MS)
     try:
-        return admin.describe_topics(list(topics))
+        described = admin.describe_topics(list(topics))
+        there = {topic["name"] for topic in described if not topic["error_code"]}
+        return described, ends_of(admin, {where: epoch for where, epoch in epochs.items() if where.topic in there})
     finally:
         admin.close()
 
@@ -101,11 +106,18 @@ class Client:
             )
         return shortest
 
-    def assign(self, positions: Offsets) -> None:
-        """Read exactly these partitions from now on, each from its offset."""
+    def epoch_ends(self, epochs: Mapping[Partition, int]) -> dict[Partition, int | None]:
+        """Give the offset at which an epoch of each partition ended, see streams.kafka.epochs.ends_of."""
+        return ends_of(self._admin, epochs)
+
+    def assign(self, positions: Offsets, epochs: Mapping[Partition, int]) -> None:
+        """Read exactly these partitions from now on, each from its offset; `epochs`: of what lies before them."""
         self._consumer.assign([TopicPartition(*partition) for partition in positions])
+        assignment = self._consumer._subscription.assignment
         for partition, offset in positions.items():
-            self.seek(partition, offset)
+            # Not KafkaConsumer.seek, which takes no epoch: with it the client notices a truncation while it reads.
+            position = OffsetAndMetadata(offset, "", epochs.get(partition, -1))
+            assignment[TopicPartition(*partition)].seek(position)
 
     def seek(self, partition: Partition, offset: int) -> None:
         """Go on at `offset`; what was fetched beyond it is dropped."""
@@ -122,11 +134,16 @@ class Client:
         self._consumer.pause(*(TopicPartition(*partition) for partition in wanted - paused))
         self._consumer.resume(*(TopicPartition(*partition) for partition in paused - wanted))
 
-    def reached(self) -> dict[Partition, int]:
-        """Give `position` of every partition, as far as it is known, at the cost of no request."""
+    def reached(self) -> dict[Partition, tuple[int, int]]:
+        """Give `position` of every partition, as far as it is known, with the leader epoch of what lies before it (-1
+        where that is not known), at the cost of no request."""
         # Not KafkaConsumer.position, each call of which goes through all partitions and may wait for the network.
         assignment = self._consumer._subscription.assignment
-        return {Partition(*where): state.position.offset for where, state in assignment.items() if state.position}
+        return {
+            Partition(*where): (state.position.offset, state.position.leader_epoch)
+            for where, state in assignment.items()
+            if state.position
+        }
 
     def position(self, partition: Partition) -> int:
         """Give the offset that the next poll begins with; the fetched and not yet polled lie behind it."""

@@ -52,6 +52,8 @@ class Message(NamedTuple):
     headers: tuple[tuple[str, bytes | None], ...]
     dropped: str = ""
     """What was not read because it is beyond a bound, as a text for people; see streams.record.Raw."""
+    epoch: int = -1
+    """The leader epoch that it was written in; -1 where it is not known."""
 
     @property
     def raw(self) -> Raw:
@@ -104,6 +106,7 @@ class PartitionRecords(Fetcher.PartitionRecords):
                 # What was given out already is not lost with the rest of the batch.
                 first = max(self.next_fetch_offset, batch.base_offset)
                 end = max(first + 1, _offset_after(batch, records))
+                self.leader_epoch = -1  # its own cannot be believed, and that of the batch before may be too early
                 yield Unreadable(first, end, error)
                 self.next_fetch_offset = end
                 continue
@@ -168,7 +171,7 @@ def messages(batch: Any) -> Iterator[Message]:
     buffer = bytes(memoryview(batch._buffer)[batch._pos :])  # bytes give out parts of them in one copy
     if batch.compression_type != batch.CODEC_NONE:
         buffer = inflate(batch.compression_type, buffer)
-    base_offset, base_ms = batch.base_offset, batch.first_timestamp
+    base_offset, base_ms, epoch = batch.base_offset, batch.first_timestamp, batch.leader_epoch
     appended_ms = batch.max_timestamp if batch.timestamp_type == batch.LOG_APPEND_TIME else None
     end = 0
     for _ in range(batch.records_count):
@@ -192,7 +195,7 @@ def messages(batch: Any) -> Iterator[Message]:
         if pos != end or end > len(buffer):
             raise CorruptRecordError(f"record at byte {start} says it ends at {end} and ends at {pos} of {len(buffer)}")
         timestamp_ms = base_ms + elapsed_ms if appended_ms is None else appended_ms
-        yield Message(base_offset + offset, timestamp_ms, key, value, tuple(headers), dropped)
+        yield Message(base_offset + offset, timestamp_ms, key, value, tuple(headers), dropped, epoch)
 
 
 _NAMES: dict[bytes | None, str] = {name.encode(): name for name in COMMON_HEADERS}

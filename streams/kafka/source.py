@@ -23,6 +23,7 @@ from streams.kafka.breaker import Breaker
 from streams.kafka.claimed_images import ClaimedImages
 from streams.kafka.client import Client
 from streams.kafka.connection import NOTHING_LOST, Connection, connecting, describe_error
+from streams.kafka.epochs import Epochs
 from streams.kafka.gaps import Gaps
 from streams.kafka.handover import Handover, no_record_lost
 from streams.kafka.record_batches import Message, Unreadable, rejections
@@ -110,6 +111,7 @@ class KafkaSource:
         self._positions: dict[Partition, int] = {}
         self._ends: dict[Partition, int] = {}
         self._gaps = Gaps()
+        self._epochs = Epochs()
         self._merging_bytes: Counter[Partition] = Counter()
         self._fetched_again: set[tuple[Partition, int]] = set()
         self._last_merge = time.monotonic()
@@ -138,13 +140,14 @@ class KafkaSource:
         """
         return self._topics.continues(fingerprint)
 
-    def seek(self, offsets: Offsets) -> None:
+    def seek(self, offsets: Offsets, epochs: Mapping[Partition, int] | None = None) -> None:
         """Begin to read. Raises PositionError, StreamError."""
         try:
-            self._positions, unread = self._topics.first_positions(self._client, offsets)
+            self._epochs.begin(offsets, epochs or {})
+            self._positions, unread = self._topics.first_positions(self._client, offsets, self._epochs)
             self._merge.track(self._positions)
             self._gaps.begin(self._positions)
-            self._client.assign(self._positions)
+            self._client.assign(self._positions, self._epochs.before(self._positions))
         except StreamError:
             raise
         except Exception as error:
@@ -174,12 +177,16 @@ class KafkaSource:
         self._handover.throttle(full)
 
     def vouches(self, timeout_s: float) -> bool:
-        """Tell whether the cluster still has the topics that were read, see Topics.vouches. Raises PositionError."""
-        return self._topics.vouches(timeout_s)
+        """Tell whether the cluster still has what was read, see Topics.vouches. Raises PositionError."""
+        return self._topics.vouches(self._reached, timeout_s)
 
     def past_marks(self, offsets: Offsets) -> Offsets:
         """Give the offsets, moved behind marks of transactions and other offsets that hold no record."""
         return self._gaps.past(offsets)
+
+    def epochs(self, offsets: Offsets) -> Mapping[Partition, int]:
+        """Give the leader epoch of what lies before each of the offsets, where it is known."""
+        return self._epochs.before(offsets)
 
     def acknowledge(self, offsets: Offsets) -> None:
         """Copy a commit's offsets to the group, soon; only the newest ones count."""
@@ -245,7 +252,7 @@ class KafkaSource:
             try:
                 if broken:
                     self._client = Client(self._connection, self._group, self._fetch_bytes)
-                    self._client.assign(self._positions)
+                    self._client.assign(*self._reached())
                     broken = False
                 self._read_once()
                 continue
@@ -319,6 +326,8 @@ class KafkaSource:
                 # Without a time of its own a record goes before all others: nothing waits for it.
                 entries += [(0, (rejected, MESSAGE_OVERHEAD)) for rejected in lost]
                 total += MESSAGE_OVERHEAD * len(lost)
+                # Epochs before gaps: a commit behind a gap asks for the epoch there.
+                self._epochs.read(partition, message.next_offset, -1)
                 self._gaps.read(partition, message.offset, message.next_offset)
                 self._positions[partition] = message.next_offset
                 continue
@@ -327,6 +336,7 @@ class KafkaSource:
             total += size
             item = decode(partition, offset, raw, timestamp_ms / 1000 if timestamp_ms >= 0 else None)
             entries.append((timestamp_ms, (item, size)))
+            self._epochs.read(partition, offset + 1, message.epoch)
             self._gaps.read(partition, offset, offset + 1)
             self._positions[partition] = offset + 1
         self._merging_bytes[partition] += total
@@ -337,10 +347,16 @@ class KafkaSource:
 
     def _pass_marks(self) -> None:
         """Move behind what holds no record, where the client has: no message will ever say so."""
-        for partition, position in self._client.reached().items():
+        for partition, (position, epoch) in self._client.reached().items():
             if position > self._positions.get(partition, position):
+                self._epochs.read(partition, position, epoch)
                 self._gaps.nothing_before(partition, position)
                 self._positions[partition] = position
+
+    def _reached(self) -> tuple[Offsets, Mapping[Partition, int]]:
+        """Give the positions, and the epochs before them. From any thread: epochs are noted before positions move."""
+        positions = self._positions.copy()
+        return positions, self._epochs.before(positions)
 
     def _ask_for_ends(self) -> None:
         """Ask for the ends while partitions wait for others: what is read up to its end was quiet until now."""
@@ -406,6 +422,7 @@ class KafkaSource:
     def _copy_commit(self, wait: bool = False) -> None:
         offsets = self._handover.acknowledged()
         self._gaps.forget(offsets or {})
+        self._epochs.forget(offsets or {})
         if offsets and self._group:
             # Not those of topics that are kept for later: the group would seem to read them.
             ours = {partition: offset for partition, offset in offsets.items() if partition in self._positions}
@@ -422,16 +439,18 @@ class KafkaSource:
             begins = self._client.beginnings(new)
             self._merge.track(new)
             self._gaps.begin(begins)
+            self._epochs.begin(begins, {})
             self._positions.update(begins)
-            self._client.assign(self._positions)
+            self._client.assign(*self._reached())
         with contextlib.suppress(KafkaTimeoutError):
             self._ends.update(self._client.ends(self._positions))
 
     def _moved_into_log(self) -> bool:
         """Go on where the log begins, after the broker did not have our position; False when it has it after all."""
         self._discover()  # a topic that was created again is a clearer reason
-        placed = self._topics.moved_into_log(self._client, self._positions)
-        moved = placed != self._positions
+        placed = self._topics.moved_into_log(self._client, *self._reached())
+        moved = {partition: at for partition, at in placed.items() if at != self._positions[partition]}
+        self._epochs.begin(moved, {})
         self._positions.update(placed)
-        self._client.assign(self._positions)
-        return moved
+        self._client.assign(*self._reached())
+        return bool(moved)

@@ -1,7 +1,8 @@
 """Which topics and partitions are read, and where in their logs reading begins and goes on.
 
 A commit's offsets mean something only in the log they were counted in. That log may be gone (its topic deleted and
-created again), shorter than it was (retention, a truncation) or longer (new partitions): it is found out here.
+created again), shorter than it was (retention, a truncation), another from some offset on (a truncation, and records
+since) or longer (new partitions): it is found out here.
 """
 
 from __future__ import annotations
@@ -9,14 +10,15 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from datetime import UTC, datetime
 from typing import Any, Literal
 
 from streams.background import in_background
-from streams.kafka.client import Client, describe_topics
+from streams.kafka.client import Client, ask_anew
 from streams.kafka.connection import NOTHING_LOST, UNKNOWN_TOPIC, Connection, describe_error
+from streams.kafka.epochs import Epochs
 from streams.record import Offsets, Partition
 from streams.source import PositionError, StreamError
 
@@ -49,7 +51,8 @@ class Topics:
         self._recreated: frozenset[str] = frozenset()
         self._no_longer_read: dict[str, str] = {}
         self._missing_since = 0.0
-        self._vouching: Future[list[dict[str, Any]]] | None = None
+        self._vouching: Future[_Answers] | None = None
+        self._vouched: Offsets = {}
         self._unvouched = False
         self.skipped: Counter[str] = Counter()
         """Records by topic that were gone before they were read, where `on_lost` is skip."""
@@ -82,8 +85,11 @@ class Topics:
         self._no_longer_read = {topic: identity for topic, identity in known.items() if topic not in self._ids}
         return True
 
-    def first_positions(self, client: Client, offsets: Offsets) -> tuple[dict[Partition, int], dict[Partition, int]]:
-        """Tell where to read every partition from, after the commit with `offsets`.
+    def first_positions(
+        self, client: Client, offsets: Offsets, epochs: Epochs
+    ) -> tuple[dict[Partition, int], dict[Partition, int]]:
+        """Tell where to read every partition from, after the commit with `offsets`. `epochs` knows what lies before
+        them, and begins anew.
 
         The second value are the offsets of topics that are not read any more, which the next commit must keep. Raises
         PositionError, and StreamError or an error of the client when the cluster does not answer.
@@ -100,7 +106,9 @@ class Topics:
         begun = {partition.topic for partition in known} | self._recreated
         added = {partition for partition in self._partitions if partition.topic in begun} - ours.keys()
         first = self._partitions - ours.keys() - added
-        positions = self.within_log(client, ours) | client.beginnings(added) | self._starts(client, first)
+        placed, still = self.within_log(client, ours, epochs.before(ours))
+        positions = placed | client.beginnings(added) | self._starts(client, first)
+        epochs.begin(positions | unread, still | epochs.before(unread))
         return positions, unread
 
     def look_again(self, client: Client) -> set[Partition] | None:
@@ -108,22 +116,26 @@ class Topics:
         may not know of it yet. Raises PositionError when it stays away, or was deleted and created again."""
         return self._again(client.describe(self._names))
 
-    def vouches(self, timeout_s: float) -> bool:
-        """Tell whether the cluster still has the topics that were read, asked anew; False when it gave no answer in
-        time.
+    def vouches(self, read: Callable[[], tuple[Offsets, Mapping[Partition, int]]], timeout_s: float) -> bool:
+        """Tell whether the cluster still has the topics and the log that were read, asked anew; False when it gave no
+        answer in time. `read` gives the positions now, with their epochs.
 
-        Raises PositionError for a topic that was created again or stays away.
+        Raises PositionError for a topic that was created again or stays away, and for a log that was truncated.
         """
         # In a thread of its own: the reader's may be waiting for room that only this commit can make. Asked by name, as
         # a fetch of kafka-python 3.0 is: brokers answer that from a topic created again as if it were the one before.
         # An identity never comes back, so what was read before the answer was read of the topics that it names.
         if self._vouching is None:
-            self._vouching = in_background(lambda: describe_topics(self._connection, self._names), "kafka-vouch")
+            self._vouched, epochs = read()
+            self._vouching = in_background(lambda: ask_anew(self._connection, self._names, epochs), "kafka-vouch")
         if not wait([self._vouching], timeout_s).done:
             return False
         answer, self._vouching = self._vouching, None
         try:
-            vouched = self._again(answer.result()) is not None
+            topics, epoch_ends = answer.result()
+            vouched = self._again(topics) is not None
+            if shorter := _truncated(self._vouched, epoch_ends):
+                raise self._truncation(shorter)
         except StreamError:
             raise
         except Exception as error:
@@ -133,17 +145,23 @@ class Topics:
         self._unvouched = not vouched
         return vouched
 
-    def within_log(self, client: Client, offsets: Offsets) -> dict[Partition, int]:
-        """Give the offsets, those no longer in the log moved to where it begins or ends. Raises PositionError."""
+    def within_log(
+        self, client: Client, offsets: Offsets, epochs: Mapping[Partition, int]
+    ) -> tuple[dict[Partition, int], dict[Partition, int]]:
+        """Give the offsets, those no longer in the log moved to where it begins or ends, or to where it is another than
+        the one they were counted in. The second value are the `epochs` that still hold. Raises PositionError."""
         begins, ends = client.beginnings(offsets), client.ends(offsets)
+        truncated = _truncated(offsets, client.epoch_ends(epochs))
         # Beyond the end is as bad as before the beginning: what follows there will be other records.
         placed = {
-            partition: min(max(offset, begins[partition]), ends[partition]) for partition, offset in offsets.items()
+            partition: max(begins[partition], min(offset, ends[partition], truncated.get(partition, offset)))
+            for partition, offset in offsets.items()
         }
         lost = [
             f"{named([partition])}: the log has {begins[partition]} to {ends[partition]}, next was {offset}"
+            + (", and what came before that was replaced" if partition in truncated else "")
             for partition, offset in offsets.items()
-            if placed[partition] != offset
+            if placed[partition] != offset or partition in truncated
         ]
         if lost and self._on_lost == "stop":
             raise PositionError(
@@ -154,16 +172,34 @@ class Topics:
             log.warning("skipping what is lost: %s", text)
         for partition, offset in offsets.items():
             self.skipped[partition.topic] += max(0, placed[partition] - offset)
-        return placed
+        still = {
+            partition: epoch
+            for partition, epoch in epochs.items()
+            if placed[partition] == offsets[partition] and partition not in truncated
+        }
+        return placed, still
 
-    def moved_into_log(self, client: Client, positions: Offsets) -> dict[Partition, int]:
+    def moved_into_log(
+        self, client: Client, positions: Offsets, epochs: Mapping[Partition, int]
+    ) -> dict[Partition, int]:
         """Apply `within_log` to positions that are being read. Raises PositionError also for a log that became shorter:
         what was read of its end, and perhaps learned, will come a second time as something else."""
-        placed = self.within_log(client, positions)
-        back = [partition for partition, offset in placed.items() if offset < positions[partition]]
+        placed, still = self.within_log(client, positions, epochs)
+        replaced = epochs.keys() - still.keys()
+        back = [
+            partition
+            for partition, offset in placed.items()
+            if offset < positions[partition] or (offset == positions[partition] and partition in replaced)
+        ]
         if back:
-            raise PositionError(f"the log of {named(back)} was truncated below what was read; stopping. {NOTHING_LOST}")
+            raise self._truncation(back)
         return placed
+
+    def _truncation(self, partitions: Iterable[Partition]) -> PositionError:
+        return PositionError(
+            f"the log of {named(partitions)} on {self._connection} was truncated below what was read; stopping with "
+            f"nothing of it committed. {NOTHING_LOST}"
+        )
 
     def _again(self, topics: Collection[Mapping[str, Any]]) -> set[Partition] | None:
         """Do what `look_again` does, with what the cluster said of the topics."""
@@ -193,7 +229,7 @@ class Topics:
             return client.ends(partitions)
         if self._start == "group":
             of_group = client.committed(partitions)  # perhaps years old, so it may be gone from the log as well
-            return self.within_log(client, of_group) | client.beginnings(set(partitions) - of_group.keys())
+            return self.within_log(client, of_group, {})[0] | client.beginnings(set(partitions) - of_group.keys())
         # A time without a zone is UTC, not this machine's: another machine must begin at the same place.
         moment = datetime.fromisoformat(self._start)
         return client.at_time(partitions, moment if moment.tzinfo else moment.replace(tzinfo=UTC))
@@ -216,6 +252,22 @@ class Topics:
             Partition(topic["name"], part["partition_index"]) for topic in topics for part in topic["partitions"]
         }
         return {topic["name"]: str(topic["topic_id"]) for topic in topics}, partitions
+
+
+_Answers = tuple[list[dict[str, Any]], dict[Partition, int | None]]
+"""What `ask_anew` gives."""
+
+
+def _truncated(offsets: Offsets, epoch_ends: Mapping[Partition, int | None]) -> dict[Partition, int]:
+    """Find the partitions of which records before the offset were lost, and where in the log that was.
+
+    It is the offset itself where the epoch is one that the log never had: then it cannot be told.
+    """
+    return {
+        partition: offsets[partition] if end is None else end
+        for partition, end in epoch_ends.items()
+        if end is None or end < offsets[partition]
+    }
 
 
 def named(partitions: Iterable[Partition]) -> str:

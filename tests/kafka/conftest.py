@@ -88,7 +88,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Any:
     opened: list[KafkaSource] = []
 
     def make(*steps: Any, **options: Any) -> tuple[KafkaSource, list[FakeClient]]:
-        own = type("Own", (FakeClient,), {"script": list(steps), "made": []})
+        own = type("Own", (FakeClient,), {"script": list(steps), "made": [], "log_ends": {}})
         monkeypatch.setattr("streams.kafka.source.Client", own)
         monkeypatch.setattr("streams.kafka.source._BACKOFF_S", 0.001)
         opened.append(KafkaSource(Connection(["x:1"]), ["t"], CODEC, **options))

@@ -15,8 +15,8 @@ from tests.kafka.records import JPEG
 HERE = Partition("t", 0)
 
 
-def message(offset: int, label: str = "cat") -> Message:
-    return Message(offset, 1000 + offset, None, JPEG, (("label", label.encode()),))
+def message(offset: int, label: str = "cat", epoch: int = -1) -> Message:
+    return Message(offset, 1000 + offset, None, JPEG, (("label", label.encode()),), epoch=epoch)
 
 
 class FakeClient:
@@ -24,6 +24,8 @@ class FakeClient:
 
     script: list[Any]
     made: list[FakeClient]
+    log_ends: dict[Partition, int | None]
+    """Where the epoch that is asked for ended, for partitions that know."""
 
     def __init__(self, connection: Connection, group: str, fetch_bytes: int) -> None:
         self.made.append(self)
@@ -48,13 +50,16 @@ class FakeClient:
     def retention_s(self, topics: Iterable[str]) -> float:
         return math.inf
 
-    def assign(self, positions: dict[Partition, int]) -> None:
-        self.positions = dict(positions)
+    def epoch_ends(self, epochs: dict[Partition, int]) -> dict[Partition, int | None]:
+        return {where: end for where, end in self.log_ends.items() if where in epochs}
+
+    def assign(self, positions: dict[Partition, int], epochs: dict[Partition, int]) -> None:
+        self.positions, self.epochs = dict(positions), dict(epochs)
 
     def seek(self, where: Partition, offset: int) -> None:
         self.sought.append(offset)
 
-    def reached(self) -> dict[Partition, int]:
+    def reached(self) -> dict[Partition, tuple[int, int]]:
         return {}
 
     def beginnings(self, partitions: Iterable[Partition]) -> dict[Partition, int]:

@@ -31,7 +31,8 @@ def batches(*images: bytes) -> bytearray:
 def test_messages_are_unpacked_with_all_they_have() -> None:
     records = PartitionRecords(1, TopicPartition("t", 0), MemoryRecords(bytes(batches(b"a", b"b", b"c"))))
     assert records.take() == [
-        Message(offset, 7, b"k", value, (("label", b"cat"), ("none", None))) for offset, value in ((1, b"b"), (2, b"c"))
+        Message(offset, 7, b"k", value, (("label", b"cat"), ("none", None)), epoch=0)
+        for offset, value in ((1, b"b"), (2, b"c"))
     ]
     assert records.next_fetch_offset == 3 and not records
 
@@ -47,7 +48,7 @@ def batch_with(headers: list[tuple[str, bytes | None]]) -> list[Message]:
 
 def test_headers_up_to_their_bounds_are_read_and_no_more() -> None:
     for most in ([("a", b"")] * MAX_HEADERS, [("a", bytes(MAX_HEADER_BYTES - 5))]):
-        assert batch_with(most)[1] == Message(1, 7, b"k", b"b", tuple(most))
+        assert batch_with(most)[1] == Message(1, 7, b"k", b"b", tuple(most), epoch=0)
     for more in ([("a", b"")] * (MAX_HEADERS + 1), [("a", bytes(MAX_HEADER_BYTES - 4))]):
         before, over, after = batch_with(more)
         assert (before.value, after.value) == (b"a", b"c") and not before.dropped
