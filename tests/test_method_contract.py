@@ -25,7 +25,7 @@ from exporter.text_export import TextToRelease
 from streams.archive_folder import ArchiveFolder
 from tests.tiny import silent, tiny_clip, tiny_task, tiny_timm_clip
 
-UNTRAINED = ("gapstream", "ncm", "zeroshot")
+UNTRAINED = ("gapstream", "ncm", "ranpac", "zeroshot")
 """Methods that change no weight of either tower."""
 QUICK = {
     **{"lr": 5e-3, "prompt_lr": 5e-3, "batch_size": 8, "visual_batch_size": 8, "drift_budget": 1e9},

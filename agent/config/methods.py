@@ -64,6 +64,31 @@ class Gapstream(Section):
     steadier where images are few, less is sharper where they are many."""
 
 
+class RanPac(Section):
+    """RanPAC (arXiv 2307.02251) is ridge regression on random features of the untouched model's embeddings."""
+
+    features: int = Field(10_000, ge=16, le=20_000)
+    """An image has this number of random features (16 to 20000; the paper's is 10000). What is kept between tasks grows
+    with their square (10000: 200 MB on disk, and 1.2 GB of memory while it learns), and 4 kB a class for every 1000."""
+
+
+class Bofa(Section):
+    """BOFA (arXiv 2511.11421) trains the image tower's last projection, in directions that earlier tasks used least."""
+
+    epochs: int = Field(15, ge=1)
+    """The whole projection is trained on a task for this number of epochs."""
+    lr: float = Field(0.05, gt=0)
+    """SGD with momentum 0.9 begins with this learning rate and decays it along a cosine."""
+    batch_size: int = Field(128, ge=1)
+    """A step takes this number of samples."""
+    rank: int = Field(64, ge=1)
+    """What a task after the first changes is confined to this number of directions."""
+    safe_epochs: int = Field(2, ge=1)
+    """In these directions a task after the first is trained for this number of further epochs."""
+    safe_lr: float = Field(1e-3, gt=0)
+    """The further epochs have this learning rate."""
+
+
 class Finetune(Section):
     """finetune trains on each task in turn, by a loss over the task's own names and with nothing that preserves; it
     predicts by text."""
@@ -185,6 +210,8 @@ class Method(Section):
     lora: Lora = Lora()
     gapstream: Gapstream = Gapstream()
     mgclip: MgClip = MgClip()
+    ranpac: RanPac = RanPac()
+    bofa: Bofa = Bofa()
     finetune: Finetune = Finetune()
     vrlwf: VrLwf = VrLwf()
     seca: Seca = Seca()

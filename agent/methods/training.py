@@ -28,15 +28,23 @@ cancels in the drift. Measuring more of them after every epoch costs a further p
 class GapWatch:
     """Measures the modality gap of `method` on the same images and names of a task, before and during an update."""
 
-    def __init__(self, method: Encoder, clip: Clip, task: TaskData, seed: int, relative_to: str = "separation") -> None:
-        """Measure the untouched `clip` and the method as it is now; `relative_to` is the divisor of the drift."""
+    def __init__(
+        self,
+        method: Encoder,
+        untouched: Encoder,
+        task: TaskData,
+        seed: int,
+        relative_to: str = "separation",
+        samples: int = GAP_SAMPLES,
+    ) -> None:
+        """Measure the untouched model and the method as it is now, on at most `samples` images; `relative_to` is the
+        divisor of the drift."""
         self._relative_to = relative_to
         generator = task_generator(seed, task.number, "gap")
-        self._sample = torch.randperm(len(task), generator=generator)[:GAP_SAMPLES].sort().values
-        self._labels = task.labels[self._sample].to(clip.device)
+        self._sample = torch.randperm(len(task), generator=generator)[:samples].sort().values
         self._task = task
         self._method = method
-        self.untouched = self._statistics(clip)
+        self.untouched = self._statistics(untouched)
         self.before = self.measure()
 
     def measure(self) -> GapStatistics:
@@ -49,7 +57,8 @@ class GapWatch:
 
     def _statistics(self, model: Encoder) -> GapStatistics:
         images = torch.cat([model.encode_tokens(self._task.tokens.batch(part)) for part in self._sample.split(128)])
-        return gap.statistics(images, model.encode_names(self._task.classes), self._labels)
+        labels = self._task.labels[self._sample].to(images.device)
+        return gap.statistics(images, model.encode_names(self._task.classes), labels)
 
 
 class Trained(Protocol):
@@ -251,14 +260,15 @@ def admit(classes: list[str], task: TaskData) -> None:
 class ClassMeans:
     """It keeps the mean feature of every class, over all its images so far."""
 
-    def __init__(self, clip: Clip) -> None:
+    def __init__(self, clip: Clip, width: int | None = None) -> None:
+        """Features have `width` numbers; by default as many as the model's embeddings."""
         self.classes: list[str] = []
         self.counts: list[int] = []
-        self.rows = torch.zeros(0, clip.embed_dim, device=clip.device)
-        """float32 [C, D], not normalised."""
+        self.rows = torch.zeros(0, width or clip.embed_dim, device=clip.device)
+        """float32 [C, width], not normalised."""
 
     def add(self, task: TaskData, features: Tensor) -> None:
-        """Count the task's images in: float32 [N, D]. A class that was there before moves as a running mean."""
+        """Count the task's images in: float32 [N, width]. A class that was there before moves as a running mean."""
         sums = features.new_zeros(len(task.classes), features.shape[1])
         sums.index_add_(0, task.labels.to(features.device), features)
         before = len(self.classes)
