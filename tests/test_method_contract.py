@@ -282,7 +282,8 @@ def test_training_that_leaves_finite_numbers_restores_the_last_state_that_had_th
     update = method.update(task, silent)
     assert update.rolled_back and update.epochs == 0
     after = method.state()
-    for key in before.tensors.keys() & after.tensors.keys():
+    counted = {"scatter"}  # of the images, whatever becomes of the training
+    for key in before.tensors.keys() & after.tensors.keys() - counted:
         if before.tensors[key].shape == after.tensors[key].shape:
             assert torch.equal(before.tensors[key], after.tensors[key]), key
     assert all(output.isfinite().all() for output in answers(method, task))

@@ -13,6 +13,7 @@ that begins as the identity.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -202,7 +203,10 @@ class Projection:
         """The change is confined to these, [width, rank], orthonormal; None confines nothing."""
 
     def __call__(self, features: Tensor) -> Tensor:
-        return F.normalize(features @ self._now(), dim=-1)
+        embedding = features @ self._now()
+        norm = torch.linalg.vector_norm(embedding, dim=-1, keepdim=True)
+        # Divided by an infinite norm, what overflowed would be 0 and pass for a feature.
+        return embedding / norm.clamp_min(1e-12).where(norm.isfinite(), math.nan)
 
     def _now(self) -> Tensor:
         if self.directions is None:
