@@ -92,11 +92,15 @@ class Training:
         seed: int,
         on_progress: OnProgress,
         budget: float | None = None,
+        drop_last: bool = False,
+        max_norm: float = math.inf,
     ) -> None:
         """Prepare the update of `task`, which changes `trained` through `optimizer`.
 
         `decay(epoch, done)` gives the factor of the learning rates: epoch counts from 0, done (0 to 1) is the share of
         all steps that are over. `budget` is the drift at which `keep` will be told to roll back, for whoever watches.
+        `drop_last` leaves out an epoch's last batch where it is not full, but never its only one. Gradients longer than
+        `max_norm` are shortened to it.
         """
         self.epochs = epochs if len(task.classes) > 1 else 0
         self.kept = 0
@@ -108,7 +112,8 @@ class Training:
         self._optimizer = optimizer
         self._rates = [group["lr"] for group in optimizer.param_groups]
         self._batch_size = batch_size
-        self._steps = math.ceil(len(task) / batch_size)
+        self._steps = max(1, len(task) // batch_size) if drop_last else math.ceil(len(task) / batch_size)
+        self._max_norm = max_norm
         self._decay = decay
         self._watch = watch
         self._on_progress = on_progress
@@ -127,7 +132,7 @@ class Training:
         self._total = torch.zeros(())
         self._run = epoch + 1
         order = torch.randperm(len(self._task), generator=self._order)
-        for step, index in enumerate(order.split(self._batch_size)):
+        for step, index in enumerate(order.split(self._batch_size)[: self._steps]):
             self._step = step + 1
             done = (epoch * self._steps + step) / (self.epochs * self._steps)
             for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
@@ -138,6 +143,9 @@ class Training:
         """Take one step down `loss`, which is the mean over `images` images."""
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        if self._max_norm < math.inf:
+            parameters = [weight for group in self._optimizer.param_groups for weight in group["params"]]
+            torch.nn.utils.clip_grad_norm_(parameters, self._max_norm)
         self._optimizer.step()
         self._total = self._total.to(loss.device) + loss.detach() * images
         self._seen += images
@@ -153,7 +161,7 @@ class Training:
         """
         statistics = self._watch.measure()
         drift = self._watch.drift(statistics)
-        loss = (self._total / len(self._task)).item()
+        loss = (self._total / min(len(self._task), self._steps * self._batch_size)).item()
         finite = all(map(math.isfinite, (loss, statistics.positive, statistics.centroid)))
         self.drifts.append(drift if finite else math.inf)
         if not finite or not inside(self.drifts):
