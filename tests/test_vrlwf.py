@@ -13,16 +13,17 @@ from open_clip.tokenizer import SimpleTokenizer
 from PIL import Image
 from pydantic import ValidationError
 
-from agent.config import Lora, Method, VrLwf
-from agent.methods.base import TaskData, task_generator
+from agent.config import Lora, Method, Model, VrLwf
+from agent.methods.base import Encoder, TaskData, task_generator
 from agent.methods.finetune import Finetune
 from agent.methods.student import AllWeights, Student, Teacher
 from agent.methods.training import divergence
 from agent.methods.vrlwf import VrLwf as Learner
 from agent.methods.vrlwf import random_sentences
-from agent.model.clip import Clip, ModelError
-from agent.model.images import CroppedImages
+from agent.model.clip import Clip, ModelError, load_clip
+from agent.model.images import CroppedImages, load_tokens
 from exporter.preprocess import Preprocess, decode
+from streams.archive_folder import ArchiveFolder
 from tests.tiny import PlainTokens, silent, tiny_clip, tiny_task, tiny_timm_clip
 
 QUICK = {"lr": 5e-3, "batch_size": 8, "epochs": 2}
@@ -353,3 +354,34 @@ def test_the_published_loop_repeats_bit_by_bit_and_its_scale_is_learned_saved_an
 def test_the_published_loop_needs_images_and_says_so(clip):
     with pytest.raises(ValueError, match="crops images, but the task has tokens alone"):
         learner(clip, loop="published").update(tiny_task(clip, 1, ["red", "green"]), silent)
+
+
+def test_where_fine_tuning_unlearns_names_it_never_learns_distillation_wins_a_third_of_them_back(tmp_path):
+    """Photographs of two CIFAR-10 classes are learned by all weights of the bundled model, zero-shot accuracy is over
+    the other eight. Measured: fine-tuning keeps 54 % of it, VR-LwF 77 %, so that half of what was lost is won back."""
+    clip = load_clip(Model())
+    archive = ArchiveFolder("bundled", "train")
+
+    def photographs(names: list[str], count: int) -> TaskData:
+        read = [image.read for name in names for image in archive.images(name)[:count]]
+        loaded = load_tokens(read, clip, max_pixels=10**6, cache_bytes=2**30, scratch=tmp_path)
+        return TaskData(1, tuple(names), torch.arange(len(names)).repeat_interleave(count), loaded.tokens)
+
+    learned = ["cat", "ship"]
+    task, others = photographs(learned, 40), photographs([n for n in archive.classes if n not in learned], 30)
+
+    def right(model: Encoder) -> float:
+        images = model.encode_tokens(others.tokens.batch(torch.arange(len(others))))
+        return (images @ model.encode_names(others.classes).T).argmax(1).eq(others.labels).float().mean().item()
+
+    before = right(clip)
+    hard = {"trainable": "all", "lr": 1e-3, "epochs": 6, "batch_size": 20}
+    settings = Method.model_validate({"finetune": hard, "vrlwf": hard})
+    retention = {}
+    for cls in (Finetune, Learner):
+        method = cls(clip, settings)
+        method.update(task, silent)
+        retention[cls] = right(method) / before
+    lost = 1 - retention[Finetune]
+    assert lost > 0.1
+    assert retention[Learner] - retention[Finetune] > lost / 3

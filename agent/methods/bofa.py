@@ -1,8 +1,8 @@
 """BOFA (Li et al., AAAI 2026, arXiv 2511.11421): only the image tower's last projection learns, where it forgets least.
 
 What comes before that projection stays as it is, so its features, their means per class and their scatter are exact
-for all tasks. Per task: (1) The whole projection is trained, by cross entropy over prototypes of all classes so far, each
-between a class's name and its mean image. (2) From the second task on, the change is confined to the directions in
+for all tasks. Per task: (1) The whole projection is trained, by cross entropy over prototypes of all classes so far,
+each between a class's name and its mean image. (2) From the second task on, the change is confined to the directions in
 which the earlier tasks' features have the smallest scatter, and is trained there for some further epochs. (3) The
 prototypes follow from the new projection. No replay.
 

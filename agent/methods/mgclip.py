@@ -2,8 +2,8 @@
 
 Per task: (1) K/V adapters of both towers learn by cross entropy over the task's own class names only; what keeps the
 gap is stopping early: by a drift budget watched in every task, or by the paper's rule, under which a dry run on the
-first task says how many epochs it and every later task get. (2) With the towers frozen, a classifier row per class starts as the mean
-image feature and is trained over the task's rows only. (3) Predictions fuse both.
+first task says how many epochs it and every later task get. (2) With the towers frozen, a classifier row per class
+starts as the mean image feature and is trained over the task's rows only. (3) Predictions fuse both.
 """
 
 from __future__ import annotations

@@ -49,8 +49,8 @@ class RanPac(UntouchedMethod):
         features, generator = settings.ranpac.features, task_generator(settings.seed, 0, "random projection")
         self._projection = torch.randn(clip.embed_dim, features, generator=generator).to(clip.device)
         self._gram = torch.zeros(features, features, device=clip.device)
-        """Sum over all images of the outer product of their features with themselves, float32 [M, M]; only its lower triangle is read,
-        and saved."""
+        """Sum over all images of the outer product of their features with themselves, float32 [M, M]; only its lower
+        triangle is read, and saved."""
         self._sums = torch.zeros(0, features, device=clip.device)
         """Sum of the features of every class's images, float32 [C, M]."""
         self._ridge = RIDGES[len(RIDGES) // 2]
