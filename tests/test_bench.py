@@ -146,6 +146,15 @@ def test_the_numbers_are_those_the_agent_reports(config: Config, clip: Clip, tmp
     assert result["trainable_parameters"] == result["stored_parameters"] > 0
 
 
+def test_a_method_that_crops_its_images_is_compared_too(config: Config, tmp_path: Path) -> None:
+    row = "vrlwf:loop=published:trainable=all:epochs=1:batch_size=5:lr=1e-4"
+
+    compare(config, [row], tmp_path / "out")
+
+    [run] = results(tmp_path / "out").values()
+    assert [entry["epochs"] for entry in run["history"]] == [1, 1] and run["settings"]["vrlwf"]["loop"] == "published"
+
+
 def test_an_image_is_decoded_once_for_all_methods(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
