@@ -32,8 +32,8 @@ from agent.layout import (
     has_learned,
 )
 from agent.methods.base import LearnerState, TaskData
-from agent.model.clip import load_clip
-from agent.model.images import LoadedImages, TokensAt, load_tokens
+from agent.model.clip import Clip, load_clip
+from agent.model.images import CroppedImages, LoadedImages, TokensAt, load_tokens
 from agent.scoring.evaluator import Evaluator
 from agent.scoring.holdout import EncodedImage, HoldOut
 from agent.scoring.report import LearnerIdentity, ModelIdentity, OldClasses, ReleaseSummary, Report
@@ -135,7 +135,8 @@ class Trainer:
             # Split after decoding: an image that cannot be decoded must not be held out.
             good = [task.samples[i] for i in loaded.kept]
             choices = self._holdout.split(good)
-            data = _task_data(task, good, [i for i, choice in enumerate(choices) if choice == "train"], loaded)
+            rows = [i for i, choice in enumerate(choices) if choice == "train"]
+            data = _task_data(task, good, rows, loaded, self._clip, self._config.source.max_image_pixels)
             before = self._evaluator.before(self._method, self._module, data, on_progress)
             update = self._update(data, on_progress)
         if update is not None:
@@ -350,7 +351,9 @@ def _last_report(parent: Path | None) -> Report | None:
     return Report.read(parent / REPORT) if parent is not None and (parent / REPORT).exists() else None
 
 
-def _task_data(task: Task, good: Sequence[Sample], rows: Sequence[int], loaded: LoadedImages) -> TaskData:
+def _task_data(
+    task: Task, good: Sequence[Sample], rows: Sequence[int], loaded: LoadedImages, clip: Clip, max_pixels: int
+) -> TaskData:
     """Give the samples to train on, and the class names among them in order of first appearance.
 
     good: the samples that could be decoded; rows: indices into it, and into the loaded tokens, of those to train on.
@@ -359,7 +362,9 @@ def _task_data(task: Task, good: Sequence[Sample], rows: Sequence[int], loaded: 
     classes = tuple(name for name in task.classes if name in present)
     number = {name: i for i, name in enumerate(classes)}
     labels = torch.tensor([number[good[i].label] for i in rows], dtype=torch.int64)
-    return TaskData(task.number, classes, labels, TokensAt(loaded.tokens, torch.tensor(rows, dtype=torch.int64)))
+    tokens = TokensAt(loaded.tokens, torch.tensor(rows, dtype=torch.int64))
+    cropped = CroppedImages([good[i].read for i in rows], clip, max_pixels)
+    return TaskData(task.number, classes, labels, tokens, cropped)
 
 
 def _late(sample: Sample, reason: str, detail: str) -> LateRejection:

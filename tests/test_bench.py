@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from agent.bench.runs import Run, bench, run_one
 from agent.bench.tables import mean_and_spread
 from agent.cli import main
 from agent.commands.bench import settings, split_methods
-from agent.config import Config, ConfigError, load
+from agent.config import Config, ConfigError, VrLwf, load
 from agent.methods import build
 from agent.model.clip import Clip, load_clip
 from agent.scoring.evaluator import Evaluator
@@ -144,6 +145,15 @@ def test_the_numbers_are_those_the_agent_reports(config: Config, clip: Clip, tmp
         assert result[key] == pytest.approx(getattr(report, key)), key
     assert result["history"][-1]["zero_shot"] == pytest.approx(report.zero_shot)
     assert result["trainable_parameters"] == result["stored_parameters"] > 0
+
+
+def test_a_method_that_crops_its_images_is_compared_too(config: Config, tmp_path: Path) -> None:
+    row = "vrlwf:loop=published:trainable=all:epochs=1:batch_size=5:lr=1e-4"
+
+    compare(config, [row], tmp_path / "out")
+
+    [run] = results(tmp_path / "out").values()
+    assert [entry["epochs"] for entry in run["history"]] == [1, 1] and run["settings"]["vrlwf"]["loop"] == "published"
 
 
 def test_an_image_is_decoded_once_for_all_methods(
@@ -292,8 +302,13 @@ def test_mean_and_spread_leave_out_what_is_undefined() -> None:
     [("cifar100", 100, 10), ("cub200", 200, 10), ("imagenet-r", 200, 10), ("imagenet100", 100, 10)],
 )
 def test_the_settings_of_the_papers_can_be_read(name: str, classes: int, tasks: int) -> None:
-    config = load(Path(__file__).parents[1] / "deploy" / "papers" / f"{name}.toml", {})
+    path = Path(__file__).parents[1] / "deploy" / "papers" / f"{name}.toml"
+    config = load(path, {})
 
     archive = config.source.archive
     assert len(set(archive.class_order)) == len(archive.class_order) == classes == tasks * archive.classes_per_task
     assert config.model.name == "ViT-B-16" and config.model.pretrained == "openai"
+    # and the row that a comment names for the recipe of VR-LwF's paper is that recipe
+    (row,) = re.findall(r"--methods (vrlwf:preset\S+)", path.read_text())
+    overrides = dict(setting.split("=", 1) for setting in settings(row))
+    assert load(path, {}, overrides).method.vrlwf == VrLwf(preset="paper")

@@ -27,7 +27,7 @@ from exporter.text_export import TextToRelease
 from streams.archive_folder import ArchiveFolder
 from tests.tiny import silent, tiny_clip, tiny_task, tiny_timm_clip
 
-UNTRAINED = ("gapstream", "ncm", "zeroshot")
+UNTRAINED = ("gapstream", "ncm", "ranpac", "zeroshot")
 """Methods that change no weight of either tower."""
 QUICK = {
     **{"lr": 5e-3, "prompt_lr": 5e-3, "batch_size": 8, "visual_batch_size": 8, "drift_budget": 1e9},
@@ -284,7 +284,8 @@ def test_training_that_leaves_finite_numbers_restores_the_last_state_that_had_th
     update = method.update(task, silent)
     assert update.rolled_back and update.epochs == 0
     after = method.state()
-    for key in before.tensors.keys() & after.tensors.keys():
+    counted = {"scatter"}  # of the images, whatever becomes of the training
+    for key in before.tensors.keys() & after.tensors.keys() - counted:
         if before.tensors[key].shape == after.tensors[key].shape:
             assert torch.equal(before.tensors[key], after.tensors[key]), key
     assert all(output.isfinite().all() for output in answers(method, task))

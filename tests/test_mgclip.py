@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from agent import config
 from agent.config import Method
 from agent.methods.base import TaskData, task_generator
 from agent.methods.mgclip import MgClip
+from agent.methods.training import GAP_SAMPLES, GapWatch
 from tests.tiny import silent, tiny_clip, tiny_task
 
 
@@ -135,26 +137,58 @@ def test_where_the_budget_is_used_up_an_update_that_drifts_no_further_is_kept(cl
     assert update.rolled_back == (update.details["drifts"][0] > update.drift_before)
 
 
-def test_the_papers_schedule_fixes_the_epochs_on_the_first_task_and_rolls_back(clip):
+def test_by_the_papers_schedule_a_dry_run_finds_the_epochs_and_the_first_task_is_trained_from_the_start(clip):
     first, second = tiny_task(clip, 1, ["red", "green", "blue"]), tiny_task(clip, 2, ["black", "white"])
-    slow = {"schedule": "paper", "epochs": 4, "lr": 1e-4}
-    drifts = method(clip, **slow).update(first, silent).details["drifts"]
+    drifts = method(clip, epochs=4, lr=1e-4).update(first, silent).details["drifts"]
     assert drifts == sorted(drifts), "the example must drift further with every epoch"
-    # given a threshold that the third epoch crosses
-    learner = method(clip, **slow, drift_budget=(drifts[1] + drifts[2]) / 2)
+    # given a threshold that the third of at most four epochs crosses
+    learner = method(clip, schedule="paper", epochs=4, lr=1e-4, drift_budget=(drifts[1] + drifts[2]) / 2)
     update = learner.update(first, silent)
-    assert (update.epochs_run, update.epochs, update.rolled_back) == (3, 2, True)
+    # then the first task is what two epochs on a cosine over two make of it
+    assert (update.epochs_run, update.epochs, update.rolled_back) == (2, 2, False)
     assert update.details["epochs_fixed"] == 2
-    assert update.drift_after == pytest.approx(drifts[1])
-    # then every later task gets exactly so many, whatever it drifts
+    two = method(clip, epochs=2, lr=1e-4)
+    two.update(first, silent)
+    assert same(learner.state().tensors, two.state().tensors)
+    # and every later one gets exactly so many, whatever it drifts
     later = learner.update(second, silent)
     assert (later.epochs_run, later.epochs, later.rolled_back) == (2, 2, False)
 
 
-def test_a_first_epoch_that_violates_the_papers_threshold_counts_as_one(clip):
-    learner = method(clip, schedule="paper", epochs=4, drift_budget=1e-9)
+@pytest.mark.parametrize(("budget", "epochs"), [(1e-9, 1), (1e9, 3)])
+def test_a_dry_run_that_violates_at_once_gives_one_epoch_and_one_that_never_does_all(clip, budget, epochs):
+    learner = method(clip, schedule="paper", epochs=3, drift_budget=budget)
     update = learner.update(tiny_task(clip, 1, ["red", "green", "blue"]), silent)
-    assert (update.epochs, update.rolled_back, update.details["epochs_fixed"]) == (1, False, 1)
+    assert (update.epochs, update.rolled_back, update.details["epochs_fixed"]) == (epochs, False, epochs)
+
+
+def test_the_first_task_of_two_classes_is_the_one_of_the_dry_run(clip):
+    learner = method(clip, schedule="paper", epochs=2)
+    assert learner.update(tiny_task(clip, 1, ["red"]), silent).details["epochs_fixed"] is None
+    assert learner.update(tiny_task(clip, 2, ["green", "blue"]), silent).details["epochs_fixed"] == 2
+
+
+def test_the_dry_run_measures_the_gap_on_all_images_of_the_task(clip, monkeypatch):
+    measured: list[int] = []
+
+    class Watch(GapWatch):
+        def measure(self):
+            measured.append(len(self._sample))
+            return super().measure()
+
+    monkeypatch.setattr("agent.methods.mgclip.GapWatch", Watch)
+    task = tiny_task(clip, 1, ["red", "green"], GAP_SAMPLES // 2 + 1)
+    method(clip, schedule="paper", epochs=1, batch_size=128, visual_epochs=0).update(task, silent)
+    assert measured == [GAP_SAMPLES + 2] * 2 + [GAP_SAMPLES] * 2, "before and after an epoch, dry and not"
+
+
+def test_the_preset_gives_the_published_form_and_keys_beside_it_win():
+    paper = config.MgClip(preset="paper")
+    assert (paper.schedule, paper.epochs, paper.fusion) == ("paper", 10, "faithful")
+    assert (paper.drift_budget, paper.drift_relative_to) == (0.1, "negative")
+    assert config.MgClip(preset="paper", epochs=3).epochs == 3
+    assert config.MgClip(**paper.model_dump(mode="json")) == paper, "as a resolved configuration writes it"
+    assert config.MgClip().schedule == "budget" and config.MgClip().fusion == "calibrated"
 
 
 def test_a_loss_that_is_not_a_number_is_rolled_back(clip):

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from agent.commits import CommitStore, Provenance
 from agent.config import Config
+from agent.methods.base import TaskData
 from agent.scoring.report import Report
 from agent.trainer import LearnerError, Trainer
 from agent.values import Commit, Outcome, Progress
@@ -159,6 +160,28 @@ def test_a_new_trainer_on_the_commit_ends_with_the_same_bits(learned, tmp_path):
     undisturbed = steps[1][0].report
     again = Report.read(second.path / "report.json")
     assert (again.matrix, again.avg, again.gap) == (undisturbed.matrix, undisturbed.avg, undisturbed.gap)
+
+
+def test_a_method_that_crops_reads_the_very_images_it_trains_on_again_and_repeats_bit_by_bit(tmp_path, monkeypatch):
+    published = {"preset": "paper", "epochs": 1, "batch_size": 8, "lr": 1e-4}
+    images = images_of("cat", "ship")
+    images.insert(3, ("cat", b"broken"))
+    saved = []
+    for name in ("a", "b"):
+        bench = Bench(tmp_path / name, method={"name": "vrlwf", "vrlwf": published})
+        learner = Trainer(bench.config, None)
+        given: list[TaskData] = []
+        update = learner._method.update
+        monkeypatch.setattr(
+            learner._method, "update", lambda task, heard, u=update, g=given: (g.append(task), u(task, heard))[1]
+        )
+        _, commit = bench.learn(learner, bench.task(images))
+        saved.append((commit.path / "learner.safetensors").read_bytes())
+    # with held-out and broken images left out, each is still the one of its label
+    [task] = given
+    label = {image: name for name, image in images}
+    assert [label[read()] for read in task.cropped._read] == [task.classes[i] for i in task.labels]
+    assert saved[0] == saved[1]
 
 
 def test_broken_images_are_set_aside_with_their_reason_and_the_rest_is_learned(tmp_path):

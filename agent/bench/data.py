@@ -18,7 +18,7 @@ from torch import Tensor
 from agent.config import Config
 from agent.methods.base import TaskData
 from agent.model.clip import Clip
-from agent.model.images import TokensAt, load_tokens
+from agent.model.images import CroppedImages, TokensAt, load_tokens
 from exporter.decoders import Decoders
 from exporter.image_header import ImageError
 from streams.archive import ArchiveSource
@@ -179,11 +179,15 @@ def load_data(
         index = torch.tensor([number[label] for label in labels], dtype=torch.int64)
         return names, index, TokensAt(loaded.tokens, torch.tensor(rows, dtype=torch.int64))
 
+    def learnable(number: int, rows: Sequence[int]) -> TaskData:
+        read = [partial(_read, entries[loaded.kept[row]][1]) for row in rows]
+        return TaskData(number, *of(rows), CroppedImages(read, clip, config.source.max_image_pixels))
+
     *learned, test, probe = sections
     if not all(learned) or not test:
         raise BenchError("a task or the test set has no image that can be decoded; see the warnings above")
     return Data(
-        tuple(TaskData(number, *of(rows)) for number, rows in enumerate(learned, 1)),
+        tuple(learnable(number, rows) for number, rows in enumerate(learned, 1)),
         _scored(*of(test), clip, config.evaluation.batch_size),
         _scored(*of(probe), clip, config.evaluation.batch_size) if probe else None,
         TokensAt(loaded.tokens, torch.tensor([row for rows in learned for row in rows])),

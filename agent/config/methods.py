@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import (
@@ -22,16 +23,42 @@ class Lora(Section):
     """What the adapters add is multiplied by alpha / rank."""
 
 
+def _apply(presets: Mapping[str, Mapping[str, Any]], values: Any) -> Any:
+    """Put the values of a section's preset in the place of defaults; called before validation, while it can still be
+    seen which keys were written and which are only defaults."""
+    if isinstance(values, dict):
+        return {**presets.get(values.get("preset", ""), {}), **values}
+    return values
+
+
+_MGCLIP_PRESETS = {
+    "paper": {
+        "schedule": "paper",
+        "epochs": 10,
+        "drift_budget": 0.1,
+        "drift_relative_to": "negative",
+        "fusion": "faithful",
+    }
+}
+"""They are the published code's: the rule, the epochs of its dry run and the threshold of its script epoch.py, and the
+fusion of its main.py."""
+
+
 class MgClip(Section):
     """MG-CLIP (arXiv 2507.09118) trains adapters while the modality gap drifts little, then the rows of a visual
     classifier."""
 
+    preset: Literal["ours", "paper"] = "ours"
+    """`ours` takes the defaults of the keys of this section. `paper` takes the published form (the paper's schedule
+    with a dry run of 10 epochs and a threshold of 0.1 of the negative mean, faithful fusion); any of these keys that is
+    written beside it wins over it, so delete them to use it."""
     schedule: Literal["budget", "paper"] = "budget"
     """With `budget` every task may use `epochs`, the drift is checked after each, and crossing `drift_budget` restores
-    the last state inside it. With `paper` the first task finds by the drift the number of epochs of all later ones."""
+    the last state inside it. With `paper` a dry run on the first task finds by the drift the number of epochs that it
+    and all later ones are trained for."""
     epochs: int = Field(1, ge=1)
-    """With `budget` this is the number of epochs of adapter training per task, with `paper` the largest number on the
-    first task (the paper uses 10)."""
+    """With `budget` this is the number of epochs of adapter training per task, with `paper` the largest number in the
+    dry run (the paper uses 10)."""
     drift_budget: float = Field(0.25, gt=0)
     """The mean similarity of images to wrong names may drift by this share of `drift_relative_to` (the paper's alpha is
     0.1, of the negative mean)."""
@@ -52,6 +79,11 @@ class MgClip(Section):
     """The predictions of texts and of the visual classifier are joined as in the published code (`faithful`: text
     softmaxed twice, 1:4) or as one sum of probabilities, each at its own temperature (`calibrated`)."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_preset(cls, values: Any) -> Any:
+        return _apply(_MGCLIP_PRESETS, values)
+
 
 class Gapstream(Section):
     """gapstream is our own method: second-order statistics of the untouched model's features."""
@@ -62,6 +94,31 @@ class Gapstream(Section):
     prior_images: float = Field(1000, gt=0)
     """The scatter that was measured is mixed with a sphere that weighs as much as this number of images. More is
     steadier where images are few, less is sharper where they are many."""
+
+
+class RanPac(Section):
+    """RanPAC (arXiv 2307.02251) is ridge regression on random features of the untouched model's embeddings."""
+
+    features: int = Field(10_000, ge=16, le=20_000)
+    """An image has this number of random features (16 to 20000; the paper's is 10000). What is kept between tasks grows
+    with their square (10000: 200 MB on disk, and 1.2 GB of memory while it learns), and 4 kB a class for every 1000."""
+
+
+class Bofa(Section):
+    """BOFA (arXiv 2511.11421) trains the image tower's last projection, in directions that earlier tasks used least."""
+
+    epochs: int = Field(15, ge=1)
+    """The whole projection is trained on a task for this number of epochs."""
+    lr: float = Field(0.05, gt=0)
+    """SGD with momentum 0.9 begins with this learning rate and decays it along a cosine."""
+    batch_size: int = Field(128, ge=1)
+    """A step takes this number of samples."""
+    rank: int = Field(64, ge=1)
+    """What a task after the first changes is confined to this number of directions."""
+    safe_epochs: int = Field(2, ge=1)
+    """In these directions a task after the first is trained for this number of further epochs."""
+    safe_lr: float = Field(1e-3, gt=0)
+    """The further epochs have this learning rate."""
 
 
 class Finetune(Section):
@@ -82,28 +139,38 @@ class Finetune(Section):
     """This share (0 to below 1) of the target is spread over all names of the task."""
 
 
-_ZSCL = {
-    "sentences": 1000,
-    "words": 10,
-    "redraw": "task",
-    "temperature": 2.0,
-    "weight": 1.0,
-    "both_towers": False,
-    "both_directions": True,
-    "seen_names": 0,
-    "label_smoothing": 0.2,
+_VRLWF_PRESETS = {
+    "paper": {"loop": "published", "trainable": "all", "epochs": 15, "lr": 1e-6, "batch_size": 100},
+    "zscl": {
+        "sentences": 1000,
+        "words": 10,
+        "redraw": "task",
+        "temperature": 2.0,
+        "weight": 1.0,
+        "both_towers": False,
+        "both_directions": True,
+        "seen_names": 0,
+        "label_smoothing": 0.2,
+    },
 }
-"""`preset = "zscl"` puts these in the place of defaults. They are those of the LwF-VR baseline in the published code of
-ZSCL (arXiv 2303.06628); its learning rate and epochs suit its data and are left to the reader."""
+"""`paper` is the recipe of the published code of VR-LwF, whose loss is the default. `zscl` is the form of the LwF-VR
+baseline in the published code of ZSCL (arXiv 2303.06628); its learning rate and epochs suit its data and are left to
+the reader."""
 
 
 class VrLwf(Finetune):
     """VR-LwF (arXiv 2207.09248) is finetune, held in place by distillation over sentences of random words."""
 
-    preset: Literal["paper", "zscl"] = "paper"
-    """`paper` takes the defaults of the keys of this section. `zscl` takes the form of ZSCL's baseline (1000 sentences
-    of 10 words drawn once per task, temperature 2, weight 1, image tower only, both directions, no seen names, label
-    smoothing 0.2); any of these keys that is written beside it wins over it, so delete them to use it."""
+    preset: Literal["ours", "paper", "zscl"] = "ours"
+    """`ours` takes the defaults of the keys of this section: the paper's loss, on adapters. `paper` takes the paper's
+    recipe too (published loop, all weights, 15 epochs, learning rate 1e-6, batches of 100). `zscl` takes the form of
+    ZSCL's baseline (1000 sentences of 10 words drawn once per task, temperature 2, weight 1, image tower only, both
+    directions, no seen names, label smoothing 0.2). Any of these keys that is written beside a preset wins over it, so
+    delete them to use it."""
+    loop: Literal["ours", "published"] = "ours"
+    """With `ours` the learning rate decays along a cosine, over images as they are. With `published` it is constant,
+    the scale of similarities is trained too, images are cropped and mirrored at random anew in every epoch (each is
+    decoded again), batches that are not full are left out, and gradients are clipped to a norm of 1."""
     weight: float = Field(0.5, ge=0)
     """The distillation has this weight in the loss; at 0 this is `finetune` exactly."""
     sentences: int = Field(100, ge=1)
@@ -126,10 +193,7 @@ class VrLwf(Finetune):
     @model_validator(mode="before")
     @classmethod
     def _apply_preset(cls, values: Any) -> Any:
-        # Before validation, while it can still be seen which keys were written and which are only defaults.
-        if isinstance(values, dict) and values.get("preset") == "zscl":
-            return {**_ZSCL, **values}
-        return values
+        return _apply(_VRLWF_PRESETS, values)
 
 
 class Seca(Section):
@@ -185,6 +249,8 @@ class Method(Section):
     lora: Lora = Lora()
     gapstream: Gapstream = Gapstream()
     mgclip: MgClip = MgClip()
+    ranpac: RanPac = RanPac()
+    bofa: Bofa = Bofa()
     finetune: Finetune = Finetune()
     vrlwf: VrLwf = VrLwf()
     seca: Seca = Seca()

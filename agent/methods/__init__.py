@@ -11,10 +11,12 @@ if TYPE_CHECKING:
     from agent.model.clip import Clip
 
 METHODS = {
+    "bofa": "agent.methods.bofa:Bofa",
     "finetune": "agent.methods.finetune:Finetune",
     "gapstream": "agent.methods.gapstream:Gapstream",
     "mgclip": "agent.methods.mgclip:MgClip",
     "ncm": "agent.methods.ncm:Ncm",
+    "ranpac": "agent.methods.ranpac:RanPac",
     "seca": "agent.methods.seca:Seca",
     "vrlwf": "agent.methods.vrlwf:VrLwf",
     "zeroshot": "agent.methods.zeroshot:ZeroShot",

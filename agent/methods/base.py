@@ -27,6 +27,14 @@ class Tokens(Protocol):
         """Fetch the tokens of some images: index int64 [B] on any device -> float [B, tokens, width] on the model's."""
 
 
+class Cropped(Protocol):
+    """The images of a task, cropped and mirrored at random: what augments them cannot use tokens computed once."""
+
+    def batch(self, index: Tensor, generator: torch.Generator) -> Tensor:
+        """Decode, crop, mirror and encode some images anew, like Tokens.batch; all that is random is drawn from
+        `generator`, which is on the CPU."""
+
+
 @dataclass(frozen=True)
 class TaskData:
     """It is a task as a method sees it: class names, labels, and images as tokens. Never changed by a method."""
@@ -38,6 +46,8 @@ class TaskData:
     labels: Tensor
     """int64 [N] on the CPU, index into `classes`."""
     tokens: Tokens
+    cropped: Cropped | None = None
+    """The same images, in the same order, for a method that augments them; None where only tokens are to be had."""
 
     def __len__(self) -> int:
         return len(self.labels)

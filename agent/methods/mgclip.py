@@ -1,17 +1,17 @@
 """MG-CLIP (Huang et al., ICCV 2025, arXiv 2507.09118): preserve the modality gap, then compensate it. No replay.
 
 Per task: (1) K/V adapters of both towers learn by cross entropy over the task's own class names only; what keeps the
-gap is stopping early, by the paper's rule on the first task or by a drift budget watched in every task (under the
-paper's rule the first task keeps what its epochs up to the violation learned on a cosine over `epochs`, where the
-authors train it once more from the start). (2) With the towers frozen, a classifier row per class starts as the mean
-image feature and is trained over the task's rows only. (3) Predictions fuse both.
+gap is stopping early: by a drift budget watched in every task, or by the paper's rule, under which a dry run on the
+first task says how many epochs it and every later task get. (2) With the towers frozen, a classifier row per class
+starts as the mean image feature and is trained over the task's rows only. (3) Predictions fuse both.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -25,6 +25,8 @@ from agent.methods.training import ClassMeans, GapWatch, Training, cosine, local
 from agent.model.clip import Clip
 from agent.model.gap import paper_epochs, within_budget
 from agent.values import Progress, Update
+
+log = logging.getLogger(__name__)
 
 
 class MgClip(StudentMethod):
@@ -67,11 +69,49 @@ class MgClip(StudentMethod):
 
     def _preserve(self, task: TaskData, on_progress: OnProgress) -> Training:
         """Train the adapters under the gap rule; the last state inside it is what stays."""
-        settings, student, scale = self._settings, self._student, self._clip.logit_scale
-        paper = settings.schedule == "paper"
-        epochs = self._epochs_fixed if paper and self._epochs_fixed is not None else settings.epochs
+        settings = self._settings
+        if settings.schedule == "paper" and self._epochs_fixed is None and len(task.classes) > 1:
+            self._epochs_fixed = self._dry_run(task, on_progress)
         watch = GapWatch(self, self._clip, task, self._seed, settings.drift_relative_to)
+        if settings.schedule == "paper":
+            return self._train(task, on_progress, watch, self._epochs_fixed or 0, lambda drifts: True)
         before = watch.drift(watch.before)
+        return self._train(
+            task,
+            on_progress,
+            watch,
+            settings.epochs,
+            lambda drifts: within_budget(drifts[-1], before, settings.drift_budget),
+        )
+
+    def _dry_run(self, task: TaskData, on_progress: OnProgress) -> int:
+        """Find the number of epochs of every task: those that the first one is trained for before the gap, measured on
+        all its images, drifts too far; at least 1, and `epochs` where it never does. The adapters are as before then.
+        """
+        settings, before = self._settings, self._student.tensors()
+        watch = GapWatch(self, self._clip, task, self._seed, settings.drift_relative_to, samples=len(task))
+        training = self._train(
+            task,
+            on_progress,
+            watch,
+            settings.epochs,
+            lambda drifts: paper_epochs(drifts, settings.drift_budget) is None,
+        )
+        self._student.load_tensors(before)
+        epochs = paper_epochs(training.drifts, settings.drift_budget) or settings.epochs
+        log.info("task %d: a dry run drifted by %s; every task gets %d epochs", task.number, training.drifts, epochs)
+        return epochs
+
+    def _train(
+        self,
+        task: TaskData,
+        on_progress: OnProgress,
+        watch: GapWatch,
+        epochs: int,
+        inside: Callable[[Sequence[float | None]], bool],
+    ) -> Training:
+        """Train the adapters for `epochs`, or until the first one after which the drifts are not `inside`."""
+        settings, student, scale = self._settings, self._student, self._clip.logit_scale
         labels = task.labels.to(self._clip.device)
         ids = self._clip.tokenize(task.classes)
         training = Training(
@@ -91,21 +131,9 @@ class MgClip(StudentMethod):
                 images = student.encode_tokens(task.tokens.batch(index))
                 names = student.encode_ids(ids)
                 training.descend(local_loss(images, names, labels[index.to(labels.device)], scale), len(index))
-            inside = (
-                self._inside_paper if paper else lambda drifts: within_budget(drifts[-1], before, settings.drift_budget)
-            )
-            if not training.keep(inside) or (paper and training.kept == self._epochs_fixed):
+            if not training.keep(inside):
                 break
-        if paper and self._epochs_fixed is None and training.kept and training.kept == training.epochs:
-            self._epochs_fixed = training.epochs
         return training
-
-    def _inside_paper(self, drifts: Sequence[float | None]) -> bool:
-        """Apply the published rule: the first task fixes the number of epochs. Its first epoch is always kept."""
-        if self._epochs_fixed is not None:
-            return True
-        self._epochs_fixed = paper_epochs(drifts, self._settings.drift_budget)
-        return self._epochs_fixed is None or len(drifts) == 1
 
     def _compensate(self, task: TaskData, on_progress: OnProgress) -> None:
         """Train a row per class over the task's rows alone, from means of the features (equation 6).

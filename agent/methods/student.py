@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -160,18 +160,25 @@ class FineTuning(StudentMethod):
     def classes(self) -> tuple[str, ...]:
         return tuple(self._classes)
 
-    def _training(self, task: TaskData, on_progress: OnProgress) -> Training:
-        """Set up the update of a task: Adam, decaying along a cosine over all steps."""
+    def _training(
+        self,
+        task: TaskData,
+        on_progress: OnProgress,
+        decay: Callable[[int, float], float] = cosine,
+        **options: Any,
+    ) -> Training:
+        """Set up the update of a task: Adam, by default decaying along a cosine over all steps; see `Training`."""
         return Training(
             task,
             self._student,
             torch.optim.Adam(list(self._student.parameters()), lr=self._section.lr),
             epochs=self._section.epochs,
             batch_size=self._section.batch_size,
-            decay=cosine,
+            decay=decay,
             watch=GapWatch(self, self._clip, task, self._seed),
             seed=self._seed,
             on_progress=on_progress,
+            **options,
         )
 
     def inference_module(self) -> InferenceModule:

@@ -28,15 +28,23 @@ cancels in the drift. Measuring more of them after every epoch costs a further p
 class GapWatch:
     """Measures the modality gap of `method` on the same images and names of a task, before and during an update."""
 
-    def __init__(self, method: Encoder, clip: Clip, task: TaskData, seed: int, relative_to: str = "separation") -> None:
-        """Measure the untouched `clip` and the method as it is now; `relative_to` is the divisor of the drift."""
+    def __init__(
+        self,
+        method: Encoder,
+        untouched: Encoder,
+        task: TaskData,
+        seed: int,
+        relative_to: str = "separation",
+        samples: int = GAP_SAMPLES,
+    ) -> None:
+        """Measure the untouched model and the method as it is now, on at most `samples` images; `relative_to` is the
+        divisor of the drift."""
         self._relative_to = relative_to
         generator = task_generator(seed, task.number, "gap")
-        self._sample = torch.randperm(len(task), generator=generator)[:GAP_SAMPLES].sort().values
-        self._labels = task.labels[self._sample].to(clip.device)
+        self._sample = torch.randperm(len(task), generator=generator)[:samples].sort().values
         self._task = task
         self._method = method
-        self.untouched = self._statistics(clip)
+        self.untouched = self._statistics(untouched)
         self.before = self.measure()
 
     def measure(self) -> GapStatistics:
@@ -49,7 +57,8 @@ class GapWatch:
 
     def _statistics(self, model: Encoder) -> GapStatistics:
         images = torch.cat([model.encode_tokens(self._task.tokens.batch(part)) for part in self._sample.split(128)])
-        return gap.statistics(images, model.encode_names(self._task.classes), self._labels)
+        labels = self._task.labels[self._sample].to(images.device)
+        return gap.statistics(images, model.encode_names(self._task.classes), labels)
 
 
 class Trained(Protocol):
@@ -83,11 +92,15 @@ class Training:
         seed: int,
         on_progress: OnProgress,
         budget: float | None = None,
+        drop_last: bool = False,
+        max_norm: float = math.inf,
     ) -> None:
         """Prepare the update of `task`, which changes `trained` through `optimizer`.
 
         `decay(epoch, done)` gives the factor of the learning rates: epoch counts from 0, done (0 to 1) is the share of
         all steps that are over. `budget` is the drift at which `keep` will be told to roll back, for whoever watches.
+        `drop_last` leaves out an epoch's last batch where it is not full, but never its only one. Gradients longer than
+        `max_norm` are shortened to it.
         """
         self.epochs = epochs if len(task.classes) > 1 else 0
         self.kept = 0
@@ -99,7 +112,8 @@ class Training:
         self._optimizer = optimizer
         self._rates = [group["lr"] for group in optimizer.param_groups]
         self._batch_size = batch_size
-        self._steps = math.ceil(len(task) / batch_size)
+        self._steps = max(1, len(task) // batch_size) if drop_last else math.ceil(len(task) / batch_size)
+        self._max_norm = max_norm
         self._decay = decay
         self._watch = watch
         self._on_progress = on_progress
@@ -118,7 +132,7 @@ class Training:
         self._total = torch.zeros(())
         self._run = epoch + 1
         order = torch.randperm(len(self._task), generator=self._order)
-        for step, index in enumerate(order.split(self._batch_size)):
+        for step, index in enumerate(order.split(self._batch_size)[: self._steps]):
             self._step = step + 1
             done = (epoch * self._steps + step) / (self.epochs * self._steps)
             for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
@@ -129,6 +143,9 @@ class Training:
         """Take one step down `loss`, which is the mean over `images` images."""
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        if self._max_norm < math.inf:
+            parameters = [weight for group in self._optimizer.param_groups for weight in group["params"]]
+            torch.nn.utils.clip_grad_norm_(parameters, self._max_norm)
         self._optimizer.step()
         self._total = self._total.to(loss.device) + loss.detach() * images
         self._seen += images
@@ -144,7 +161,7 @@ class Training:
         """
         statistics = self._watch.measure()
         drift = self._watch.drift(statistics)
-        loss = (self._total / len(self._task)).item()
+        loss = (self._total / min(len(self._task), self._steps * self._batch_size)).item()
         finite = all(map(math.isfinite, (loss, statistics.positive, statistics.centroid)))
         self.drifts.append(drift if finite else math.inf)
         if not finite or not inside(self.drifts):
@@ -251,14 +268,15 @@ def admit(classes: list[str], task: TaskData) -> None:
 class ClassMeans:
     """It keeps the mean feature of every class, over all its images so far."""
 
-    def __init__(self, clip: Clip) -> None:
+    def __init__(self, clip: Clip, width: int | None = None) -> None:
+        """Features have `width` numbers; by default as many as the model's embeddings."""
         self.classes: list[str] = []
         self.counts: list[int] = []
-        self.rows = torch.zeros(0, clip.embed_dim, device=clip.device)
-        """float32 [C, D], not normalised."""
+        self.rows = torch.zeros(0, width or clip.embed_dim, device=clip.device)
+        """float32 [C, width], not normalised."""
 
     def add(self, task: TaskData, features: Tensor) -> None:
-        """Count the task's images in: float32 [N, D]. A class that was there before moves as a running mean."""
+        """Count the task's images in: float32 [N, width]. A class that was there before moves as a running mean."""
         sums = features.new_zeros(len(task.classes), features.shape[1])
         sums.index_add_(0, task.labels.to(features.device), features)
         before = len(self.classes)

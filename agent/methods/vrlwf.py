@@ -5,23 +5,31 @@ batch's images are to random sentences, and the student's answers are held to th
 the same over the names of the classes seen (LwF). Neither needs earlier images. The preset `zscl` is the form of the
 baseline in ZSCL (arXiv 2303.06628).
 
-Not as published: the learning rate decays along a cosine and gradients are not clipped, as in `finetune`; the teacher's
-image features are computed once per task, which changes nothing without augmentation.
+By default it learns as `finetune` does, so that both can be compared. `loop = "published"`, which the preset `paper`
+chooses, learns as the published code does. Not as published then: a model's frozen part stays as it is, crops are of
+an image's central square, and the prompt is `model.prompt`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from agent import config
-from agent.methods.base import OnProgress, TaskData, task_generator
-from agent.methods.student import FineTuning, Teacher
+from agent.methods.base import InferenceModule, OnProgress, TaskData, TextModule, check_learned, task_generator
+from agent.methods.classifiers import TextHead
+from agent.methods.student import FineTuning, Student, Teacher
 from agent.methods.training import admit, divergence, local_loss
 from agent.model.clip import Clip, ModelError
 from agent.values import Update
+
+MAX_NORM = 1.0
+"""The published loop shortens gradients to this norm."""
 
 
 class VrLwf(FineTuning):
@@ -36,34 +44,69 @@ class VrLwf(FineTuning):
         words, longest = self._settings.words, clip.tokenize(["thing"]).shape[1] - 2
         if words > longest:
             raise ModelError(f"method.vrlwf.words is {words}, but this model reads at most {longest}; lower it")
+        self._published = self._settings.loop == "published"
+        if self._published:
+            self._student = ScaledStudent(clip, settings.lora, settings.seed, self._settings.trainable)
 
     def update(self, task: TaskData, on_progress: OnProgress) -> Update:
-        settings, scale = self._settings, self._clip.logit_scale
+        settings = self._settings
         labels = task.labels.to(self._clip.device)
         ids = self._clip.tokenize(task.classes)
-        training = self._training(task, on_progress)
+        read = task.tokens.batch
+        if self._published:
+            if task.cropped is None:
+                raise ValueError("method.vrlwf.loop is 'published', which crops images, but the task has tokens alone")
+            read = partial(task.cropped.batch, generator=task_generator(self._seed, task.number, "crops"))
+            training = self._training(
+                task, on_progress, decay=lambda epoch, done: 1.0, drop_last=True, max_norm=MAX_NORM
+            )
+        else:
+            training = self._training(task, on_progress)
         held = self._held_to_teacher(task, ids) if settings.weight and training.epochs else None
         for epoch in range(training.epochs):
             for index in training.batches(epoch):
-                images = self._student.encode_tokens(task.tokens.batch(index))
+                tokens = read(index)
+                images = self._scale * self._student.encode_tokens(tokens)
                 names = self._student.encode_ids(ids)
-                loss = local_loss(images, names, labels[index.to(labels.device)], scale, settings.label_smoothing)
+                loss = local_loss(images, names, labels[index.to(labels.device)], 1.0, settings.label_smoothing)
                 if held is not None:
-                    loss = loss + settings.weight * held(index, images, names)
+                    loss = loss + settings.weight * held(index, tokens, images, names)
                 training.descend(loss, len(index))
             if not training.keep():
                 break
         admit(self._classes, task)
         return training.update({"preset": settings.preset})
 
-    def _held_to_teacher(self, task: TaskData, ids: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    @property
+    def _scale(self) -> Tensor | float:
+        """The multiplier of cosines, differentiable where it is trained."""
+        return self._student.log_scale.exp() if isinstance(self._student, ScaledStudent) else self._clip.logit_scale
+
+    @torch.no_grad()
+    def _scale_now(self) -> float:
+        return float(self._scale)
+
+    def inference_module(self) -> InferenceModule:
+        check_learned(self._classes)
+        # A scale that is trained is in the rows: all else of a release's graph stays as it is from task to task.
+        names = self._scale_now() / self._clip.logit_scale * self.encode_names(self._classes)
+        return TextHead(self._student.merged_image_tower(), self.classes, names, self._clip.logit_scale)
+
+    def text_module(self) -> TextModule:
+        module = super().text_module()
+        module.scale = self._scale_now()
+        return module
+
+    def _held_to_teacher(self, task: TaskData, ids: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
         """Build the distillation of a task, a function that gives a scalar.
 
-        It takes the batch's index int64 [B], the student's images [B, D] and its names [K, D].
+        It takes the batch's index int64 [B] and tokens [B, tokens, width], the student's images [B, D] times its scale,
+        and its names [K, D].
         """
-        settings, scale, device = self._settings, self._clip.logit_scale, self._clip.device
+        settings, scale, device = self._settings, self._scale_now(), self._clip.device
         teacher = Teacher(self._student)
-        taught_images = teacher.features(task.tokens)
+        # Images that are cropped anew in every epoch have no features that could be computed once.
+        taught_images = None if self._published else teacher.features(task.tokens)
         generator = task_generator(self._seed, task.number, "sentences")
 
         def draw() -> tuple[Tensor, Tensor]:
@@ -79,9 +122,10 @@ class VrLwf(FineTuning):
             earlier_ids = self._clip.tokenize(earlier)
             taught_earlier = teacher.encode_ids(earlier_ids)
 
-        def held(index: Tensor, images: Tensor, names: Tensor) -> Tensor:
+        def held(index: Tensor, tokens: Tensor, given: Tensor, names: Tensor) -> Tensor:
             nonlocal sentences, taught_sentences
-            taught, given = scale * taught_images[index.to(device)], scale * images
+            known = teacher.encode_tokens(tokens) if taught_images is None else taught_images[index.to(device)]
+            taught = scale * known
             rows = self._student.encode_ids(sentences) if settings.both_towers else taught_sentences
             old, new = taught @ taught_sentences.T, given @ rows.T
             loss = divergence(old, new, settings.temperature)
@@ -99,6 +143,26 @@ class VrLwf(FineTuning):
             return loss
 
         return held
+
+
+class ScaledStudent(Student):
+    """It is a student that learns the scale of similarities as well, as its logarithm."""
+
+    def __init__(self, clip: Clip, lora: config.Lora, seed: int, trainable: Literal["lora", "all"]) -> None:
+        super().__init__(clip, lora, seed, trainable)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(clip.logit_scale), device=clip.device))
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        yield from super().parameters()
+        yield self.log_scale
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {**super().tensors(), "log_scale": self.log_scale.detach().clone()}
+
+    @torch.no_grad()
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        super().load_tensors(tensors)
+        self.log_scale.copy_(tensors["log_scale"])
 
 
 def random_sentences(

@@ -7,7 +7,7 @@ import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from torch import Tensor
 from agent.model.clip import Clip
 from exporter.decoders import Decoders
 from exporter.image_header import ImageError
+from exporter.preprocess import decode
 
 CHUNK = 16
 """Images decoded and encoded together: so few that a convolution's activations stay in a core's cache. Together with
@@ -25,6 +26,40 @@ one thread per core and folded batch norms that made tinyclip's trunk about 4 ti
 _TICK_S = 2.0
 """Seconds after which a chunk that is waited for is looked at again. Images that are made to be slow take many seconds
 each, which must not make the trainer silent (agent.trainer_silent_s)."""
+
+
+WIDER = 8 / 7
+"""Images that are cropped at random are made larger than the model's input by this factor: 256 of 224 pixels, as in the
+published code of VR-LwF."""
+
+
+class CroppedImages:
+    """It encodes images anew whenever they are asked for, each cropped and mirrored at random."""
+
+    def __init__(self, read: Sequence[Callable[[], bytes]], clip: Clip, max_pixels: int) -> None:
+        """`read` gives the encoded images, none of which failed to be decoded before.
+
+        Decoder processes have had each of them, so none is too slow or too large to be decoded here again."""
+        self._read = read
+        self._clip = clip
+        self._max_pixels = max_pixels
+
+    def batch(self, index: Tensor, generator: torch.Generator) -> Tensor:
+        """Encode some images: index int64 [B] -> float [B, tokens, width] on the device. Of the centre's square each is
+        a random part of the model's size, mirrored with probability 1/2."""
+        size = self._clip.preprocess.size
+        wider = replace(self._clip.preprocess, size=round(size * WIDER))
+        count, room = len(index), wider.size - size + 1
+        drawn = [torch.randint(bound, (count,), generator=generator).tolist() for bound in (room, room, 2)]
+
+        def one(at: int, top: int, left: int, mirrored: int) -> Tensor:
+            image = torch.from_numpy(wider(decode(self._read[at](), self._max_pixels)))
+            part = image[:, top : top + size, left : left + size]
+            return part.flip(-1) if mirrored else part
+
+        with ThreadPoolExecutor(min(8, torch.get_num_threads())) as pool:
+            images = torch.stack(list(pool.map(one, index.tolist(), *drawn)))
+        return torch.cat([self._clip.prefix(part) for part in images.split(CHUNK)])
 
 
 class StoredTokens:
