@@ -41,10 +41,6 @@ def test_average_and_last_equal_the_hand_computation() -> None:
     assert last_accuracy([0.9, 0.75, 0.6]) == 0.6
 
 
-
-
-
-
 def test_retention_is_the_mean_of_the_ratios() -> None:
     assert retention([(0.6, 0.8), (0.5, 0.4)]) == pytest.approx((0.75 + 1.25) / 2)
     assert retention([(0.6, 0.8), (0.5, 0.0), (None, None)]) == pytest.approx(0.75)
