@@ -19,6 +19,8 @@ from agent.methods.seca_modules import (
 )
 from agent.methods.training import divergence
 from agent.model.clip import Clip, ModelError
+from exporter.onnx import OnnxExporter
+from exporter.preprocess import Preprocess
 from tests.tiny import silent, tiny_clip, tiny_model, tiny_task, tiny_timm_clip
 
 QUICK = {"lr": 5e-3, "prompt_lr": 5e-3, "batch_size": 8, "epochs": 2}
@@ -311,15 +313,23 @@ def test_the_faithful_prediction_is_the_published_one_where_the_peaks_are_those_
     expected = published(names, prototypes, images)
     padded, weights = F.pad(names, (0, 0, 0, 2)), torch.tensor([1 / 3, 1 / 3, 1 / 3, 0, 0])
     classes = tuple("abcde")
-    module = PublishedPrediction(torch.nn.Identity(), classes, padded, weights, prototypes, peaks, 20.0)
+    module = PublishedPrediction(torch.nn.Identity(), classes, padded, weights, prototypes, 20.0, peaks)
     assert torch.allclose(module.score(images), expected / expected.sum(-1, keepdim=True), atol=1e-5)
     # a softmax per image and answer decides otherwise
-    per_image = PromptsAndPrototypes(torch.nn.Identity(), classes, padded, weights, prototypes, peaks, 20.0)
+    per_image = PromptsAndPrototypes(torch.nn.Identity(), classes, padded, weights, prototypes, 20.0)
     assert not torch.equal(per_image.score(images).argmax(1), expected.argmax(1))
     # without prototypes the names answer alone
-    alone = PublishedPrediction(torch.nn.Identity(), classes, padded, weights, None, peaks, 20.0)
+    alone = PublishedPrediction(torch.nn.Identity(), classes, padded, weights, None, 20.0, peaks)
     text = (20 * torch.einsum("cpd,bd->bpc", names, images)).exp().mean(1)
     assert torch.allclose(alone.score(images), text / text.sum(-1, keepdim=True), atol=1e-5)
+
+
+def test_the_release_of_the_faithful_prediction_answers_as_it_does(clip, tmp_path):
+    module = learned(clip, tasks=2, fusion="faithful").inference_module()
+    images = torch.randn(4, 3, 32, 32, generator=generator()).numpy()
+    preprocess = Preprocess(32, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    release = OnnxExporter(max_batch=4).release(module, preprocess, {"method": "seca"}, tmp_path / "release", images)
+    assert release.parity.top1 == 1
 
 
 def test_the_peaks_are_the_highest_cosines_of_a_batch_of_the_last_task(clip):

@@ -171,8 +171,7 @@ class Seca(Section):
     """In the distillation and the prediction, cosines are multiplied by this (the published code's temperature)."""
     fusion: Literal["calibrated", "faithful"] = "calibrated"
     """The answers of texts and of prototypes are joined as in the published code (`faithful`: exponentials over the
-    highest of a batch, so that an image near neither kind of row counts little there) or as the mean of a softmax each
-    (`calibrated`)."""
+    highest to be expected, so that the surer answer weighs more) or as the mean of a softmax each (`calibrated`)."""
 
 
 class Method(Section):

@@ -85,8 +85,9 @@ class Seca:
         self._prototypes = self._means.rows
         self._prompts: list[Tensor] = []
         self._pool: list[dict[str, Tensor]] = []
-        self._peaks = torch.zeros(2, device=clip.device)
-        """The highest cosines of a batch of the last task's images to names under the prompts, and to prototypes."""
+        self._peaks = torch.zeros(0, device=clip.device)
+        """After the first task [2]: the highest cosines of a batch of the last task's images, to names under the
+        prompts and to prototypes."""
         self._learned = 0
         self._names: Tensor | None = None
 
@@ -289,9 +290,10 @@ class Seca:
         weights[:prompts] = 1 / prompts
         prototypes = self._prototypes if self._settings.se_vpr else None
         tower = self._image.merged(self._adapter.named)
-        prediction = PublishedPrediction if self._settings.fusion == "faithful" else PromptsAndPrototypes
-        scale = self._settings.logit_scale
-        return prediction(tower, self.classes, names, weights, prototypes, self._peaks, scale)
+        head = (tower, self.classes, names, weights, prototypes, self._settings.logit_scale)
+        if self._settings.fusion == "faithful":
+            return PublishedPrediction(*head, self._peaks)
+        return PromptsAndPrototypes(*head)
 
     def text_module(self) -> TextModule:
         scale = self._settings.logit_scale

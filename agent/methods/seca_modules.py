@@ -218,7 +218,6 @@ class PromptsAndPrototypes(TowerWithHead):
     names: Tensor
     prototypes: Tensor
     weights: Tensor
-    peaks: Tensor
 
     def __init__(
         self,
@@ -227,15 +226,12 @@ class PromptsAndPrototypes(TowerWithHead):
         names: Tensor,
         weights: Tensor,
         prototypes: Tensor | None,
-        peaks: Tensor,
         scale: float,
     ) -> None:
-        """names [C, prompts, D], weights [prompts] that sum to 1, peaks [2] the highest cosines to be expected of names
-        and prototypes; without prototypes [C, D] the names answer alone."""
+        """names [C, prompts, D], weights [prompts] that sum to 1; without prototypes [C, D] the names answer alone."""
         super().__init__(tower, classes)
         self._rows("names", names)
         self.register_buffer("weights", weights)
-        self.register_buffer("peaks", peaks.clone())
         self.visual = prototypes is not None
         if prototypes is not None:
             self._rows("prototypes", prototypes)
@@ -252,9 +248,25 @@ class PromptsAndPrototypes(TowerWithHead):
 class PublishedPrediction(PromptsAndPrototypes):
     """Predicts as the published code: the mean of exp(scale * (cosine - peak)), over prompts, then over both answers.
 
-    A peak is published as the highest cosine of the batch, so that an image's answer depends on its neighbours'; here
-    it is a constant. Unlike a softmax per image, this weighs the two answers anew for every image.
+    As published a peak is the highest cosine of the batch, so that an image's answer depends on its neighbours'; here
+    it is a constant. Unlike a softmax of each answer this lets the surer one weigh more, image by image.
     """
+
+    peaks: Tensor
+
+    def __init__(
+        self,
+        tower: nn.Module,
+        classes: tuple[str, ...],
+        names: Tensor,
+        weights: Tensor,
+        prototypes: Tensor | None,
+        scale: float,
+        peaks: Tensor,
+    ) -> None:
+        """peaks [2] are the highest cosines to be expected, of names and of prototypes; the others as above."""
+        super().__init__(tower, classes, names, weights, prototypes, scale)
+        self.register_buffer("peaks", peaks.clone())
 
     def score(self, embedding: Tensor) -> Tensor:
         text = self.scale * (self.names @ embedding.T - self.peaks[0])
