@@ -86,8 +86,8 @@ class Seca:
         self._prompts: list[Tensor] = []
         self._pool: list[dict[str, Tensor]] = []
         self._peaks = torch.zeros(0, device=clip.device)
-        """After the first task [2]: the highest cosines of a batch of the last task's images, to names under the
-        prompts and to prototypes."""
+        """After the first task [2]: the highest cosines of a batch of images, to names under the prompts and to
+        prototypes, averaged over tasks."""
         self._learned = 0
         self._names: Tensor | None = None
 
@@ -271,12 +271,14 @@ class Seca:
 
     @torch.no_grad()
     def _measure_peaks(self, task: TaskData) -> None:
-        """Take the highest cosines of a batch of the task's images: for the published prediction, which takes those of
-        the images that are predicted together."""
+        """Take the highest cosines of a batch of the task's images into their mean over tasks, each weighing as much as
+        it has classes: the published prediction takes those of a batch of test images, which are of all classes."""
         order = torch.randperm(len(task), generator=task_generator(self._seed, task.number, "peaks"))
         images = self.encode_tokens(task.tokens.batch(order[:PEAK_IMAGES]))
         self._names = self._under_prompts(self.classes)
-        self._peaks = torch.stack([(rows @ images.T).max() for rows in (self._names, self._prototypes)])
+        now = torch.stack([(rows @ images.T).max() for rows in (self._names, self._prototypes)])
+        share = len(task.classes) / len(self.classes)
+        self._peaks = self._peaks + share * (now - self._peaks) if len(self._peaks) else now
 
     @torch.no_grad()
     def inference_module(self) -> InferenceModule:
