@@ -322,6 +322,11 @@ class Trainer:
                 f"has ({str(error).splitlines()[0]}). Nothing was changed: restore them, or set state.path to a new "
                 "folder to start over"
             ) from error
+        except ValueError as error:  # what a method says of a state that another version wrote
+            raise LearnerError(
+                f"{commit} cannot be continued: {error}. Nothing was changed: use the version that wrote it, or set "
+                "state.path to a new folder to start over"
+            ) from error
 
     def _archive(self, path: Any, split: str) -> ArchiveFolder | None:
         if path is None:

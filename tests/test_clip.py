@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from agent.config import Model
-from agent.model.clip import Clip, ModelError, load_clip
+from agent.model.clip import Clip, ImageTower, ModelError, TimmImageTower, load_clip
 from tests.tiny import TEXT, VISION, tiny_clip, tiny_model, tiny_timm_clip
 
 NAMES = ["cat", "a very long name of a thing that fills the context and more and more", "dog"]
@@ -44,6 +44,35 @@ def test_prefix_and_rest_are_the_timm_image_tower():
     images = torch.randn(2, 3, 160, 160)
     with torch.no_grad():
         assert torch.allclose(clip.image(clip.image.prefix(images)), clip.image.visual(images), atol=1e-6)
+
+
+@pytest.mark.parametrize("vision", [{}, {"pool_type": "avg"}, {"final_ln_after_pool": True, "pool_type": "avg"}])
+@torch.no_grad()
+def test_the_projection_of_the_pooled_tokens_is_the_tower_however_it_pools(vision):
+    model = tiny_model(**vision).eval()
+    tower, images = ImageTower(model.visual), torch.randn(3, 3, 32, 32)
+    pooled = tower.pooled(tower.prefix(images))
+    assert pooled.shape == (3, tower.width)
+    assert torch.allclose(tower.project(pooled), model.encode_image(images), atol=1e-5)
+
+
+@torch.no_grad()
+def test_what_is_pooled_of_a_class_token_is_not_normed_yet():
+    clip = tiny_clip()
+    tokens = clip.prefix(torch.randn(3, 3, 32, 32))
+    assert torch.equal(clip.image.pooled(tokens), clip.image.visual.transformer(tokens)[:, 0])
+
+
+@pytest.mark.parametrize("pool", ["token", "avg"])
+@torch.no_grad()
+def test_the_projection_of_the_pooled_tokens_is_the_timm_tower_whether_it_pools_a_token_or_all(pool):
+    visual = open_clip.timm_model.TimmModel(
+        "test_vit", embed_dim=24, image_size=160, pool=pool, pretrained=False
+    ).eval()
+    tower, images = TimmImageTower(visual), torch.randn(2, 3, 160, 160)
+    pooled = tower.pooled(tower.prefix(images))
+    assert pooled.shape == (2, tower.width)
+    assert torch.allclose(tower.project(pooled), visual(images), atol=1e-5)
 
 
 def test_text_cut_at_the_longest_sentence_has_the_features_of_the_full_context():

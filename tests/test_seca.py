@@ -7,11 +7,21 @@ import torch
 from torch.nn import functional as F
 
 from agent.config import Method
-from agent.methods.base import task_generator
-from agent.methods.seca import BesideTower, PromptedText, Refinement, Relevance, Seca
+from agent.methods.base import LearnerState, task_generator
+from agent.methods.seca import Seca
+from agent.methods.seca_modules import (
+    BesideTower,
+    PromptedText,
+    PromptsAndPrototypes,
+    PublishedPrediction,
+    Refinement,
+    Relevance,
+)
 from agent.methods.training import divergence
-from agent.model.clip import Clip
-from tests.tiny import silent, tiny_clip, tiny_task, tiny_timm_clip
+from agent.model.clip import Clip, ModelError
+from exporter.onnx import OnnxExporter
+from exporter.preprocess import Preprocess
+from tests.tiny import silent, tiny_clip, tiny_model, tiny_task, tiny_timm_clip
 
 QUICK = {"lr": 5e-3, "prompt_lr": 5e-3, "batch_size": 8, "epochs": 2}
 
@@ -46,22 +56,30 @@ def unit(*shape: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("form", ["code", "paper"])
 def test_relevance_weights_sum_to_one_and_follow_the_equation(form):
-    relevance = Relevance(6, generator(), form)
-    texts, pool = unit(4, 2, 6), unit(4, 3, 6).flip(0)
+    relevance = Relevance(4, 6, generator(), form)
+    texts, pool = unit(4, 2, 4), unit(4, 3, 6).flip(0)
     aggregate, weights = relevance(texts, pool)
     assert weights.shape == (4, 3) and torch.allclose(weights.sum(-1), torch.ones(4))
     # alpha of image x, prompt i and member p, written out
-    asked, offered = F.layer_norm(texts, (6,)) @ relevance.text, F.layer_norm(pool, (6,)) @ relevance.image
+    asked, values = F.layer_norm(texts, (4,)) @ relevance.text.T, F.layer_norm(pool, (6,))
+    offered = values @ relevance.image.T
     alpha = torch.stack([(asked[:, i, None] * offered).sum(-1) for i in range(2)], dim=1) / 6**0.5
     expected = alpha.softmax(-1).mean(1) if form == "code" else alpha.mean(1).softmax(-1)
     assert torch.allclose(weights, expected, atol=1e-6)
-    assert torch.allclose(aggregate, F.normalize((expected[:, :, None] * pool).sum(1), dim=-1), atol=1e-6)
+    # the aggregate is of the normed features, and normed again
+    assert torch.allclose(aggregate, F.layer_norm((expected[:, :, None] * values).sum(1), (6,)), atol=1e-6)
 
 
-def test_the_aggregate_of_a_pool_of_one_is_its_own_feature():
-    pool = unit(5, 1, 6)
-    aggregate, weights = Relevance(6, generator(), "code")(unit(5, 3, 6), pool)
-    assert torch.allclose(aggregate, pool[:, 0], atol=1e-6) and torch.equal(weights, torch.ones(5, 1))
+@torch.no_grad()
+def test_the_aggregate_of_a_pool_of_one_is_its_members_own_answer(clip):
+    """The tower's last norm takes away what the two of the relevance net did, while these are untrained."""
+    tokens = clip.prefix(torch.randn(5, 3, 32, 32, generator=generator()))
+    pool = F.normalize(clip.image.pooled(tokens), dim=-1)[:, None]
+    relevance = Relevance(clip.embed_dim, clip.image.width, generator(), "code")
+    aggregate, weights = relevance(unit(5, 3, clip.embed_dim), pool)
+    assert torch.equal(weights, torch.ones(5, 1))
+    answer = F.normalize(clip.image.project(aggregate), dim=-1)
+    assert torch.allclose(answer, clip.encode_tokens(tokens), atol=1e-3)
 
 
 def test_prototypes_are_their_own_class_when_names_are_far_and_the_common_mean_when_all_are_near():
@@ -82,7 +100,7 @@ def test_prototypes_are_their_own_class_when_names_are_far_and_the_common_mean_w
 def test_affinity_is_the_gaussian_kernel_of_the_equation():
     refinement = Refinement(6, generator())
     words = unit(4, 6)
-    at = F.layer_norm(words, (6,)) @ refinement.text
+    at = F.layer_norm(words, (6,)) @ refinement.text.T
     kernel = torch.exp(-torch.cdist(at, at).square() / refinement.gamma)
     assert torch.allclose(refinement.affinity(words), kernel / kernel.sum(-1, keepdim=True), atol=1e-6)
 
@@ -102,15 +120,42 @@ def test_new_bottlenecks_change_nothing_and_trained_ones_change_neither_the_orig
     assert torch.allclose(tower.merged(moved)(tokens), tower(tokens, moved), atol=1e-6)
 
 
-def test_a_bottleneck_stands_beside_the_mlp(clip):
+@torch.no_grad()
+def test_a_bottleneck_reads_the_residual_stream_before_the_blocks_second_norm(clip):
     tower = BesideTower(clip.image, 0.1)
     adapter = random_like(tower.new(4, generator()))
-    block = "visual.transformer.resblocks.0"
-    x = torch.randn(2, 5, 64)
-    mlp = clip.image.get_submodule(f"{block}.mlp")
-    with_it = tower.merged(adapter).get_submodule(f"{block}.mlp")
-    down, up = adapter[f"{block}.mlp.down"], adapter[f"{block}.mlp.up"]
-    assert torch.allclose(with_it(x), mlp(x) + 0.1 * F.relu(x @ down.T) @ up.T, atol=1e-4)
+    path = "visual.transformer.resblocks.1"
+    block, adapted = clip.image.get_submodule(path), tower.merged(adapter).get_submodule(path)
+    down, up = adapter[f"{path}.mlp.down"], adapter[f"{path}.mlp.up"]
+    x = 30 * torch.randn(2, 5, 64, generator=generator()) + 7  # far from what a norm would make of it
+    # the block, written out
+    normed = block.ln_1(x)
+    x_ = x + block.attn(normed, normed, normed, need_weights=False)[0]
+    expected = x_ + block.mlp(block.ln_2(x_)) + 0.1 * (x_ @ down.T).clamp_min(0) @ up.T
+    torch.testing.assert_close(adapted(x), expected, rtol=1e-4, atol=1e-3)
+
+
+@torch.no_grad()
+def test_a_bottleneck_reads_the_residual_stream_in_a_tower_of_timm_too():
+    clip = tiny_timm_clip()
+    tower = BesideTower(clip.image, 0.1)
+    adapter = random_like(tower.new(4, generator()))
+    path = "visual.trunk.blocks.1"
+    block, adapted = clip.image.get_submodule(path), tower.merged(adapter).get_submodule(path)
+    down, up = adapter[f"{path}.mlp.down"], adapter[f"{path}.mlp.up"]
+    x = 30 * torch.randn(2, 5, 64, generator=generator()) + 7
+    x_ = x + block.attn(block.norm1(x))
+    expected = x_ + block.mlp(block.norm2(x_)) + 0.1 * (x_ @ down.T).clamp_min(0) @ up.T
+    torch.testing.assert_close(adapted(x), expected, rtol=1e-4, atol=1e-3)
+
+
+def test_a_tower_whose_blocks_have_no_norm_before_the_mlp_is_refused():
+    model = tiny_model()
+    for block in model.visual.transformer.resblocks:
+        block.before_mlp = block.ln_2
+        del block.ln_2
+    with pytest.raises(ModelError, match=r"ln_2 or norm2.*resblocks\.0 is a ResidualAttentionBlock without"):
+        BesideTower(model.visual, 0.1)
 
 
 def test_dropout_acts_only_where_it_is_asked_for_and_repeats_with_its_generator(clip):
@@ -126,7 +171,7 @@ def test_context_takes_the_place_of_the_words_before_the_name(clip):
     ids = text.tokenize(["red", "green tea"])
     assert torch.equal(ids[:, 0], clip.tokenize(["red"])[:1, 0].expand(2))
     # given as context the embeddings of real words, it reads as the sentence with those words
-    sentence = clip.tokenize(["red", "green tea"], "good dark photo {}.")
+    sentence = clip.tokenize(["red", "green tea"], "good dark photo {}")
     words = clip.text.token_embedding(sentence[0, 1:4])
     assert torch.equal(ids[:, 4:], sentence[:, 4:])
     expected = F.normalize(clip.text(sentence), dim=-1)
@@ -146,6 +191,58 @@ def test_the_first_task_distils_nothing_and_later_ones_by_their_number(clip, mon
     assert not calls and method.state().values["learned"] == 1
     method.update(tiny_task(clip, 2, ["blue", "black"]), silent)
     assert len(calls) == 6, "two epochs of three steps"
+
+
+def test_the_distillation_is_that_of_the_equations_over_features_before_the_last_norm(clip):
+    # given a third task and what training brings to its loss
+    method = learned(clip, tasks=2)
+    task = tiny_task(clip, 3, ["red", "green"])
+    method._means.add(task, clip.encode_tokens(task.tokens.tensor))
+    lesson = method._lesson(task, torch.tensor([4, 5]))
+    at, names = torch.tensor([1, 14, 20]), unit(2, clip.embed_dim)
+    images = unit(3, clip.embed_dim)
+    loss, _ = method._distil(lesson, at, images, names)
+
+    # then it is this: V are the pool's class tokens, S the names under earlier prompts and the one that is trained
+    y, tokens, visual, net = task.labels[at], task.tokens.batch(at), clip.image.visual, method._relevance
+    towers = [method._image.merged(adapter).visual.transformer for adapter in method._pool]
+    V = F.normalize(torch.stack([tower(tokens)[:, 0] for tower in towers], dim=1), dim=-1)
+    ids = method._text.tokenize(task.classes)
+    S = torch.stack([*(method._text.encode(ids, prompt) for prompt in method._prompts), names], dim=1)[y]
+    values = net.norm_image(V)
+    alpha = (net.norm_text(S) @ net.text.T) @ (values @ net.image.T).mT / 64**0.5
+    aggregate = net.norm_out((alpha.softmax(-1).mean(1)[..., None] * values).sum(1))
+    aggregate = F.normalize(visual.ln_post(aggregate) @ visual.proj, dim=-1)
+    teacher, student = ((20 * rows @ names.T).softmax(-1) for rows in (aggregate, images))
+    expected = F.cross_entropy(clip.logit_scale * aggregate @ names.T, y)
+    expected = expected + 2 * (teacher * (teacher / student).log()).sum(-1).mean()
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["code", "paper"])
+def test_prototypes_are_refined_by_names_under_the_newest_prompt_or_in_the_paper_by_untouched_ones(clip, form):
+    method = learned(clip, tasks=2, form=form)
+    tensors, net = method.state().tensors, method._refinement
+    ids = method._text.tokenize(method.classes)
+    names = method._text.encode(ids, tensors["prompts.1"]) if form == "code" else clip.encode_names(method.classes)
+    at = net.norm_text(names) @ net.text.T
+    affinity = torch.exp(-torch.cdist(at, at).square() / (2 * clip.embed_dim**0.5))
+    rows = net.norm_out(affinity / affinity.sum(-1, keepdim=True) @ net.norm_mean(tensors["means"]))
+    assert torch.allclose(tensors["prototypes"][2:], F.normalize(rows, dim=-1)[2:], atol=1e-5)
+
+
+@pytest.mark.parametrize(("form", "reached"), [("code", True), ("paper", False)])
+def test_in_the_codes_form_the_prototypes_loss_reaches_the_prompt(clip, form, reached):
+    method = learned(clip, tasks=1, form=form)
+    task = tiny_task(clip, 2, ["red", "green"])
+    images = clip.encode_tokens(task.tokens.tensor)
+    method._means.add(task, images)
+    lesson = method._lesson(task, torch.tensor([2, 3]))
+    prompt = (0.02 * torch.randn(8, 32, generator=generator())).requires_grad_()
+    texts = method._text.encode(lesson.ids, prompt)
+    words = texts if lesson.words is None else lesson.words
+    method._classify_by_prototypes(lesson, torch.arange(len(task)), images, words).backward()
+    assert (prompt.grad is not None and prompt.grad.abs().max() > 0) == reached
 
 
 def test_pool_and_prompts_stay_within_their_bounds(clip):
@@ -196,10 +293,66 @@ def test_a_prediction_is_the_mean_of_the_prompts_and_the_prototypes_answers(clip
     with torch.no_grad():
         embedding, _, probabilities = method.inference_module().from_tokens(task.tokens.batch(torch.arange(3)))
         names = method._under_prompts(method.classes)
-        soft = 0.2 * clip.logit_scale
+        soft = 20
         text = torch.stack([(soft * embedding @ names[:, p].T).softmax(-1) for p in range(2)]).mean(0)
         visual = (soft * embedding @ method.state().tensors["prototypes"].T).softmax(-1)
     assert torch.allclose(probabilities, (text + visual) / 2, atol=1e-6)
+
+
+def published(names: torch.Tensor, prototypes: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    """The published prediction of a batch: names [C, prompts, D], prototypes [C, D], images [B, D] -> [B, C]."""
+    text = 20 * torch.einsum("cpd,bd->bpc", names, images)
+    visual = 20 * images @ prototypes.T
+    return ((text - text.max()).exp().mean(1) + (visual - visual.max()).exp()) / 2
+
+
+@torch.no_grad()
+def test_the_faithful_prediction_is_the_published_one_where_the_peaks_are_those_of_the_batch():
+    names, prototypes, images = unit(5, 3, 6), unit(5, 6).roll(2, 0), unit(40, 6).roll(1, 1)
+    peaks = torch.stack([(names @ images.T).max(), (prototypes @ images.T).max()])
+    expected = published(names, prototypes, images)
+    padded, weights = F.pad(names, (0, 0, 0, 2)), torch.tensor([1 / 3, 1 / 3, 1 / 3, 0, 0])
+    classes = tuple("abcde")
+    module = PublishedPrediction(torch.nn.Identity(), classes, padded, weights, prototypes, 20.0, peaks)
+    assert torch.allclose(module.score(images), expected / expected.sum(-1, keepdim=True), atol=1e-5)
+    # a softmax per image and answer decides otherwise
+    per_image = PromptsAndPrototypes(torch.nn.Identity(), classes, padded, weights, prototypes, 20.0)
+    assert not torch.equal(per_image.score(images).argmax(1), expected.argmax(1))
+    # without prototypes the names answer alone
+    alone = PublishedPrediction(torch.nn.Identity(), classes, padded, weights, None, 20.0, peaks)
+    text = (20 * torch.einsum("cpd,bd->bpc", names, images)).exp().mean(1)
+    assert torch.allclose(alone.score(images), text / text.sum(-1, keepdim=True), atol=1e-5)
+
+
+def test_the_release_of_the_faithful_prediction_answers_as_it_does(clip, tmp_path):
+    module = learned(clip, tasks=2, fusion="faithful").inference_module()
+    images = torch.randn(4, 3, 32, 32, generator=generator()).numpy()
+    preprocess = Preprocess(32, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    release = OnnxExporter(max_batch=4).release(module, preprocess, {"method": "seca"}, tmp_path / "release", images)
+    assert release.parity.top1 == 1
+
+
+def test_the_peaks_are_the_highest_cosines_of_a_batch_averaged_over_tasks(clip):
+    method = learned(clip, tasks=1, fusion="faithful")
+    before = method.state().tensors["peaks"]
+    task = tiny_task(clip, 2, ["red", "green", "blue"])
+    method.update(task, silent)
+    images, tensors = method.encode_tokens(task.tokens.tensor), method.state().tensors
+    now = [(method._under_prompts(method.classes) @ images.T).max(), (tensors["prototypes"] @ images.T).max()]
+    # three of the five classes are of this task
+    assert torch.allclose(tensors["peaks"], 0.4 * before + 0.6 * torch.stack(now), atol=1e-6)
+    assert isinstance(method.inference_module(), PublishedPrediction) and method.fusion == "text+prototypes, faithful"
+
+
+def test_a_state_of_the_version_whose_bottlenecks_read_after_the_norm_is_refused(clip):
+    state = learned(clip, tasks=1).state()
+    older = LearnerState(state.tensors, {key: value for key, value in state.values.items() if key != "format"})
+    fresh = learner(clip)
+    before = fresh.state()
+    with pytest.raises(ValueError, match=r"format 1, but this version reads 2: .*after its second norm"):
+        fresh.load_state(older)
+    assert fresh.state().values == before.values
+    assert all(torch.equal(tensor, before.tensors[name]) for name, tensor in fresh.state().tensors.items())
 
 
 def test_each_part_can_be_switched_off(clip):

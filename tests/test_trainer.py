@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from agent.commits import CommitStore, Provenance
 from agent.config import Config
+from agent.layout import LEARNER_TENSORS, LEARNER_VALUES
 from agent.methods.base import TaskData
 from agent.scoring.report import Report
 from agent.trainer import LearnerError, Trainer
@@ -329,6 +330,17 @@ def test_a_checkpoint_of_another_model_or_method_is_refused(learned, change, sai
     other = Config.model_validate(bench.config.model_dump() | change)
     with pytest.raises(LearnerError, match=rf"(?s){said}.*restore the configuration, or set state\.path"):
         Trainer(other, steps[1][1].path)
+
+
+def test_a_checkpoint_whose_numbers_meant_something_else_in_the_version_before_is_refused(tmp_path):
+    config = Config.model_validate({"method": {"name": "seca"}})
+    learned_under = Trainer(config, None)._learned_under()
+    save_file({}, tmp_path / LEARNER_TENSORS)
+    (tmp_path / LEARNER_VALUES).write_text(json.dumps({**learned_under, "facts": {"classes": ["cat"], "learned": 1}}))
+    with pytest.raises(
+        LearnerError, match=r"format 1, but this version reads 2.*use the version that wrote it, or set"
+    ):
+        Trainer(config, tmp_path)
 
 
 def test_a_checkpoint_of_the_same_method_with_other_sizes_is_refused(tmp_path):

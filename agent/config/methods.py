@@ -201,8 +201,8 @@ class Seca(Section):
 
     form: Literal["code", "paper"] = "code"
     """Where the two differ, `code` averages the relevance after the softmax, drops the least used adapter of a full
-    pool and regularises by cosine; `paper` averages before it, drops the most used and regularises by squared
-    distance."""
+    pool, regularises by cosine and compares names under the prompt that is trained; `paper` averages before it, drops
+    the most used, regularises by squared distance and compares names as the untouched model reads them."""
     sg_akt: bool = True
     """The adapter is held to the aggregate of a pool of earlier ones (SG-AKT); false distils nothing."""
     se_vpr: bool = True
@@ -231,9 +231,11 @@ class Seca(Section):
     """At most this number of prompts is kept, one of each task; beyond it the oldest goes."""
     pool: int = Field(5, ge=1)
     """At most this number of adapters is kept in the pool; `form` says which one goes beyond it."""
-    softness: float = Field(0.2, gt=0)
-    """In the distillation and the prediction, cosines are multiplied by this share of CLIP's scale (published: 20 of
-    100)."""
+    logit_scale: float = Field(20, gt=0)
+    """In the distillation and the prediction, cosines are multiplied by this (the published code's temperature)."""
+    fusion: Literal["calibrated", "faithful"] = "calibrated"
+    """The answers of texts and of prototypes are joined as in the published code (`faithful`: exponentials over the
+    highest to be expected, so that the surer answer weighs more) or as the mean of a softmax each (`calibrated`)."""
 
 
 class Method(Section):

@@ -156,7 +156,8 @@ class Method(Encoder, Protocol):
         """Give everything that learning goes on from, as tensors of its own and plain values."""
 
     def load_state(self, state: LearnerState) -> None:
-        """Continue exactly where `state()` was taken."""
+        """Continue exactly where `state()` was taken. Raises ValueError for a state of another version whose numbers
+        mean something else in this one, KeyError or RuntimeError for one of other sizes."""
 
 
 def check_learned(classes: Sequence[str]) -> None:

@@ -3,26 +3,24 @@
 What is trained: a bottleneck beside every MLP of the image tower, carried on from task to task; context vectors before
 the class name, new in each task; a relevance net; the prototypes' refinement. Per task: (1) Cross entropy over the
 task's own names under its prompt. (2) SG-AKT: a copy of the bottlenecks after each task joins a pool. For every image
-the pool's features are weighted by their relevance to its class's text under all prompts; the aggregate learns the task
-too, and the student's answers are held to the aggregate's. (3) SE-VPR: a prototype is the untouched model's class mean,
-averaged with those of classes whose names are close; refined prototypes classify the task's images, and those of
-earlier classes are kept still. A prediction is the mean of the names' answer (over the kept prompts) and the
-prototypes' answer, each a softmax per image.
+the pool's features are weighted by their relevance to its class's text under all prompts; the aggregate, taken through
+the tower's last norm and projection, learns the task too, and the student's answers are held to the aggregate's.
+(3) SE-VPR: a prototype is the untouched model's class mean, averaged with those of classes whose names are close;
+refined prototypes classify the task's images, and those of earlier classes are kept still. A prediction joins the
+names' answer (over the kept prompts) and the prototypes' answer.
 
-The publication leaves open or differs from this: pool features are taken in CLIP's joint space, not before the last
-norm and projection, so that any tower works; names are compared by the untouched model's text features; the
-distillation's weight is the number of tasks before, as published, but at most 9, where the published ten tasks end; a
-task of a single class trains nothing and adds no prompt. A class that comes back is refined again.
+Where this differs from the publication is said in agent/methods/README.md. A class that comes back is refined again.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional as F
 
 from agent import config
@@ -36,7 +34,15 @@ from agent.methods.base import (
     check_learned,
     task_generator,
 )
-from agent.methods.classifiers import TowerWithHead
+from agent.methods.seca_modules import (
+    BesideTower,
+    PromptedText,
+    PromptsAndPrototypes,
+    PublishedPrediction,
+    Refinement,
+    Relevance,
+    Tensors,
+)
 from agent.methods.training import (
     ClassMeans,
     GapWatch,
@@ -47,12 +53,16 @@ from agent.methods.training import (
     untrained,
 )
 from agent.model.clip import Clip
-from agent.model.lora import ADAPTED, merged
+from agent.model.lora import merged
 from agent.values import Update
 
 MAX_DISTILLATION = 9
 """The largest weight of the distillation. As published it is the number of tasks learned before, over ten tasks;
 without a bound a stream of hundreds of tasks would end by distilling alone."""
+PEAK_IMAGES = 128
+"""Images of a task that stand for a batch of test images in the published prediction: the published batch size."""
+STATE = 2
+"""What a state's tensors mean. In the first one (without a number) the bottlenecks read a block after its norm."""
 
 
 class Seca:
@@ -68,18 +78,23 @@ class Seca:
         self._image = BesideTower(clip.image, self._settings.adapter_scale)
         self._text = PromptedText(clip, self._settings.context)
         self._adapter = Tensors(self._image.new(self._settings.bottleneck, generator))
-        self._relevance = Relevance(clip.embed_dim, generator, self._settings.form).to(clip.device)
+        widths = clip.embed_dim, clip.image.width
+        self._relevance = Relevance(*widths, generator, self._settings.form).to(clip.device)
         self._refinement = Refinement(clip.embed_dim, generator).to(clip.device)
         self._means = ClassMeans(clip)
         self._prototypes = self._means.rows
         self._prompts: list[Tensor] = []
         self._pool: list[dict[str, Tensor]] = []
+        self._peaks = torch.zeros(0, device=clip.device)
+        """After the first task [2]: the highest cosines of a batch of images, to names under the prompts and to
+        prototypes, averaged over tasks."""
         self._learned = 0
         self._names: Tensor | None = None
 
     @property
     def fusion(self) -> str:
-        return "text+prototypes" if self._settings.se_vpr else "text"
+        parts = "text+prototypes" if self._settings.se_vpr else "text"
+        return parts if self._settings.fusion == "calibrated" else f"{parts}, faithful"
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -96,15 +111,14 @@ class Seca:
 
     def update(self, task: TaskData, on_progress: OnProgress) -> Update:
         started = time.perf_counter()
-        settings, scale, device = self._settings, self._clip.logit_scale, self._clip.device
-        labels = task.labels.to(device)
+        settings, device = self._settings, self._clip.device
         watch = GapWatch(self, self._clip, task, self._seed)
         self._means.add(task, untouched_features(self._clip, task))
         self._names = None
         here = torch.tensor([self.classes.index(name) for name in task.classes], device=device)
-        words = self._clip.encode_names(self.classes)
         if len(task.classes) == 1:
-            self._refine(here, words)
+            self._refine(here)
+            self._measure_peaks(task)
             return untrained(task, watch, started, on_progress)
 
         context = torch.randn(self._text.shape, generator=task_generator(self._seed, task.number, "context"))
@@ -115,16 +129,12 @@ class Seca:
             {"params": list(carried.values()), "lr": settings.lr},
             {"params": [prompt], "lr": settings.prompt_lr},
         ]
-        optimizer = torch.optim.Adam(groups, weight_decay=settings.weight_decay)
-        ids = self._text.tokenize(task.classes)
-        with torch.no_grad():
-            earlier_texts = torch.stack([self._text.encode(ids, p) for p in (*self._prompts, prompt)], dim=1)[:, :-1]
-            pool = self._pool_features(task.tokens)
+        lesson = self._lesson(task, here)
         self._prompts.append(prompt)
         training = Training(
             task,
             Tensors({**carried, "prompt": prompt}),
-            optimizer,
+            torch.optim.Adam(groups, weight_decay=settings.weight_decay),
             epochs=settings.epochs,
             batch_size=settings.batch_size,
             decay=lambda epoch, done: 0.1 ** sum(epoch >= milestone for milestone in settings.milestones),
@@ -133,32 +143,21 @@ class Seca:
             on_progress=on_progress,
         )
         dropout = torch.Generator(device).manual_seed(task_generator(self._seed, task.number, "dropout").initial_seed())
-        back = set(here.tolist())
-        old = torch.tensor([i for i in range(len(self._prototypes)) if i not in back], device=device)
         use = torch.full((len(self._pool),), 1 / max(1, len(self._pool)), device=device)
         for epoch in range(training.epochs):
             for index in training.batches(epoch):
-                y = labels[index.to(device)]
+                at = index.to(device)
                 images = self._encode(task.tokens.batch(index), self._adapter.named, dropout)
-                names = self._text.encode(ids, prompt)
-                loss = local_loss(images, names, y, scale)
-                if pool is not None:
-                    names = names.detach()
-                    texts = torch.cat([earlier_texts, names[:, None]], dim=1)[y]
-                    aggregate, weights = self._relevance(texts, pool[index.to(device)])
-                    loss = loss + local_loss(aggregate, names, y, scale)
-                    soft = settings.softness * scale
-                    taught = soft * aggregate.detach() @ names.T
-                    held = divergence(taught, soft * images @ names.T, temperature=1.0)
-                    # The published weight, the number of tasks learned before, would outgrow the task in a long stream.
-                    loss = loss + min(self._learned, MAX_DISTILLATION) * held
+                texts = self._text.encode(lesson.ids, prompt)
+                loss = local_loss(images, texts[lesson.own], lesson.labels[at], self._clip.logit_scale)
+                if lesson.pool is not None:
+                    distilled, weights = self._distil(lesson, at, images, texts[lesson.own])
+                    loss = loss + distilled
                     # A momentum of 0.5, as in the published code: batch by batch the early ones count for less.
                     use = 0.5 * use + 0.5 * weights.detach().mean(0)
                 if settings.se_vpr:
-                    refined = self._refinement(words, self._means.rows)
-                    loss = loss + local_loss(images, refined[here], y, scale)
-                    if len(old):
-                        loss = loss + self._moved(self._prototypes[old], refined[old])
+                    words = texts if lesson.words is None else lesson.words
+                    loss = loss + self._classify_by_prototypes(lesson, at, images, words)
                 training.descend(loss, len(index))
             if not training.keep():
                 break
@@ -169,8 +168,60 @@ class Seca:
             self._join_pool(use)
         else:
             self._prompts.pop()
-        self._refine(here, words)
+        self._refine(here)
+        self._measure_peaks(task)
         return training.update({"pool": len(self._pool), "prompts": len(self._prompts)})
+
+    @torch.no_grad()
+    def _lesson(self, task: TaskData, here: Tensor) -> _Lesson:
+        """Put together what stays the same while a task is learned; `here` is where its classes are in `classes`."""
+        back = set(here.tolist())
+        old = [i for i in range(len(self._prototypes)) if i not in back]
+        all_names = self._settings.form == "code"
+        pool = self._pool_features(task.tokens)
+        ids = self._text.tokenize(task.classes)
+        earlier = [] if pool is None else [self._text.encode(ids, prompt) for prompt in self._prompts]
+        return _Lesson(
+            labels=task.labels.to(here.device),
+            ids=self._text.tokenize(self.classes) if all_names else ids,
+            own=here if all_names else torch.arange(len(here), device=here.device),
+            here=here,
+            old=torch.tensor(old, dtype=torch.int64, device=here.device),
+            words=None if all_names else self._words(),
+            pool=pool,
+            earlier=torch.stack(earlier, dim=1) if earlier else None,
+        )
+
+    def _distil(self, lesson: _Lesson, at: Tensor, images: Tensor, names: Tensor) -> tuple[Tensor, Tensor]:
+        """Give SG-AKT's losses (the aggregate's own and the distillation) for images [B, D] at `at` in the task, and
+        the weights of the pool's members [B, pool]. `names` [K, D] are the task's under the prompt that is trained."""
+        assert lesson.pool is not None
+        parts = [names[:, None]] if lesson.earlier is None else [lesson.earlier, names[:, None]]
+        y = lesson.labels[at]
+        aggregate, weights = self._relevance(torch.cat(parts, dim=1)[y], lesson.pool[at])
+        with self._clip.autocast():
+            aggregate = self._clip.image.project(aggregate)
+        aggregate = F.normalize(aggregate.float(), dim=-1)
+        fixed, soft = names.detach(), self._settings.logit_scale
+        held = divergence(soft * aggregate.detach() @ fixed.T, soft * images @ fixed.T, temperature=1.0)
+        # The published weight, the number of tasks learned before, would outgrow the task in a long stream.
+        distilled = min(self._learned, MAX_DISTILLATION) * held
+        return local_loss(aggregate, fixed, y, self._clip.logit_scale) + distilled, weights
+
+    def _classify_by_prototypes(self, lesson: _Lesson, at: Tensor, images: Tensor, words: Tensor) -> Tensor:
+        """Give SE-VPR's losses: cross entropy of images [B, D] over the task's refined prototypes, and L_reg."""
+        refined = self._refinement(words, self._means.rows)
+        loss = local_loss(images, refined[lesson.here], lesson.labels[at], self._clip.logit_scale)
+        if len(lesson.old):
+            loss = loss + self._moved(self._prototypes[lesson.old], refined[lesson.old])
+        return loss
+
+    def _words(self) -> Tensor:
+        """Encode the learned names as SE-VPR compares them after training: float32 [C, D]. In the published code
+        they are under the newest prompt, before there is any and in the paper's form by the untouched model."""
+        if self._settings.form == "paper" or not self._prompts:
+            return self._clip.encode_names(self.classes)
+        return self._text.encode(self._text.tokenize(self.classes), self._prompts[-1])
 
     def _encode(self, tokens: Tensor, adapter: Mapping[str, Tensor], dropout: torch.Generator | None = None) -> Tensor:
         with self._clip.autocast():
@@ -186,13 +237,17 @@ class Seca:
         return torch.cat(parts)
 
     def _pool_features(self, tokens: Tokens) -> Tensor | None:
-        """Encode a task's images by the pool's adapters: float32 [N, pool, D]; None with nothing to distil from."""
+        """Encode a task's images by the pool's adapters, before the last norm and projection, each at unit length:
+        float32 [N, pool, width]; None with nothing to distil from."""
         if not self._pool or not self._settings.sg_akt:
             return None
+        towers: list[Any] = [self._image.merged(adapter) for adapter in self._pool]
         parts = []
         for index in torch.arange(len(tokens)).split(256):
             batch = tokens.batch(index)
-            parts.append(torch.stack([self._encode(batch, adapter) for adapter in self._pool], dim=1))
+            with self._clip.autocast():
+                members = torch.stack([tower.pooled(batch) for tower in towers], dim=1)
+            parts.append(F.normalize(members.float(), dim=-1))
         return torch.cat(parts)
 
     def _join_pool(self, use: Tensor) -> None:
@@ -207,12 +262,23 @@ class Seca:
         return 1 - cosine if self._settings.form == "code" else 2 - 2 * cosine
 
     @torch.no_grad()
-    def _refine(self, here: Tensor, words: Tensor) -> None:
+    def _refine(self, here: Tensor) -> None:
         """Set the prototypes of the classes at `here` and of new ones; the others stay as they were."""
-        refined = self._refinement(words, self._means.rows)
+        refined = self._refinement(self._words(), self._means.rows)
         rows = torch.cat([self._prototypes, refined[len(self._prototypes) :]])
         rows[here] = refined[here]
         self._prototypes = rows
+
+    @torch.no_grad()
+    def _measure_peaks(self, task: TaskData) -> None:
+        """Take the highest cosines of a batch of the task's images into their mean over tasks, each weighing as much as
+        it has classes: the published prediction takes those of a batch of test images, which are of all classes."""
+        order = torch.randperm(len(task), generator=task_generator(self._seed, task.number, "peaks"))
+        images = self.encode_tokens(task.tokens.batch(order[:PEAK_IMAGES]))
+        self._names = self._under_prompts(self.classes)
+        now = torch.stack([(rows @ images.T).max() for rows in (self._names, self._prototypes)])
+        share = len(task.classes) / len(self.classes)
+        self._peaks = self._peaks + share * (now - self._peaks) if len(self._peaks) else now
 
     @torch.no_grad()
     def inference_module(self) -> InferenceModule:
@@ -225,15 +291,17 @@ class Seca:
         weights = torch.zeros(self._settings.prompts, device=names.device)
         weights[:prompts] = 1 / prompts
         prototypes = self._prototypes if self._settings.se_vpr else None
-        soft = self._settings.softness * self._clip.logit_scale
         tower = self._image.merged(self._adapter.named)
-        return PromptsAndPrototypes(tower, self.classes, names, weights, prototypes, soft)
+        head = (tower, self.classes, names, weights, prototypes, self._settings.logit_scale)
+        if self._settings.fusion == "faithful":
+            return PublishedPrediction(*head, self._peaks)
+        return PromptsAndPrototypes(*head)
 
     def text_module(self) -> TextModule:
-        soft = self._settings.softness * self._clip.logit_scale
+        scale = self._settings.logit_scale
         if not self._prompts:
-            return TextModule(self._clip, merged(self._clip.text, {}), scale=soft)
-        return self._text.module(self._prompts, soft)
+            return TextModule(self._clip, merged(self._clip.text, {}), scale=scale)
+        return self._text.module(self._prompts, scale)
 
     def state(self) -> LearnerState:
         tensors = _under("adapter.", self._adapter.named)
@@ -241,8 +309,9 @@ class Seca:
             tensors |= _under(f"pool.{number}.", adapter)
         tensors |= {f"prompts.{number}": prompt for number, prompt in enumerate(self._prompts)}
         tensors |= {**_parameters("relevance.", self._relevance), **_parameters("refinement.", self._refinement)}
-        tensors |= {"means": self._means.rows, "prototypes": self._prototypes}
+        tensors |= {"means": self._means.rows, "prototypes": self._prototypes, "peaks": self._peaks}
         values = {
+            "format": STATE,
             "classes": list(self._means.classes),
             "counts": list(self._means.counts),
             "learned": self._learned,
@@ -253,6 +322,11 @@ class Seca:
 
     def load_state(self, state: LearnerState) -> None:
         values = state.values
+        if values.get("format") != STATE:
+            raise ValueError(
+                f"seca's state has format {values.get('format', 1)}, but this version reads {STATE}: adapters of "
+                "format 1 read each block after its second norm, these before it, so the same numbers are another model"
+            )
         tensors = {name: tensor.to(self._clip.device) for name, tensor in state.tensors.items()}
         self._adapter.load_tensors(_below("adapter.", tensors))
         self._pool = [_below(f"pool.{number}.", tensors) for number in range(values["pool"])]
@@ -261,230 +335,31 @@ class Seca:
         self._relevance.load_state_dict(_below("relevance.", tensors))
         self._refinement.load_state_dict(_below("refinement.", tensors))
         self._means.load(values["classes"], values["counts"], tensors["means"])
-        self._prototypes = tensors["prototypes"].clone()
+        self._prototypes, self._peaks = tensors["prototypes"].clone(), tensors["peaks"].clone()
         self._learned = values["learned"]
         self._names = None
 
 
-class Beside(nn.Module):
-    """It is a bottleneck parallel to an MLP: mlp(x) + scale * up(dropout(relu(down(x))))."""
+@dataclass(frozen=True)
+class _Lesson:
+    """What stays the same while a task of N images and K classes is learned."""
 
-    def __init__(self, mlp: nn.Module, width: int, scale: float) -> None:
-        super().__init__()
-        self.mlp = mlp
-        self.down = nn.Parameter(torch.zeros(1, width), requires_grad=False)
-        self.up = nn.Parameter(torch.zeros(width, 1), requires_grad=False)
-        self.scale = scale
-        self.dropout: tuple[float, torch.Generator] | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = F.relu(F.linear(x, self.down))
-        if self.dropout is not None:
-            rate, generator = self.dropout
-            hidden = hidden * torch.empty_like(hidden).bernoulli_(1 - rate, generator=generator) / (1 - rate)
-        return self.mlp(x) + self.scale * F.linear(hidden, self.up)
-
-
-class BesideTower:
-    """It is an image tower with a bottleneck beside every MLP, on a twin that shares the original's frozen weights."""
-
-    def __init__(self, tower: nn.Module, scale: float) -> None:
-        self._twin = merged(tower, {})
-        self._widths: dict[str, int] = {}
-        for name, weight in tower.named_parameters():
-            if name.endswith(ADAPTED):
-                block = name.rpartition(".attn.")[0]
-                beside = Beside(self._twin.get_submodule(f"{block}.mlp"), weight.shape[1], scale).to(weight.device)
-                self._twin.get_submodule(block).mlp = beside
-                self._widths[f"{block}.mlp"] = weight.shape[1]
-
-    def new(self, bottleneck: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """Make bottlenecks that change nothing yet: down is uniform, up is zero."""
-        device = next(self._twin.parameters()).device
-        tensors = {}
-        for mlp, width in self._widths.items():
-            tensors[f"{mlp}.down"] = uniform((bottleneck, width), generator).to(device)
-            tensors[f"{mlp}.up"] = torch.zeros(width, bottleneck, device=device)
-        return tensors
-
-    def __call__(
-        self, tokens: Tensor, adapter: Mapping[str, Tensor], rate: float = 0.0, generator: torch.Generator | None = None
-    ) -> Tensor:
-        """Encode [B, tokens, width] to [B, D], not normalised, with dropout where a generator is given."""
-        for name in self._widths:
-            beside = self._twin.get_submodule(name)
-            assert isinstance(beside, Beside)
-            beside.dropout = (rate, generator) if generator is not None and rate else None
-        return functional_call(self._twin, dict(adapter), (tokens,))
-
-    def merged(self, adapter: Mapping[str, Tensor]) -> nn.Module:
-        """Build the tower with its bottlenecks in place, sharing nothing that training writes."""
-        for name in self._widths:
-            beside = self._twin.get_submodule(name)
-            assert isinstance(beside, Beside)
-            beside.dropout = None
-        return merged(self._twin, dict(adapter))
-
-
-class Context(nn.Module):
-    """Token embeddings with learned vectors in the place of the first words."""
-
-    def __init__(self, words: nn.Module, shape: tuple[int, int], device: torch.device) -> None:
-        super().__init__()
-        self.words = words
-        self.vectors = nn.Parameter(torch.zeros(*shape, device=device), requires_grad=False)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.words(ids)
-        vectors = self.vectors.to(x.dtype).expand(ids.shape[0], -1, -1)
-        return torch.cat([x[:, :1], vectors, x[:, 1 + vectors.shape[1] :]], dim=1)
-
-
-class PromptedText:
-    """The frozen text tower under learned context: `vectors` [context, width], then the class name and a full stop."""
-
-    def __init__(self, clip: Clip, context: int) -> None:
-        self._clip = clip
-        clip.vocabulary  # noqa: B018 - raises unless each placeholder below is one token after the start
-        words = clip.text.token_embedding
-        assert isinstance(words, nn.Embedding)
-        self.shape = (context, words.embedding_dim)
-        self.prompt = "x " * context + "{}."
-        self._twin = merged(clip.text, {})
-        self._twin.token_embedding = Context(words, self.shape, clip.device)
-
-    def tokenize(self, names: Sequence[str]) -> Tensor:
-        return self._clip.tokenize(names, self.prompt)
-
-    def encode(self, ids: Tensor, vectors: Tensor) -> Tensor:
-        """Encode token ids under learned vectors: float32 [n, D], L2-normalised; differentiable in `vectors`."""
-        with self._clip.autocast():
-            features = functional_call(self._twin, {"token_embedding.vectors": vectors}, (ids,))
-        return F.normalize(features.float(), dim=-1)
-
-    def module(self, prompts: Sequence[Tensor], scale: float) -> TextModule:
-        """Give the mean over `prompts`, sharing nothing that training writes."""
-        return PromptsMean(self._clip, merged(self._twin, {}), self.prompt, prompts, scale)
-
-
-class PromptsMean(TextModule):
-    """It gives a prompted text tower's embeddings, averaged over prompts."""
-
-    vectors: Tensor
-
-    def __init__(self, clip: Clip, tower: nn.Module, prompt: str, prompts: Sequence[Tensor], scale: float) -> None:
-        super().__init__(clip, tower, prompt, scale)
-        self.register_buffer("vectors", torch.stack(list(prompts)).detach())
-        self.varying = ("vectors",)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        prompts, names = self.vectors.shape[0], ids.shape[0]
-        vectors = self.vectors[:, None].expand(-1, names, -1, -1).flatten(0, 1)
-        features = functional_call(self.tower, {"token_embedding.vectors": vectors}, (ids.repeat(prompts, 1),))
-        each = F.normalize(features.float(), dim=-1).unflatten(0, (prompts, names))
-        return F.normalize(each.mean(0), dim=-1)
-
-
-class Relevance(nn.Module):
-    """It weighs the pool's members for an image by the relevance of their features to its class's texts (SG-AKT)."""
-
-    def __init__(self, width: int, generator: torch.Generator, form: str) -> None:
-        super().__init__()
-        self.norm_text, self.norm_image = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.text = nn.Parameter(uniform((width, width), generator))
-        self.image = nn.Parameter(uniform((width, width), generator))
-        self._form = form
-
-    def forward(self, texts: Tensor, pool: Tensor) -> tuple[Tensor, Tensor]:
-        """Aggregate pool features [B, P, D] by texts [B, prompts, D].
-
-        Gives the aggregate [B, D], L2-normalised, and the weights [B, P] whose rows sum to 1.
-        """
-        asked = self.norm_text(texts) @ self.text
-        offered = self.norm_image(pool) @ self.image
-        relevance = asked @ offered.mT / texts.shape[-1] ** 0.5
-        if self._form == "code":
-            weights = relevance.softmax(-1).mean(1)
-        else:
-            weights = relevance.mean(1).softmax(-1)
-        return F.normalize((weights[:, :, None] * pool).sum(1), dim=-1), weights
-
-
-class Refinement(nn.Module):
-    """Prototypes averaged over classes with similar names (SE-VPR)."""
-
-    def __init__(self, width: int, generator: torch.Generator) -> None:
-        super().__init__()
-        self.norm_text, self.norm_mean, self.norm_out = (nn.LayerNorm(width) for _ in range(3))
-        self.text = nn.Parameter(uniform((width, width), generator))
-        self.gamma = 2 * width**0.5
-        """Squared distance at which the affinity falls to 1/e; the paper's gamma is its inverse."""
-
-    def forward(self, words: Tensor, means: Tensor) -> Tensor:
-        """Average class means [C, D] by the affinity of their names [C, D]: prototypes [C, D], L2-normalised."""
-        return F.normalize(self.norm_out(self.affinity(words) @ self.norm_mean(means)), dim=-1)
-
-    def affinity(self, words: Tensor) -> Tensor:
-        """Give the affinity of names [C, D] to each other: [C, C], whose rows sum to 1."""
-        at = self.norm_text(words) @ self.text
-        square = at.square().sum(-1)
-        distance = square[:, None] + square[None, :] - 2 * at @ at.T
-        return torch.softmax(-distance / self.gamma, dim=-1)
-
-
-class PromptsAndPrototypes(TowerWithHead):
-    """Predicts the mean of two answers: softmax over names, averaged over prompts, and softmax over prototypes."""
-
-    names: Tensor
-    prototypes: Tensor
-    weights: Tensor
-
-    def __init__(
-        self,
-        tower: nn.Module,
-        classes: tuple[str, ...],
-        names: Tensor,
-        weights: Tensor,
-        prototypes: Tensor | None,
-        scale: float,
-    ) -> None:
-        """names [C, prompts, D], weights [prompts] that sum to 1; without prototypes [C, D] the names answer alone."""
-        super().__init__(tower, classes)
-        self._rows("names", names)
-        self.register_buffer("weights", weights)
-        self.visual = prototypes is not None
-        if prototypes is not None:
-            self._rows("prototypes", prototypes)
-        self.scale = scale
-
-    def score(self, embedding: Tensor) -> Tensor:
-        answers = torch.softmax(self.scale * self.names @ embedding.T, dim=0)
-        text = (self.weights[:, None] * answers).sum(1).T
-        if not self.visual:
-            return text
-        return (text + torch.softmax(self.scale * embedding @ self.prototypes.T, dim=-1)) / 2
-
-
-class Tensors:
-    """It holds named trainable tensors; unlike those of nn.ParameterDict their names may have dots in them."""
-
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self.named = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Copy every tensor, by name."""
-        return {name: tensor.detach().clone() for name, tensor in self.named.items()}
-
-    @torch.no_grad()
-    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restore what `tensors` copied."""
-        for name, tensor in self.named.items():
-            tensor.copy_(tensors[name])
-
-
-def uniform(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """Draw a matrix uniformly within 1 / sqrt(columns), as linear layers begin."""
-    return (2 * torch.rand(*shape, generator=generator) - 1) / shape[1] ** 0.5
+    labels: Tensor
+    """int64 [N], index into the task's classes."""
+    ids: Tensor
+    """Token ids of the names that are encoded under the prompt at every step: the task's, or all (form `code`)."""
+    own: Tensor
+    """int64 [K]: where among these the task's names are."""
+    here: Tensor
+    """int64 [K]: where the task's classes are among the learned ones."""
+    old: Tensor
+    """The learned classes that have a prototype and did not come back."""
+    words: Tensor | None
+    """Names as SE-VPR compares them [C, D]; None stands for those under the prompt that is trained."""
+    pool: Tensor | None
+    """[N, pool, width], see `_pool_features`."""
+    earlier: Tensor | None
+    """The task's names under earlier prompts [K, prompts, D]; None where there are none."""
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

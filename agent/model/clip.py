@@ -40,11 +40,17 @@ class ModelError(Exception):
 
 
 class ImageTower(nn.Module):
-    """This is open_clip's vision transformer. `prefix`: images -> tokens (frozen); `forward`: tokens -> features."""
+    """This is open_clip's vision transformer. `prefix`: images -> tokens (frozen); `forward`: tokens -> features.
+
+    `forward` is `project` of `pooled`: a norm that acts on each token alone is taken after a single one is chosen.
+    """
 
     def __init__(self, visual: VisionTransformer) -> None:
         super().__init__()
         self.visual = visual
+        self._norm_last = visual.attn_pool is None and (visual.final_ln_after_pool or visual.pool_type == "tok")
+        self.width = int(visual.ln_post.normalized_shape[0])
+        """The number of values per image before the projection."""
 
     def prefix(self, images: Tensor) -> Tensor:
         """Encode preprocessed images [B, 3, H, W] to tokens [B, tokens, width], before the first attention block."""
@@ -52,16 +58,30 @@ class ImageTower(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Encode tokens [B, tokens, width] to features [B, D], not normalised."""
-        pooled, _ = self.visual._pool(self.visual.transformer(tokens))
-        return pooled if self.visual.proj is None else pooled @ self.visual.proj
+        return self.project(self.pooled(tokens))
+
+    def pooled(self, tokens: Tensor) -> Tensor:
+        """Encode tokens [B, tokens, width] to one vector per image, before the last norm and the projection: [B,
+        self.width]."""
+        x = self.visual.transformer(tokens)
+        pooled, _ = self.visual._global_pool(x) if self._norm_last else self.visual._pool(x)
+        return pooled
+
+    def project(self, pooled: Tensor) -> Tensor:
+        """Turn what `pooled` gives [B, self.width] into features [B, D], not normalised."""
+        x = self.visual.ln_post(pooled) if self._norm_last else pooled
+        return x if self.visual.proj is None else x @ self.visual.proj
 
 
 class TimmImageTower(nn.Module):
-    """It is a timm vision transformer inside open_clip (SigLIP and others), with the same two halves."""
+    """It is a timm vision transformer inside open_clip (SigLIP and others), with the same halves."""
 
     def __init__(self, visual: Any) -> None:
         super().__init__()
         self.visual = visual
+        self._norm_last = visual.trunk.attn_pool is None and visual.trunk.global_pool == "token"
+        self.width = int(visual.trunk.num_features)
+        """The number of values per image before the projection."""
 
     def prefix(self, images: Tensor) -> Tensor:
         """Encode preprocessed images [B, 3, H, W] to tokens [B, tokens, width], before the first attention block."""
@@ -70,10 +90,21 @@ class TimmImageTower(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Encode tokens [B, tokens, width] to features [B, D], not normalised."""
+        return self.project(self.pooled(tokens))
+
+    def pooled(self, tokens: Tensor) -> Tensor:
+        """Encode tokens [B, tokens, width] to one vector per image, before the last norm (where it acts on each token
+        alone) and the projection: [B, self.width]."""
         trunk = self.visual.trunk
         for block in trunk.blocks:
             tokens = block(tokens)
-        return self.visual.head(trunk.forward_head(trunk.norm(tokens)))
+        return trunk.pool(tokens if self._norm_last else trunk.norm(tokens))
+
+    def project(self, pooled: Tensor) -> Tensor:
+        """Turn what `pooled` gives [B, self.width] into features [B, D], not normalised."""
+        trunk = self.visual.trunk
+        x = trunk.norm(pooled) if self._norm_last else pooled
+        return self.visual.head(trunk.head(trunk.head_drop(trunk.fc_norm(x))))
 
 
 class TextTower(nn.Module):
