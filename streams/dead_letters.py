@@ -128,7 +128,7 @@ class FileDeadLetters:
 
     def _make_room(self) -> None:
         """Delete the oldest files that may go until the newest has its full size within the bound."""
-        *older, _ = sorted(self._folder.glob(_NAMES))
+        older = sorted(self._folder.glob(_NAMES))[:-1]  # none where the folder cannot be listed: `glob` hides that
         sizes = {file: file.stat().st_size for file in older}
         excess = sum(sizes.values()) + self._file_bytes - self._max_bytes
         before, deleted = self.removed, []

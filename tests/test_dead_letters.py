@@ -172,3 +172,18 @@ def test_a_letter_of_another_partition_is_kept_until_that_one_is_committed(tmp_p
         dead.put(rejected(offset))
     dead.flush(timeout_s=1)
     assert letters(tmp_path)[0]["detail"] != "first"
+
+
+def test_a_folder_that_cannot_be_listed_ends_no_agent_and_costs_no_letter(tmp_path, monkeypatch):
+    dead = FileDeadLetters(tmp_path, max_bytes=80_000)
+    dead.put(rejected(1))
+    dead.flush(timeout_s=1)
+
+    def refused(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "scandir", refused)  # which `glob` keeps to itself
+        dead.committed({Partition("images", 0): 2})
+
+    assert [letter["offset"] for letter in letters(tmp_path)] == [1]
