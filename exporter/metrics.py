@@ -130,8 +130,8 @@ class Metrics(Instruments):
 
     def waiting(self, age_s: float, retention_s: float) -> None:
         """The oldest record that was read and is in no commit is so old, of a stream that keeps records for
-        `retention_s` (infinite where it keeps them for ever)."""
-        self._retention_used.set(age_s / retention_s)
+        `retention_s` (infinite where it keeps them for ever; 0 is a setting that topics take)."""
+        self._retention_used.set(age_s / max(retention_s, 1))
 
     def lag(self, lag: Mapping[tuple[str, int], int]) -> None:
         """This number of records per (topic, partition) is not read yet."""

@@ -116,6 +116,12 @@ def test_skipped_records_are_told_as_totals_and_counted_once(metrics, registry):
     assert registry.get_sample_value("gapstream_skipped_records_total", {"topic": "birds"}) == 5
 
 
+@pytest.mark.parametrize(("retention_s", "used"), [(200.0, 0.25), (math.inf, 0.0), (0.0, 50.0)])
+def test_the_share_of_retention_is_finite_whatever_a_topic_says(metrics, registry, retention_s, used):
+    metrics.waiting(50.0, retention_s)
+    assert registry.get_sample_value("gapstream_retention_used_ratio") == used
+
+
 def test_progress_sets_the_state_of_its_phase_and_the_budget_used(metrics, registry):
     metrics.progressed(Progress("train", task=1, epoch=1, epochs=2, loss=1.5, drift=0.05, budget=0.25))
     assert registry.get_sample_value("gapstream_state", {"gapstream_state": "training"}) == 1

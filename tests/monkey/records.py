@@ -14,6 +14,7 @@ import random
 import tempfile
 import time
 import urllib.parse
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -263,6 +264,7 @@ class Stream:
 
 def main(run: Run) -> None:
     logging.disable()
+    warnings.simplefilter("ignore")  # Pillow's, of odd headers
     with tempfile.TemporaryDirectory() as folder:
         stream = Stream(Path(folder))
         done, number = 0, run.first
