@@ -94,7 +94,7 @@ class Trainer:
         """The model as it is now, None while nothing is learned. It is made once for each update, so that what is
         scored after it, and before the next one, is what was released."""
         self._decoders = Decoders(config.source.max_image_pixels)
-        weakref.finalize(self, self._decoders.close)  # the process ends them; where there are several trainers, this
+        weakref.finalize(self, self._decoders.close)  # where a process has several trainers
         settings = config.evaluation
         self._holdout = HoldOut.load(commit, settings.holdout_fraction, settings.holdout_per_class)
         self._evaluator = Evaluator(
