@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -59,10 +58,6 @@ ACCURACY_IMAGES = 500
 """Held-out images at most that the smaller models of a release are scored on. Preprocessed they are in memory all at
 once, 0.3 GB at 224 x 224 pixels; with fewer, an accuracy has a standard error of more than 2.2 points."""
 
-MAX_DECODERS = 8
-"""Processes that decode images, at most; on a machine of fewer cores one for each. Each has 40 MB. Chosen by hand:
-eight decode 2,000 photographs of 500 x 400 pixels a second."""
-
 _DATA_FAULTS = (ValueError, ArithmeticError, LookupError, torch.linalg.LinAlgError)
 """What blames the task when it is raised while its samples are decoded, predicted or learned: values out of range, and
 matrices that cannot be inverted. A plain RuntimeError does not: torch raises it for memory on a CPU, CUDA, cuDNN and
@@ -98,8 +93,8 @@ class Trainer:
         self._module = self._method.inference_module() if self._method.classes else None
         """The model as it is now, None while nothing is learned. It is made once for each update, so that what is
         scored after it, and before the next one, is what was released."""
-        self._decoders = Decoders(config.source.max_image_pixels, min(MAX_DECODERS, os.cpu_count() or 1))
-        weakref.finalize(self, self._decoders.close)
+        self._decoders = Decoders(config.source.max_image_pixels)
+        weakref.finalize(self, self._decoders.close)  # where a process has several trainers
         settings = config.evaluation
         self._holdout = HoldOut.load(commit, settings.holdout_fraction, settings.holdout_per_class)
         self._evaluator = Evaluator(

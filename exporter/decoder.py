@@ -56,8 +56,8 @@ _ENVIRONMENT = ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "PYTHONHOME", "PYTHON
 """Variables that Python may need to start. The others may be secrets, and are kept from the decoders."""
 
 _SETTINGS = {"OPENBLAS_NUM_THREADS": "1"}
-"""Variables that keep a decoder small: of one thread. (Settings of malloc would make every image 0.5 ms slower: it then
-asks the kernel for each one's memory.)"""
+"""Variables that keep a decoder small: of one thread. Not MALLOC_ARENA_MAX: with it malloc asks the kernel for every
+image's memory anew."""
 
 _PROGRAM = (
     "import sys, json; sys.path[:] = json.loads(sys.argv[1]); "
@@ -65,7 +65,6 @@ _PROGRAM = (
 )
 """What Python runs in the process. Not multiprocessing, which imports the owner's main module again, and torch with it.
 The owner's paths are handed over, so that both run the same code."""
-
 
 Buffer = bytes | memoryview
 """Pixels as they come from a process."""
@@ -95,7 +94,7 @@ class Order:
     pixels: int
     """Number of pixels that the image's header tells."""
     answer_bytes: int
-    """The longest answer."""
+    """Length of the pixels, or of the largest picture."""
 
     @property
     def cpu_s(self) -> float:

@@ -382,12 +382,12 @@ def test_the_largest_honest_images_of_every_format_pass_within_the_limits():
         ("PNG", {"compress_level": 1}),
         ("GIF", {}),
         ("BMP", {}),
-        ("TIFF", {}),
         ("AVIF", {"speed": 10}),
     ):
         kinds[kind + str(options)] = encoded(image, kind, **options)
-    kinds["WEBP"] = encoded(image.crop((0, 0, 5800, 5800)), "WEBP", method=0)
+    kinds["WEBP"] = encoded(image.crop((0, 0, 5400, 5400)), "WEBP", method=0)
     kinds["PPM"] = encoded(image, "PPM")
+    kinds["TIFF"] = encoded(image.crop((0, 0, 6000, 6000)), "TIFF")  # its header lets expect twice the file
     with closing(Decoders(50_000_000, workers=1)) as pool:
         for (name, data), got in zip(kinds.items(), pool.pixels(kinds.values(), PREPROCESS), strict=True):
             assert isinstance(got, np.ndarray), (name, len(data), got)
