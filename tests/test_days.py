@@ -220,6 +220,7 @@ class Watch:
                 lines=(lines[0] - before[0]) / (lines[1] - before[1]),
             )
         )
+        print(tasks, self.sizes[-1], flush=True)
 
 
 class Lines(logging.Handler):
@@ -231,7 +232,7 @@ class Lines(logging.Handler):
 
 @pytest.mark.parametrize(
     ("days", "samples", "history"),
-    [(1, 36, 40), pytest.param(7, 12, HISTORY, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])],
+    [(1, 36, 40), pytest.param(7, 20, HISTORY, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])],
 )
 def test_nothing_grows_with_the_days(
     days: int, samples: int, history: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -285,8 +286,6 @@ def test_nothing_grows_with_the_days(
     finally:
         watch.server.stop()
         source.close()
-    for size in watch.sizes:
-        print(size)
 
     # then all was learned but what is bad, the bounds were reached, and from the middle on nothing grows
     assert commit is not None and len(commit.classes) == CLASSES
