@@ -246,7 +246,7 @@ def test_wrong_arguments_are_a_configuration_mistake(tmp_path: Path, capsys: pyt
     order.write_text('{"classes": []}')
 
     assert main(["bench", "--methods", "nothing"]) == 78
-    assert "expected one of finetune" in capsys.readouterr().err
+    assert "expected one of bofa" in capsys.readouterr().err
     assert main(["bench", "--methods", "seca:nonsense=1"]) == 78
     assert "method.seca.nonsense" in capsys.readouterr().err
     assert main(["bench", "--order", str(order)]) == 78

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from contextlib import closing
 from functools import partial
 from types import SimpleNamespace
 
@@ -22,6 +23,7 @@ from agent.methods.vrlwf import VrLwf as Learner
 from agent.methods.vrlwf import random_sentences
 from agent.model.clip import Clip, ModelError, load_clip
 from agent.model.images import CroppedImages, load_tokens
+from exporter.decoders import Decoders
 from exporter.preprocess import Preprocess, decode
 from streams.archive_folder import ArchiveFolder
 from tests.tiny import PlainTokens, silent, tiny_clip, tiny_task, tiny_timm_clip
@@ -364,7 +366,8 @@ def test_where_fine_tuning_unlearns_names_it_never_learns_distillation_wins_a_th
 
     def photographs(names: list[str], count: int) -> TaskData:
         read = [image.read for name in names for image in archive.images(name)[:count]]
-        loaded = load_tokens(read, clip, max_pixels=10**6, cache_bytes=2**30, scratch=tmp_path)
+        with closing(Decoders(10**6)) as decoders:
+            loaded = load_tokens(read, clip, decoders=decoders, cache_bytes=2**30, scratch=tmp_path)
         return TaskData(1, tuple(names), torch.arange(len(names)).repeat_interleave(count), loaded.tokens)
 
     learned = ["cat", "ship"]
