@@ -215,6 +215,8 @@ class OnnxExporter:
             judge(parity, form.tolerance)
             if accuracy is not None and accuracy_fp32 is not None and accuracy_fp32 - accuracy > MAX_ACCURACY_DROP:
                 refused = f"accuracy on the hold-out is {accuracy:.1%}, and {accuracy_fp32:.1%} in fp32"
+        except (OSError, MemoryError):  # the machine's fault says nothing of the form: the task is tried again
+            raise
         except Exception as error:  # converters and onnxruntime share no base class; fp32 is released all the same
             refused = str(error) if isinstance(error, ParityError) else f"{type(error).__name__}: {error}"
         if refused is not None:

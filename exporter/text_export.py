@@ -107,6 +107,8 @@ class TextExporter:
             ids = module.tokenize(names[:EXAMPLE_BATCH]).cpu().numpy()
             # A token shorter than the longest: to the tracer its length and the tower's own are two numbers.
             self._trace.fitting(module, tensors, module.varying, ids[:, :-1], ids.shape[1], attempt)
+        except (OSError, MemoryError):  # the machine's fault says nothing of the text tower: the task is tried again
+            raise
         except Exception as error:  # torch and tokenizers share no base class; the model is released all the same
             refused = str(error) if isinstance(error, ReleaseError) else f"{type(error).__name__}: {error}"
             log.warning("the release has no text part: %s", refused)

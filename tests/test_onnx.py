@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import subprocess
@@ -291,6 +292,17 @@ def test_a_smaller_form_that_answers_worse_is_left_out_and_the_release_made(
     assert not release.offers("fp16") and not release.model_in("fp16").exists()
     assert release.offers("int8") and release.offers("fp32")
     assert releases.read(release.path) == release
+
+
+def test_a_fault_of_the_machine_is_raised_and_leaves_no_smaller_form_out(
+    precise_exporter, tmp_path, images, monkeypatch
+):
+    def full(model, path, limit) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setitem(PRECISIONS, "fp16", replace(PRECISIONS["fp16"], convert=full))
+    with pytest.raises(OSError, match="No space left"):
+        precise_exporter.release(Toy(5, native_tower()), PREPROCESS, FACTS, tmp_path / "release", images)
 
 
 def test_a_smaller_form_beyond_its_tolerance_is_left_out(precise_exporter, tmp_path, images, monkeypatch):

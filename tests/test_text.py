@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import threading
 from collections.abc import Sequence
@@ -199,6 +200,15 @@ def test_a_model_without_a_tokenizer_to_release_is_released_without_names(clip, 
 
     assert "a Y, cannot be released" in release.text.refused and release.text_files == []
     assert len(Classifier(release.path).classify([picture()])[0].labels) == 3
+
+
+@pytest.mark.parametrize("fault", [OSError(errno.ENOSPC, "No space left on device"), MemoryError("8 GB")])
+def test_a_fault_of_the_machine_is_raised_and_makes_no_release_without_names(clip, tmp_path, fault):
+    def fails() -> tuple[str, str]:
+        raise fault
+
+    with pytest.raises(type(fault)):
+        Exports(clip, tmp_path).release(tokenizer=fails)
 
 
 def picture(seed: int = 0) -> Image.Image:
