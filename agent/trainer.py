@@ -131,7 +131,7 @@ class Trainer:
             good = [task.samples[i] for i in loaded.kept]
             choices = self._holdout.split(good)
             rows = [i for i, choice in enumerate(choices) if choice == "train"]
-            data = _task_data(task, good, rows, loaded, self._clip, self._config.source.max_image_pixels)
+            data = _task_data(task, good, rows, loaded, self._clip, self._decoders)
             before = self._evaluator.before(self._method, self._module, data, on_progress)
             update = self._update(data, on_progress)
         if update is not None:
@@ -352,7 +352,7 @@ def _last_report(parent: Path | None) -> Report | None:
 
 
 def _task_data(
-    task: Task, good: Sequence[Sample], rows: Sequence[int], loaded: LoadedImages, clip: Clip, max_pixels: int
+    task: Task, good: Sequence[Sample], rows: Sequence[int], loaded: LoadedImages, clip: Clip, decoders: Decoders
 ) -> TaskData:
     """Give the samples to train on, and the class names among them in order of first appearance.
 
@@ -363,7 +363,7 @@ def _task_data(
     number = {name: i for i, name in enumerate(classes)}
     labels = torch.tensor([number[good[i].label] for i in rows], dtype=torch.int64)
     tokens = TokensAt(loaded.tokens, torch.tensor(rows, dtype=torch.int64))
-    cropped = CroppedImages([good[i].read for i in rows], clip, max_pixels)
+    cropped = CroppedImages([good[i].read for i in rows], clip, decoders)
     return TaskData(task.number, classes, labels, tokens, cropped)
 
 

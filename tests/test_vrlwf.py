@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 from contextlib import closing
 from functools import partial
 from types import SimpleNamespace
@@ -29,6 +30,12 @@ from streams.archive_folder import ArchiveFolder
 from tests.tiny import PlainTokens, silent, tiny_clip, tiny_task, tiny_timm_clip
 
 QUICK = {"lr": 5e-3, "batch_size": 8, "epochs": 2}
+
+
+@pytest.fixture(scope="module")
+def decoders() -> Iterator[Decoders]:
+    with closing(Decoders(10**6)) as decoders:
+        yield decoders
 
 
 @pytest.fixture(scope="module")
@@ -261,7 +268,7 @@ def test_a_model_with_another_vocabulary_is_refused_at_once():
 class PngImages:
     """A task's images as files, and the task with both ways to read them."""
 
-    def __init__(self, clip: Clip, classes: list[str], per_class: int) -> None:
+    def __init__(self, clip: Clip, decoders: Decoders, classes: list[str], per_class: int) -> None:
         self.files, labels = [], []
         for label, name in enumerate(classes):
             generator = np.random.default_rng(sum(name.encode()))
@@ -275,18 +282,18 @@ class PngImages:
         read = [partial(bytes, file) for file in self.files]
         images = np.stack([clip.preprocess(decode(one(), 10**6)) for one in read])
         tokens = PlainTokens(clip.prefix(torch.from_numpy(images)))
-        self.cropped = CroppedImages(read, clip, 10**6)
+        self.cropped = CroppedImages(read, clip, decoders)
         self.task = TaskData(1, tuple(classes), torch.tensor(labels), tokens, self.cropped)
 
 
-def test_cropped_images_are_parts_of_a_wider_one_mirrored_half_the_time_and_repeat_with_the_generator():
+def test_cropped_images_are_parts_of_a_wider_one_mirrored_half_the_time_and_repeat_with_the_generator(decoders):
     # given a model whose tokens are its pixels, and an image in which every pixel can be told from every other
     ramp = np.stack([np.arange(64).reshape(8, 8)] * 3, axis=-1).astype(np.uint8)
     file = io.BytesIO()
     Image.fromarray(ramp).save(file, "PNG")
     pixels = Preprocess(7, (0.0, 0.0, 0.0), (1 / 255,) * 3)
     clip = SimpleNamespace(preprocess=pixels, prefix=lambda images: images)
-    images = CroppedImages([file.getvalue], clip, 10**6)
+    images = CroppedImages([file.getvalue], clip, decoders)
 
     drawn = images.batch(torch.zeros(400, dtype=torch.int64), torch.Generator().manual_seed(0))
 
@@ -300,8 +307,8 @@ def test_cropped_images_are_parts_of_a_wider_one_mirrored_half_the_time_and_repe
     assert torch.equal(drawn, again)
 
 
-def test_the_published_loop_crops_every_image_anew_and_leaves_out_what_is_not_full(clip, monkeypatch):
-    images = PngImages(clip, ["red", "green"], 6)
+def test_the_published_loop_crops_every_image_anew_and_leaves_out_what_is_not_full(clip, decoders, monkeypatch):
+    images = PngImages(clip, decoders, ["red", "green"], 6)
     read: list[torch.Tensor] = []
     batch = images.cropped.batch
 
@@ -329,13 +336,13 @@ def test_the_published_loop_crops_every_image_anew_and_leaves_out_what_is_not_fu
     assert set(rates) == {QUICK["lr"]} and max(norms) < 1 + 1e-4
 
 
-def test_a_task_smaller_than_a_batch_is_learned_by_the_published_loop_too(clip):
-    images = PngImages(clip, ["red", "green"], 3)
+def test_a_task_smaller_than_a_batch_is_learned_by_the_published_loop_too(clip, decoders):
+    images = PngImages(clip, decoders, ["red", "green"], 3)
     assert learner(clip, loop="published", batch_size=100).update(images.task, silent).steps == 2
 
 
-def test_the_published_loop_repeats_bit_by_bit_and_its_scale_is_learned_saved_and_released(clip):
-    images = PngImages(clip, ["red", "green", "blue"], 4)
+def test_the_published_loop_repeats_bit_by_bit_and_its_scale_is_learned_saved_and_released(clip, decoders):
+    images = PngImages(clip, decoders, ["red", "green", "blue"], 4)
     first, second = (learner(clip, loop="published", trainable="all", lr=1e-3) for _ in range(2))
     for method in (first, second):
         method.update(images.task, silent)
@@ -358,7 +365,7 @@ def test_the_published_loop_needs_images_and_says_so(clip):
         learner(clip, loop="published").update(tiny_task(clip, 1, ["red", "green"]), silent)
 
 
-def test_where_fine_tuning_unlearns_names_it_never_learns_distillation_wins_a_third_of_them_back(tmp_path):
+def test_where_fine_tuning_unlearns_names_it_never_learns_distillation_wins_a_third_of_them_back(tmp_path, decoders):
     """Photographs of two CIFAR-10 classes are learned by all weights of the bundled model, zero-shot accuracy is over
     the other eight. Measured: fine-tuning keeps 54 % of it, VR-LwF 77 %, so that half of what was lost is won back."""
     clip = load_clip(Model())
@@ -366,8 +373,7 @@ def test_where_fine_tuning_unlearns_names_it_never_learns_distillation_wins_a_th
 
     def photographs(names: list[str], count: int) -> TaskData:
         read = [image.read for name in names for image in archive.images(name)[:count]]
-        with closing(Decoders(10**6)) as decoders:
-            loaded = load_tokens(read, clip, decoders=decoders, cache_bytes=2**30, scratch=tmp_path)
+        loaded = load_tokens(read, clip, decoders=decoders, cache_bytes=2**30, scratch=tmp_path)
         return TaskData(1, tuple(names), torch.arange(len(names)).repeat_interleave(count), loaded.tokens)
 
     learned = ["cat", "ship"]

@@ -179,9 +179,12 @@ def load_data(
         index = torch.tensor([number[label] for label in labels], dtype=torch.int64)
         return names, index, TokensAt(loaded.tokens, torch.tensor(rows, dtype=torch.int64))
 
+    # Others than those above, which have ended: these begin when a method first asks for cropped images.
+    decoders = Decoders(config.source.max_image_pixels)
+
     def learnable(number: int, rows: Sequence[int]) -> TaskData:
         read = [partial(_read, entries[loaded.kept[row]][1]) for row in rows]
-        return TaskData(number, *of(rows), CroppedImages(read, clip, config.source.max_image_pixels))
+        return TaskData(number, *of(rows), CroppedImages(read, clip, decoders))
 
     *learned, test, probe = sections
     if not all(learned) or not test:

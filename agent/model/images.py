@@ -17,7 +17,6 @@ from torch import Tensor
 from agent.model.clip import Clip
 from exporter.decoders import Decoders
 from exporter.image_header import ImageError
-from exporter.preprocess import decode
 
 CHUNK = 16
 """Images decoded and encoded together: so few that a convolution's activations stay in a core's cache. Together with
@@ -36,30 +35,27 @@ published code of VR-LwF."""
 class CroppedImages:
     """It encodes images anew whenever they are asked for, each cropped and mirrored at random."""
 
-    def __init__(self, read: Sequence[Callable[[], bytes]], clip: Clip, max_pixels: int) -> None:
-        """`read` gives the encoded images, none of which failed to be decoded before.
-
-        Decoder processes have had each of them, so none is too slow or too large to be decoded here again."""
+    def __init__(self, read: Sequence[Callable[[], bytes]], clip: Clip, decoders: Decoders) -> None:
+        """`read` gives the encoded images, none of which failed to be decoded before."""
         self._read = read
         self._clip = clip
-        self._max_pixels = max_pixels
+        self._decoders = decoders
 
     def batch(self, index: Tensor, generator: torch.Generator) -> Tensor:
         """Encode some images: index int64 [B] -> float [B, tokens, width] on the device. Of the centre's square each is
-        a random part of the model's size, mirrored with probability 1/2."""
+        a random part of the model's size, mirrored with probability 1/2. Raises ImageError, DecodersError."""
         size = self._clip.preprocess.size
         wider = replace(self._clip.preprocess, size=round(size * WIDER))
         count, room = len(index), wider.size - size + 1
         drawn = [torch.randint(bound, (count,), generator=generator).tolist() for bound in (room, room, 2)]
-
-        def one(at: int, top: int, left: int, mirrored: int) -> Tensor:
-            image = torch.from_numpy(wider(decode(self._read[at](), self._max_pixels)))
-            part = image[:, top : top + size, left : left + size]
-            return part.flip(-1) if mirrored else part
-
-        with ThreadPoolExecutor(min(8, torch.get_num_threads())) as pool:
-            images = torch.stack(list(pool.map(one, index.tolist(), *drawn)))
-        return torch.cat([self._clip.prefix(part) for part in images.split(CHUNK)])
+        parts = []
+        decoded = self._decoders.pixels((self._read[at]() for at in index.tolist()), wider)
+        for image, top, left, mirrored in zip(decoded, *drawn, strict=True):
+            if isinstance(image, ImageError):
+                raise image
+            part = torch.from_numpy(image[:, top : top + size, left : left + size])
+            parts.append(part.flip(-1) if mirrored else part)
+        return torch.cat([self._clip.prefix(part) for part in torch.stack(parts).split(CHUNK)])
 
 
 class StoredTokens:
