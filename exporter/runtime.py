@@ -88,7 +88,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Prepared:
-    """An image as the network takes it, made by `Classifier.prepare` or of what exporter.decoders gives."""
+    """An image as the network takes it, made of what exporter.decoders gives."""
 
     pixels: NDArray[np.float32]
     """The model's input [3, H, W]."""
@@ -216,17 +216,6 @@ class Classifier:
             why = "release.text was off when it was made" if text is None else text.refused
             raise NamesError(f"release {served.release.id} scores only the classes it has learned: {why}")
         return tuple(extra)
-
-    def prepare(self, image: bytes | Image.Image, extra: Sequence[str] = ()) -> Prepared:
-        """Do all of `classify` that needs only this image, for callers that decode on threads of their own.
-
-        Raises ImageError for an unusable image, and NamesError and ReleaseError as `encode_names` does.
-        """
-        served = self._served
-        names = self.check_names(extra)
-        prepared = Prepared(self._pixels(image, served.release.preprocess), served.release.preprocess, names)
-        self.encode_names(names)  # after the pixels: an image that is none costs no run of the text tower
-        return prepared
 
     def encode_names(self, extra: Sequence[str]) -> None:
         """Do all of `classify` that needs only the names: their embeddings are kept for the images that come with them.

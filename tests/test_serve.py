@@ -26,7 +26,7 @@ from prometheus_client import CollectorRegistry
 from agent.cli import main
 from exporter import bodies, serve
 from exporter.batcher import Batcher
-from exporter.runtime import Classifier, NamesError, Prediction
+from exporter.runtime import Classifier, NamesError, Prediction, Prepared
 from exporter.serve import Server
 from exporter.serving_metrics import ServeMetrics
 from tests.test_deploy import program
@@ -307,11 +307,15 @@ def test_requests_with_and_without_names_go_through_the_model_together(naming):
             go.wait(20)
         return classifier.classify(images, top)
 
+    def prepared(seed: int, names: tuple[str, ...] = ()) -> Prepared:
+        preprocess = classifier.release.preprocess
+        return Prepared(preprocess(picture(seed)), preprocess, names)
+
     batcher = Batcher(classify, 8, sizes.append)
-    batcher.submit([classifier.prepare(picture(0))], 1)
+    batcher.submit([prepared(0)], 1)
     begun.wait(20)
     asked = [((), 1), (("zebra",), 2), (("okapi", "zebra"), 0)]
-    waiting = [batcher.submit([classifier.prepare(picture(1), names)], top) for names, top in asked]
+    waiting = [batcher.submit([prepared(1, names)], top) for names, top in asked]
 
     go.set()
 

@@ -27,7 +27,7 @@ from exporter import release as releases
 from exporter import text as texts
 from exporter.onnx import OnnxExporter
 from exporter.release import Release, ReleaseError
-from exporter.runtime import Classifier, NamesError
+from exporter.runtime import Classifier, NamesError, Prepared
 from exporter.text import CLEANUPS, name_encoder
 from exporter.text_export import TextToRelease
 from tests.tiny import tiny_clip, tiny_timm_clip
@@ -215,6 +215,11 @@ def picture(seed: int = 0) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (40, 50, 3), dtype=np.uint8))
 
 
+def prepared(classifier: Classifier, names: Sequence[str]) -> Prepared:
+    preprocess = classifier.release.preprocess
+    return Prepared(preprocess(picture()), preprocess, tuple(names))
+
+
 def test_an_extra_name_takes_its_share_of_the_similarities_and_the_learned_classes_keep_their_proportions(exports):
     release = exports.made[0]
     classifier = Classifier(release.path, threads=1)
@@ -227,8 +232,8 @@ def test_an_extra_name_takes_its_share_of_the_similarities_and_the_learned_class
             dict(zip(answer.labels, answer.scores, strict=True)),
         )
 
-        prepared = classifier.prepare(picture(seed)).pixels[None]
-        embedding = torch.from_numpy(classifier._served.session.run(prepared).embedding)
+        pixels = classifier.release.preprocess(picture(seed))[None]
+        embedding = torch.from_numpy(classifier._served.session.run(pixels).embedding)
         similar = exports.clip.logit_scale * embedding @ rows(exports.text(0), [*LEARNED, *extra]).T
         shares = similar.softmax(-1)[0, -2:].tolist()
 
@@ -252,7 +257,7 @@ def test_a_prepared_image_brings_its_own_names_into_a_common_batch(exports):
     classifier = Classifier(exports.made[0].path, threads=1)
     asked = [(), ("zebra",), ("okapi", "zebra")]
 
-    together = classifier.classify([classifier.prepare(picture(), names) for names in asked], top=0)
+    together = classifier.classify([prepared(classifier, names) for names in asked], top=0)
 
     for answer, names in zip(together, asked, strict=True):
         [alone] = classifier.classify([picture()], top=0, extra=names)
@@ -271,7 +276,11 @@ def test_a_prepared_image_brings_its_own_names_into_a_common_batch(exports):
 )
 def test_too_many_or_impossible_names_are_refused_with_what_is_expected(names, said, exports):
     classifier = Classifier(exports.made[0].path, max_names=2, max_name_chars=9)
-    for ask in (classifier.check_names, lambda names: classifier.prepare(picture(), names)):
+    for ask in (
+        classifier.check_names,
+        classifier.encode_names,
+        lambda names: classifier.classify([picture()], extra=names),
+    ):
         with pytest.raises(NamesError, match=said):
             ask(names)
 
@@ -322,14 +331,14 @@ def test_a_newer_release_answers_with_its_own_text_tower(exports, tmp_path):
 
     point(0)
     classifier = Classifier(tmp_path, threads=1)
-    prepared = classifier.prepare(picture(), ["zebra", "frog"])
-    assert "frog" in classifier.classify([prepared], top=0)[0].labels
+    image = prepared(classifier, ["zebra", "frog"])
+    assert "frog" in classifier.classify([image], top=0)[0].labels
 
     point(1)
     assert classifier.refresh()
 
     assert classifier._served.names.opened  # before anyone asks, since names were asked for before
-    [answer] = classifier.classify([prepared], top=0)
+    [answer] = classifier.classify([image], top=0)
     assert answer == Classifier(exports.made[1].path, threads=1).classify([picture()], 0, ["zebra"])[0]
 
 
