@@ -172,15 +172,19 @@ def test_a_commit_that_keeps_its_predecessors_release_swaps_nothing(state, tmp_p
     assert not classifier.refresh()
 
 
+def takes_up_seven_classes(classifier: Classifier) -> None:
+    deadline = time.monotonic() + 20
+    while len(classifier.release.classes) != 7 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(classifier.release.classes) == 7
+
+
 def test_the_follower_takes_up_a_new_release_by_itself(state):
     classifier = Classifier(state.path)
     classifier.follow(interval_s=0.01)
     try:
         state.point(2)
-        deadline = time.monotonic() + 20
-        while len(classifier.release.classes) != 7 and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert len(classifier.release.classes) == 7
+        takes_up_seven_classes(classifier)
     finally:
         classifier.close()
 
@@ -199,10 +203,7 @@ def test_the_follower_outlives_a_folder_that_cannot_be_read_for_a_while(state, m
         assert failed.wait(20)
     try:
         state.point(2)
-        deadline = time.monotonic() + 20
-        while len(classifier.release.classes) != 7 and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert len(classifier.release.classes) == 7
+        takes_up_seven_classes(classifier)
         assert "it cannot be read ([Errno 5] Input/output error)" in caplog.text
     finally:
         classifier.close()
@@ -464,10 +465,7 @@ def test_no_exception_ends_the_follower(state, monkeypatch, error):
         assert classifier.why_not_alive() == [] and classifier.why_behind
     try:
         state.point(2)
-        deadline = time.monotonic() + 20
-        while len(classifier.release.classes) != 7 and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert len(classifier.release.classes) == 7
+        takes_up_seven_classes(classifier)
     finally:
         classifier.close()
     assert classifier.why_not_alive() == []

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from agent import config
 from agent.methods.base import InferenceModule, LearnerState, OnProgress, TaskData, check_learned, task_generator
 from agent.methods.classifiers import TowerWithHead
-from agent.methods.training import GapWatch, UntouchedMethod, admit, untrained
+from agent.methods.training import GapWatch, UntouchedMethod, admit, packed, unpack, untrained
 from agent.model.clip import Clip
 from agent.model.lora import ADAPTED, merged
 from agent.values import Progress, Update
@@ -190,7 +190,7 @@ class Gapstream(UntouchedMethod):
             "random.embedding": self._random.embedding.clone(),
             "counts": self._counts.clone(),
             "means": self._means.clone(),
-            "scatter": torch.cat([row[: at + 1] for at, row in enumerate(self._scatter)]),
+            "scatter": packed(self._scatter),
             "names": self._class_names().clone(),
             "fusion": torch.tensor([self._temperature, self._text_weight], dtype=torch.float64),
         }
@@ -201,8 +201,7 @@ class Gapstream(UntouchedMethod):
         self._random.tokens.copy_(tensors["random.tokens"])
         self._random.embedding.copy_(tensors["random.embedding"])
         self._counts, self._means = tensors["counts"].clone(), tensors["means"].clone()
-        for at, row in enumerate(tensors["scatter"].split(list(range(1, len(self._scatter) + 1)))):
-            self._scatter[at, : at + 1] = row
+        unpack(tensors["scatter"], self._scatter)
         self._names = tensors["names"].clone()
         self._temperature, self._text_weight = state.tensors["fusion"].tolist()
         self._classes = list(state.values["classes"])

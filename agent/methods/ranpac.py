@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from agent import config
 from agent.methods.base import InferenceModule, LearnerState, OnProgress, TaskData, check_learned, task_generator
 from agent.methods.classifiers import TowerWithHead
-from agent.methods.training import GapWatch, UntouchedMethod, admit, untouched_features, untrained
+from agent.methods.training import GapWatch, UntouchedMethod, admit, packed, unpack, untouched_features, untrained
 from agent.model.clip import Clip
 from agent.model.lora import merged
 from agent.values import Progress, Update
@@ -120,7 +120,7 @@ class RanPac(UntouchedMethod):
     def state(self) -> LearnerState:
         tensors = {
             "projection": self._projection.clone(),
-            "gram": torch.cat([row[: at + 1] for at, row in enumerate(self._gram)]),
+            "gram": packed(self._gram),
             "sums": self._sums.clone(),
             "ridge": torch.tensor(self._ridge, dtype=torch.float64),
         }
@@ -130,8 +130,7 @@ class RanPac(UntouchedMethod):
         tensors = {name: tensor.to(self._clip.device) for name, tensor in state.tensors.items()}
         self._projection = tensors["projection"].clone()
         self._sums = tensors["sums"].clone()
-        for at, row in enumerate(tensors["gram"].split(list(range(1, len(self._gram) + 1)))):
-            self._gram[at, : at + 1] = row
+        unpack(tensors["gram"], self._gram)
         self._ridge = state.tensors["ridge"].item()
         self._classes = list(state.values["classes"])
 

@@ -265,6 +265,17 @@ def admit(classes: list[str], task: TaskData) -> None:
     classes += [name for name in task.classes if name not in classes]
 
 
+def packed(symmetric: Tensor) -> Tensor:
+    """Give the lower triangle of a matrix [M, M], row after row: [M (M + 1) / 2], half of what a commit would have."""
+    return torch.cat([row[: at + 1] for at, row in enumerate(symmetric)])
+
+
+def unpack(triangle: Tensor, symmetric: Tensor) -> None:
+    """Put what `packed` gave into the lower triangle of `symmetric` [M, M]. Raises RuntimeError for another M."""
+    for at, row in enumerate(triangle.split(list(range(1, len(symmetric) + 1)))):
+        symmetric[at, : at + 1] = row
+
+
 class ClassMeans:
     """It keeps the mean feature of every class, over all its images so far."""
 
