@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from agent.scoring.report import Report
+from agent.scoring.report import Adaptation, Report
 from streams.record import Offsets, Partition, Reason
 
 
@@ -89,6 +89,8 @@ class Update:
     """Wall seconds per phase (train, compensate, ...)."""
     details: Mapping[str, Any] = field(default_factory=dict)
     """JSON-able values particular to the method (fusion form, epochs fixed by the paper's schedule, ...)."""
+    adaptation: Adaptation | None = None
+    """What was decided about new adapters; None where nothing was to be decided."""
 
 
 @dataclass(frozen=True, slots=True)

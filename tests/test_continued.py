@@ -37,6 +37,7 @@ def settings(state: Path) -> Config:
         "state.path": state,
         "model.threads": 1,
         "method.gapstream.features": 64,
+        "method.gapstream.drift_budget": 0,  # that version left the towers alone
         "source.archive.per_class": 6,
         "evaluation.holdout_fraction": 0.3,
     }

@@ -1,17 +1,21 @@
-"""gapstream's own method against direct computation: statistics, discriminant, leaving one out, what is kept."""
+"""gapstream's own method against direct computation: statistics, discriminant, leaving one out, adapters, its state."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from agent.config import Method
-from agent.methods.base import TaskData
-from agent.methods.gapstream import Gapstream, RandomFeatures, leave_one_out
-from agent.model.clip import Clip
-from tests.tiny import PlainTokens, silent, tiny_clip, tiny_task
+from agent.config import Method, Model
+from agent.methods.base import TaskData, task_generator
+from agent.methods.discriminant import RandomFeatures, leave_one_out
+from agent.methods.gapstream import LEAST_HELD, Gapstream
+from agent.methods.training import GapWatch, local_loss
+from agent.model.clip import Clip, load_clip
+from tests.tiny import PlainTokens, silent, tiny_clip, tiny_task, tiny_timm_clip
 
 NAMES = ("red", "green", "blue", "black")
 
@@ -22,7 +26,9 @@ def clip() -> Clip:
 
 
 def learner(clip: Clip, **settings) -> Gapstream:
-    return Gapstream(clip, Method.model_validate({"gapstream": {"features": 40, "prior_images": 7, **settings}}))
+    """A learner that leaves the towers alone, where no budget is given."""
+    section = {"features": 40, "prior_images": 7, "drift_budget": 0, **settings}
+    return Gapstream(clip, Method.model_validate({"gapstream": section}))
 
 
 def stream(clip: Clip, per_class: int = 12) -> tuple[Tensor, Tensor]:
@@ -39,7 +45,8 @@ def task_of(number: int, tokens: Tensor, labels: Tensor) -> TaskData:
 
 
 def features(method: Gapstream, clip: Clip, tokens: Tensor) -> Tensor:
-    return method._random(tokens, clip.encode_tokens(tokens)).double()
+    middle, embedding = clip.image.at_depth(tokens, method._depth)
+    return method._random(middle, F.normalize(embedding, dim=-1)).double()
 
 
 def reference(features: Tensor, labels: Tensor, prior: float, asked: Tensor, variance: Tensor | None = None) -> Tensor:
@@ -58,7 +65,8 @@ def test_the_prediction_is_the_discriminant_of_all_images_beside_the_texts(clip)
     method.update(task_of(1, tokens, labels), silent)
     known, embedding = features(method, clip, tokens), clip.encode_tokens(tokens).double()
     text = clip.logit_scale * embedding @ clip.encode_names(NAMES).double().T
-    fused = method._temperature * reference(known, labels, 7, known) + method._text_weight * text
+    fusion = method._fusion
+    fused = fusion.temperature * reference(known, labels, 7, known) + fusion.text_weight * text
     got = method.inference_module().from_tokens(tokens)[2]
     assert torch.allclose(got.double(), fused.softmax(-1), atol=1e-3)
 
@@ -79,8 +87,8 @@ def test_leaving_one_out_is_what_learning_all_others_would_have_said(clip):
     tokens, labels = stream(clip, per_class=5)
     method = learner(clip)
     method.update(task_of(1, tokens, labels), silent)
-    solved, known = method._solve(), features(method, clip, tokens)
-    got = leave_one_out(solved, known.float(), labels, method._counts).double()
+    solved, known = method._statistics.solve(7), features(method, clip, tokens)
+    got = leave_one_out(solved, known.float(), labels, method._statistics.counts).double()
     variance = (known - known.mean(0)).square().mean()
     for i in range(len(labels)):
         others = torch.arange(len(labels)) != i
@@ -93,7 +101,7 @@ def test_what_images_cannot_tell_apart_is_left_to_the_texts(clip):
     def temperature(tokens: Tensor, labels: Tensor) -> float:
         method = learner(clip)
         method.update(task_of(1, tokens, labels), silent)
-        return method._temperature
+        return method._fusion.temperature
 
     tokens, labels = stream(clip, per_class=30)
     shuffled = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))]
@@ -102,10 +110,10 @@ def test_what_images_cannot_tell_apart_is_left_to_the_texts(clip):
 
 def test_one_image_of_a_class_is_learned_where_nothing_can_be_left_out(clip):
     tokens, labels = stream(clip, per_class=1)
-    method = learner(clip)
-    before = method._temperature, method._text_weight
-    method.update(task_of(1, tokens, labels), silent)
-    assert (method._temperature, method._text_weight) == before
+    method = learner(clip, drift_budget=1e9)
+    before = method._fusion
+    update = method.update(task_of(1, tokens, labels), silent)
+    assert method._fusion == before and update.adaptation is None
     assert method.inference_module().from_tokens(tokens)[2].isfinite().all()
 
 
@@ -124,3 +132,138 @@ def test_random_features_are_those_of_every_token_alone_and_of_the_embedding(cli
     first = [F.relu(F.normalize(token, dim=-1) @ random.tokens) for token in tokens[0]]
     assert torch.allclose(got[0, :6], torch.stack(first).mean(0), atol=1e-6)
     assert torch.allclose(got[:, 6:], F.relu(embedding @ random.embedding), atol=1e-6)
+
+
+WIDE = 1e9
+"""A budget that nothing crosses."""
+
+
+@pytest.fixture
+def eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small tasks adapt, and in few steps far enough to see."""
+    monkeypatch.setattr("agent.methods.gapstream.LEAST_HELD", 4)
+    monkeypatch.setattr("agent.methods.gapstream.LEARNING_RATE", 2e-2)
+
+
+def held_back(method: Gapstream, task: TaskData) -> Tensor:
+    sample = torch.randperm(len(task), generator=task_generator(method._seed, task.number, "calibration"))
+    return sample[: len(task) // 4]
+
+
+def test_adapters_learn_the_names_and_stay_where_images_held_back_do_not_speak_against_them(clip, eager):
+    tokens, labels = stream(clip, per_class=100)
+    # so large a prior that the discriminant says little: texts lead
+    task, method = task_of(1, tokens, labels), learner(clip, drift_budget=WIDE, prior_images=1e6)
+    update = method.update(task, silent)
+    adaptation = update.adaptation
+    assert adaptation.kept and adaptation.images == len(task) // 4 and adaptation.gain >= -adaptation.error
+    assert update.epochs == adaptation.epochs == 1 and 0 < update.drift_after == adaptation.drift
+    losses = [
+        local_loss(model.encode_tokens(tokens), model.encode_names(task.classes), task.labels, clip.logit_scale)
+        for model in (method, clip)
+    ]
+    assert losses[0] < losses[1] - 0.1
+    # what is released answers by the adapted towers too
+    module = method.inference_module()
+    assert torch.allclose(module.from_tokens(tokens)[0], method.encode_tokens(tokens), atol=1e-6)
+
+
+def test_what_was_counted_is_the_same_to_the_last_bit_however_the_towers_adapt(clip, eager):
+    still, moving = learner(clip), learner(clip, drift_budget=WIDE)
+    tokens, labels = stream(clip, per_class=30)
+    for number, part in enumerate((labels < 2, labels >= 2, labels < 4), 1):
+        still.update(task_of(number, tokens[part], labels[part]), silent)
+        moving.update(task_of(number, tokens[part], labels[part]), silent)
+    assert moving._adapted and not still._adapted
+    for name in ("counts", "means", "scatter"):
+        assert torch.equal(still.state().tensors[name], moving.state().tensors[name]), name
+
+
+def test_with_a_budget_of_0_no_tower_moves_and_no_adapters_are_kept(clip, eager):
+    tokens, labels = stream(clip)
+    method = learner(clip, drift_budget=0)
+    update = method.update(task_of(1, tokens, labels), silent)
+    assert update.adaptation is None and update.drift_after == 0 and update.budget is None and update.epochs_run == 0
+    assert set(method.state().tensors) == {
+        *("random.tokens", "random.embedding", "counts", "means", "scatter", "names", "fusion")
+    }
+    assert method.inference_module().adapted is None
+
+
+def test_what_crosses_the_budget_is_rolled_back(clip, eager):
+    tokens, labels = stream(clip)
+    method = learner(clip, drift_budget=1e-6)
+    before = method._student.tensors()
+    update = method.update(task_of(1, tokens, labels), silent)
+    assert update.rolled_back and update.epochs == 0 and update.epochs_run == 1
+    assert not update.adaptation.kept and update.adaptation.drift > 1e-6 and update.drift_after == 0
+    assert "undone" in update.adaptation.words()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in method._student.tensors().items())
+    assert torch.equal(method.encode_names(NAMES), clip.encode_names(NAMES))
+
+
+def test_adapters_that_the_images_held_back_speak_against_are_refused(clip, eager, monkeypatch):
+    # given a first task that adapts, and a second whose names the adapters learn the wrong way round
+    monkeypatch.setattr("agent.methods.gapstream.LEARNING_RATE", 5e-2)
+    tokens, labels = stream(clip, per_class=40)
+    method = learner(clip, drift_budget=WIDE, prior_images=1e6)
+    method.update(task_of(1, tokens, labels), silent)
+    task = task_of(2, tokens, labels)
+    wrong = (task.labels + 1) % len(NAMES)
+    wrong[held_back(method, task)] = task.labels[held_back(method, task)]
+    before, names = method._student.tensors(), method.encode_names(NAMES)
+    # when it is learned
+    update = method.update(replace(task, labels=wrong), silent)
+    # then the towers are as they were
+    assert not update.adaptation.kept and update.adaptation.gain < -update.adaptation.error
+    assert update.epochs == 0 and update.epochs_run == 1 and not update.rolled_back
+    assert update.drift_after == update.drift_before
+    assert all(torch.equal(tensor, before[name]) for name, tensor in method._student.tensors().items())
+    assert torch.equal(method.encode_names(NAMES), names)
+    assert "refused" in update.adaptation.words()
+
+
+@pytest.mark.parametrize("budget", [0.05, 0])
+def test_adapters_whose_drift_a_later_task_finds_beyond_the_budget_are_weakened_until_it_is_inside(clip, eager, budget):
+    # given adapters made under a wide budget
+    tokens, labels = stream(clip)
+    wide = learner(clip, drift_budget=WIDE)
+    wide.update(task_of(1, tokens, labels), silent)
+    # when another task comes under a narrow one
+    method = learner(clip, drift_budget=budget)
+    method.load_state(wide.state())
+    task = task_of(2, tokens, labels)
+    assert GapWatch(method, clip, task, 0).drift(GapWatch(method, clip, task, 0).before) > budget
+    update = method.update(task, silent)
+    # then its gap is inside again; with none left, the towers are the untouched ones
+    assert update.drift_before <= budget and update.drift_after <= budget
+    if not budget:
+        assert method.inference_module().adapted is None
+        assert torch.equal(method.encode_names(NAMES), clip.encode_names(NAMES))
+
+
+def test_a_task_with_too_few_images_to_judge_by_adapts_nothing(clip):
+    enough = 4 * LEAST_HELD
+    for images, adapts in ((enough, True), (enough - 1, False)):
+        tokens, labels = stream(clip, per_class=enough)
+        update = learner(clip, drift_budget=WIDE).update(task_of(1, tokens[:images], labels[:images]), silent)
+        assert (update.adaptation is not None) == adapts
+
+
+def test_earlier_features_are_taken_amid_the_blocks_of_a_plain_tower_and_before_them_behind_a_trunk():
+    assert tiny_clip().image.depth == 1 and tiny_timm_clip().image.depth == 3
+    assert load_clip(Model()).image.depth == 0
+
+
+def test_a_state_whose_features_are_of_another_depth_is_continued_with_them(clip):
+    tokens, labels = stream(clip)
+    old = learner(clip)
+    old._depth = 0
+    old.update(task_of(1, tokens, labels), silent)
+    assert "depth" not in old.state().values
+    method = learner(clip)
+    method.load_state(old.state())
+    for learned in (old, method):
+        learned.update(task_of(2, tokens, labels), silent)
+    assert method._depth == 0
+    assert torch.equal(method.state().tensors["scatter"], old.state().tensors["scatter"])

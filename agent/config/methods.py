@@ -86,8 +86,13 @@ class MgClip(Section):
 
 
 class Gapstream(Section):
-    """gapstream is our own method: second-order statistics of the untouched model's features."""
+    """gapstream is our own method: both towers adapt while the modality gap drifts little, beside second-order
+    statistics of the untouched model's features."""
 
+    drift_budget: float = Field(0.25, ge=0)
+    """The mean similarity of images to wrong names may drift by this share of the untouched model's separation of right
+    and wrong names; adapters that cross it are rolled back. With 0 the towers stay as they are, which also takes away
+    what a state folder has of adapters."""
     features: int = Field(5000, ge=16)
     """An image has this number of random features (at least 16). What is kept between tasks grows with their square
     (5000: 50 MB, and 20 MB per 1000 classes), as does what an update computes; 5000 take it 0.5 GB of memory."""

@@ -1,52 +1,83 @@
-"""Our own method: both towers stay untouched, second-order statistics of their features learn. No replay.
+"""Our own method, MG-CLIP's two halves at their best: preserve the gap while the towers adapt, and compensate exactly.
 
-What preserves is that no weight of either tower changes: the gap does not drift, names never learned are recognised as
-before, and statistics of earlier tasks stay true. What compensates, per task: (1) Images become random features
-(ReLU of random projections, as in RanPAC, arXiv 2307.02251) of two depths, as earlier layers often tell classes apart
-that the embedding merges (LayUP, arXiv 2312.08888): of every token where the tower's trainable part would begin,
-averaged over the tokens, and of the embedding. (2) A class mean, and one within-class scatter shared by all classes,
-are updated exactly; a linear discriminant follows in closed form, its scatter shrunk toward a sphere as if by a fixed
-number of images. (3) A prediction is the softmax of temperature * discriminant + weight * similarity to the class
-names; both numbers minimise the cross entropy on some of the task's images, each scored as if it had not been learned
-(leave one out, exact and in closed form). So texts lead where images are few, and images where they are many.
+*Preserve and adapt.* K/V adapters of both towers learn a task's names by the local loss (MG-CLIP, arXiv 2507.09118,
+equation 4) as long as the modality gap stays within the drift budget; what crosses it is rolled back. A part of the
+task's images is held back from them. On these the cross entropy of the whole prediction, with and without the new
+adapters, decides whether they stay: adapters are kept unless that evidence is against them.
 
-The result does not depend on how a stream is cut into tasks, but for the rounding and those two numbers.
+*Compensate.* The visual space gets second-order statistics of the *untouched* tower's features, which no adapter
+moves: what was counted stays true, however often the towers adapt, and two learners' statistics can be added. (1)
+Images become random features (ReLU of random projections, as in RanPAC, arXiv 2307.02251) of two depths, as earlier
+layers often tell classes apart that the embedding merges (LayUP, arXiv 2312.08888): of every token at the tower's
+`depth`, averaged over the tokens, and of the embedding. (2) A class mean, and one within-class scatter shared by all
+classes, are updated exactly; a linear discriminant follows in closed form, its scatter shrunk toward a sphere as if by
+a fixed number of images. (3) A prediction is the softmax of temperature * discriminant + weight * similarity of the
+adapted towers' embeddings; both numbers minimise the cross entropy on the images held back, each scored as if it had
+not been learned (leave one out, exact and in closed form). So texts lead where images are few, and images where they
+are many.
+
+With a drift budget of 0 neither tower moves. The statistics do not depend on how a stream is cut into tasks, but for
+the rounding.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from agent import config
-from agent.methods.base import InferenceModule, LearnerState, OnProgress, TaskData, check_learned, task_generator
-from agent.methods.classifiers import TowerWithHead
-from agent.methods.training import GapWatch, UntouchedMethod, admit, packed, unpack, untrained
+from agent.methods.base import (
+    InferenceModule,
+    LearnerState,
+    OnProgress,
+    TaskData,
+    TextModule,
+    Tokens,
+    check_learned,
+    task_generator,
+)
+from agent.methods.discriminant import Discriminant, Fusion, RandomFeatures, Solved, Statistics, leave_one_out
+from agent.methods.student import Student
+from agent.methods.training import GapWatch, Training, admit, cosine, local_loss, packed, unpack, untrained
 from agent.model.clip import Clip
-from agent.model.lora import ADAPTED, merged
+from agent.model.gap import within_budget
+from agent.model.lora import merged
+from agent.scoring.report import Adaptation
 from agent.values import Progress, Update
 
-TOKENS_SHARE = 0.6
-"""The share of the random features that are of the tokens where training would begin; the others are the embedding's.
-Chosen on the 201st to 250th training image of every Tiny-ImageNet class, where the embedding alone was right on 58.2 %
-of the images and both depths together on 63.8 %."""
+log = logging.getLogger(__name__)
+
 BATCH = 64
 """Images whose random features of every token are in memory at once: 64 x 196 tokens x 3,000 features are 150 MB."""
 CALIBRATION_IMAGES = 256
-"""Images of a task that the fusion's two numbers are fitted to. Two numbers need no more; each further image costs a
-solve with the scatter's Cholesky factor."""
-START = (0.002, 0.5)
-"""Temperature and weight of the texts before any are measured: chosen by hand. Measured ones lean on
-the last with the strength of a log-normal prior of deviation 1, so that a small task cannot throw them far."""
+"""Images of a task that the fusion's two numbers are fitted to, and that adapters are judged by. Two numbers need no
+more; each further image costs a solve with the scatter's Cholesky factor."""
+HELD_SHARE = 0.25
+"""At most this share of a task's images is held back from the adapters: chosen by hand, as validation sets are."""
+LEAST_HELD = 16
+"""With fewer images to judge by nothing is adapted: chosen by hand; the mean of fewer says little."""
+EPOCHS = 1
+"""Epochs of adapter training, as MG-CLIP's own."""
+LEARNING_RATE = 1e-3
+"""Adam's, as MG-CLIP's own."""
+ADAPTER_BATCH = 32
+"""Samples of a step of adapter training."""
+HALVINGS = 10
+"""Adapters beyond the budget are halved at most this often, then they are taken away: a thousandth of what they were
+moves the gap by less than rounding does."""
+START = Fusion(temperature=0.002, text_weight=0.5)
+"""The fusion before anything is measured: chosen by hand."""
 
 
-class Gapstream(UntouchedMethod):
-    """It is the default method: second-order statistics beside the texts. See the module's first lines."""
+class Gapstream:
+    """It is the default method: adapters under a gap budget, second-order statistics. See the module's first lines."""
 
     name = "gapstream"
     fusion = "text+discriminant"
@@ -55,14 +86,17 @@ class Gapstream(UntouchedMethod):
         self._clip = clip
         self._seed = settings.seed
         self._prior = settings.gapstream.prior_images
+        self._budget = settings.gapstream.drift_budget
         features = settings.gapstream.features
         self._random = RandomFeatures(clip, features, task_generator(settings.seed, 0, "random features"))
+        self._depth = clip.image.depth
+        """The block whose input tokens the random features are of."""
+        self._statistics = Statistics(features, clip.device)
+        self._student = Student(clip, settings.lora, settings.seed)
+        self._adapted = False
+        """Whether the adapters change anything; while they do not, the towers are used as they are."""
         self._classes: list[str] = []
-        self._counts = torch.zeros(0, device=clip.device)
-        self._means = torch.zeros(0, features, device=clip.device)
-        self._scatter = torch.zeros(features, features, device=clip.device)
-        """The scatter within classes, float32 [M, M]; only its lower triangle is read, and saved."""
-        self._temperature, self._text_weight = START
+        self._fusion = START
         self._names = torch.zeros(0, clip.embed_dim, device=clip.device)
         self._solved: Solved | None = None
 
@@ -70,233 +104,263 @@ class Gapstream(UntouchedMethod):
     def classes(self) -> tuple[str, ...]:
         return tuple(self._classes)
 
-    @torch.no_grad()
+    def encode_names(self, names: Sequence[str]) -> Tensor:
+        return (self._student if self._adapted else self._clip).encode_names(names)
+
+    def encode_tokens(self, tokens: Tensor) -> Tensor:
+        if not self._adapted:
+            return self._clip.encode_tokens(tokens)
+        with torch.no_grad():
+            return self._student.encode_tokens(tokens)
+
+    def text_module(self) -> TextModule:
+        return self._student.text_module() if self._adapted else TextModule(self._clip, merged(self._clip.text, {}))
+
     def update(self, task: TaskData, on_progress: OnProgress) -> Update:
         started = time.perf_counter()
-        watch = GapWatch(self, self._clip, task, self._seed)
+        watch = self._watch(task)
         admit(self._classes, task)
-        new = len(self._classes) - len(self._means)
-        self._counts = F.pad(self._counts, (0, new))
-        self._means = F.pad(self._means, (0, 0, 0, new))
+        self._statistics.widen(len(self._classes))
         where = torch.tensor([self._classes.index(name) for name in task.classes])
         labels = where[task.labels].to(self._clip.device)
         sample = torch.randperm(len(task), generator=task_generator(self._seed, task.number, "calibration"))
-        chosen = torch.zeros(len(task), dtype=torch.bool)
-        chosen[sample[:CALIBRATION_IMAGES]] = True
+        held = self._held(task, labels)
+        chosen = sample[: held or CALIBRATION_IMAGES].sort().values
+        trial = self._adapt(task, chosen, sample[held:], watch, on_progress) if held else None
+        trained = time.perf_counter()
+        visual, text, able = self._count(task, labels, chosen, on_progress)
+        adaptation = self._decide(visual, text, labels[able.to(labels.device)], task, able, trial)
+        fused = {"temperature": self._fusion.temperature, "text_weight": self._fusion.text_weight}
+        update = replace(
+            trial.training.update() if trial else untrained(task, watch, started, on_progress),
+            samples=len(task),
+            budget=self._budget or None,
+            seconds={"train": trained - started, "compensate": time.perf_counter() - trained},
+            details=fused,
+            adaptation=adaptation,
+        )
+        if adaptation is None or adaptation.kept:
+            return update
+        return replace(update, epochs=0, loss=None, gap_after=update.gap_before, drift_after=update.drift_before)
+
+    def _watch(self, task: TaskData) -> GapWatch:
+        """Measure the gap on the task. Where its names and images show a drift beyond the budget, which those of no
+        task before did, the adapters are halved until it is inside: no statistics depend on them."""
+        watch = GapWatch(self, self._clip, task, self._seed)
+        for halving in range(1, HALVINGS + 1):
+            drift = watch.drift(watch.before)
+            if not self._adapted or drift is None or drift <= self._budget:
+                break
+            log.warning(
+                "task %d: the gap has drifted by %.3g on its images, beyond the budget of %g; the adapters are %s",
+                task.number, drift, self._budget, "halved" if halving < HALVINGS else "taken away",
+            )  # fmt: skip
+            self._student.weaken(0.5 if halving < HALVINGS else 0)
+            self._adapted = halving < HALVINGS
+            self._names = self._names[:0]
+            watch = GapWatch(self, self._clip, task, self._seed)
+        return watch
+
+    def _held(self, task: TaskData, labels: Tensor) -> int:
+        """Tell how many images are held back to judge adapters: 0 where none are trained, as there is no budget,
+        nothing to tell apart or too little to judge by. An image can only be left out of a class that has two."""
+        if not self._budget or len(task.classes) < 2:
+            return 0
+        images = self._statistics.counts + labels.bincount(minlength=len(self._classes))
+        held = min(CALIBRATION_IMAGES, int(HELD_SHARE * (images[labels] > 1).sum()))
+        return held if held >= LEAST_HELD else 0
+
+    def _adapt(self, task: TaskData, held: Tensor, others: Tensor, watch: GapWatch, on_progress: OnProgress) -> Trial:
+        """Train the adapters on the images that are not held back; the last state inside the budget is what stays."""
+        student, scale = self._student, self._clip.logit_scale
+        part = TaskData(task.number, task.classes, task.labels[others], Part(task.tokens, others))
+        labels, ids = part.labels.to(self._clip.device), self._clip.tokenize(task.classes)
+        training = Training(
+            part,
+            student,
+            torch.optim.Adam(list(student.parameters()), lr=LEARNING_RATE),
+            epochs=EPOCHS,
+            batch_size=ADAPTER_BATCH,
+            decay=cosine,
+            watch=watch,
+            seed=self._seed,
+            on_progress=on_progress,
+            budget=self._budget,
+        )
+        trial = Trial(self._adapted, student.tensors(), self._class_names(), self._embed(task, held), training)
+        self._adapted, self._names = True, self._names[:0]
+        for epoch in range(training.epochs):
+            for index in training.batches(epoch):
+                images = student.encode_tokens(part.tokens.batch(index))
+                names = student.encode_ids(ids)
+                training.descend(local_loss(images, names, labels[index.to(labels.device)], scale), len(index))
+            if not training.keep(lambda drifts: within_budget(drifts[-1], None, self._budget)):
+                break
+        return trial
+
+    def _embed(self, task: TaskData, index: Tensor) -> Tensor:
+        """Encode some images of a task with the towers as they are now: float32 [n, D]."""
+        return torch.cat([self.encode_tokens(task.tokens.batch(part)) for part in index.split(BATCH)])
+
+    @torch.no_grad()
+    def _count(
+        self, task: TaskData, labels: Tensor, chosen: Tensor, on_progress: OnProgress
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Count all images of the task into the statistics.
+
+        Of the chosen ones, int64 [n] in ascending order, those that can be left out of their class are scored so: gives
+        the discriminant's scores [m, C], the untouched embeddings [m, D] and which ones they are, [m].
+        """
+        among = torch.zeros(len(task), dtype=torch.bool)
+        among[chosen] = True
         kept, embeddings = [], []
-        # 16 batches at once, chosen by hand: each call of `_learn` updates the whole scatter [M, M], which costs less
+        # 16 batches at once, chosen by hand: each call of `count` updates the whole scatter [M, M], which costs less
         # for many images together; fewer at once only take longer, more need more memory.
         for index in torch.arange(len(task)).split(16 * BATCH):
             features, embedding = self._features(task, index, on_progress)
-            self._learn(features, labels[index.to(labels.device)])
-            kept.append(features[chosen[index].to(features.device)])
-            embeddings.append(embedding[chosen[index].to(features.device)])
-        self._solved = self._solve()
-        self._calibrate(torch.cat(kept), torch.cat(embeddings), labels[chosen.to(labels.device)])
-        details = {"temperature": self._temperature, "text_weight": self._text_weight}
-        return replace(untrained(task, watch, started, on_progress), details=details)
+            self._statistics.count(features, labels[index.to(labels.device)])
+            here = among[index].to(features.device)
+            kept.append(features[here])
+            embeddings.append(embedding[here])
+        self._solved = self._statistics.solve(self._prior)
+        truth = labels[chosen.to(labels.device)]
+        able = self._statistics.counts[truth] > 1
+        visual = leave_one_out(self._solved, torch.cat(kept)[able], truth[able], self._statistics.counts)
+        return visual, torch.cat(embeddings)[able], chosen[able.cpu()]
 
     def _features(self, task: TaskData, index: Tensor, on_progress: OnProgress) -> tuple[Tensor, Tensor]:
-        """Compute random features float32 [n, M] and embeddings [n, D] of some images, in batches of few
+        """Compute random features float32 [n, M] and untouched embeddings [n, D] of some images, in batches of few
         activations."""
         both = []
         for part in index.split(BATCH):
-            tokens = task.tokens.batch(part)
-            embedding = self._clip.encode_tokens(tokens)
-            both.append((self._random(tokens, embedding), embedding))
+            with self._clip.autocast():
+                middle, embedding = self._clip.image.at_depth(
+                    task.tokens.batch(part).to(self._clip.device), self._depth
+                )
+            embedding = F.normalize(embedding.float(), dim=-1)
+            both.append((self._random(middle, embedding), embedding))
             done = int(part[-1]) + 1
             place = {"step": math.ceil(done / BATCH), "steps": math.ceil(len(task) / BATCH), "samples": done}
-            on_progress(Progress("train", task.number, **place))
+            on_progress(Progress("compensate", task.number, **place))
         features, embeddings = zip(*both, strict=True)
         return torch.cat(features), torch.cat(embeddings)
 
-    def _learn(self, features: Tensor, labels: Tensor) -> None:
-        """Count images in [n, M], labels [n] into the learned classes: means and scatter as if of all images at once.
+    @torch.no_grad()
+    def _decide(
+        self, visual: Tensor, untouched: Tensor, labels: Tensor, task: TaskData, able: Tensor, trial: Trial | None
+    ) -> Adaptation | None:
+        """Fit the fusion, and decide whether a trial's adapters stay: they do unless the images held back, each left
+        out of the discriminant in its turn, lose more by them than their standard error.
 
-        A class that was there before moves its mean, which adds to the scatter (Chan, Golub and LeVeque 1979)."""
-        present, place, counts = labels.unique(return_inverse=True, return_counts=True)
-        means = features.new_zeros(len(present), features.shape[1]).index_add_(0, place, features) / counts[:, None]
-        before = self._counts[present]
-        total = before + counts
-        shift = means - self._means[present]
-        moved = (before * counts / total).sqrt()[:, None] * shift
-        spread = torch.cat([features - means[place], moved])
-        self._scatter.addmm_(spread.T, spread)
-        self._means[present] += (counts / total)[:, None] * shift
-        self._counts[present] = total
-
-    def _solve(self) -> Solved:
-        """Solve for the discriminant: (scatter + prior)^-1 of the centred means, by one Cholesky factor."""
-        images, width = self._counts.sum(), self._means.shape[1]
-        centre = self._means.mean(0)
-        between = (self._counts[:, None] * (self._means - self._counts @ self._means / images).square()).sum()
-        variance = (self._scatter.trace() + between) / (images * width)
-        shrunk = self._scatter.clone()
-        # The variance is 0 while all features are equal; the Cholesky factor needs a positive diagonal also then.
-        shrunk.diagonal().add_(self._prior * variance.clamp_min(1e-12))
-        factor = torch.linalg.cholesky(shrunk)
-        centred = self._means - centre
-        return Solved(images + self._prior, centre, centred, factor, torch.cholesky_solve(centred.T, factor).T)
-
-    def _calibrate(self, features: Tensor, embeddings: Tensor, labels: Tensor) -> None:
-        """Fit temperature and weight of the texts by cross entropy on learned images [n, M], each left out in its
-        turn."""
-        assert self._solved is not None
-        able = self._counts[labels] > 1
-        if len(self._classes) < 2 or not able.any():
-            return
-        visual = leave_one_out(self._solved, features[able], labels[able], self._counts)
-        text = self._clip.logit_scale * embeddings[able] @ self._class_names().T
-        scores, truth = torch.stack([visual, text]).double().cpu(), labels[able].cpu()
-        last = torch.tensor([self._temperature, self._text_weight], dtype=torch.float64).log()
-        now = last.clone().requires_grad_()
-        # 50 is chosen by hand: a bound on the time where two numbers do not settle; LBFGS ends earlier when they do.
-        optimizer = torch.optim.LBFGS([now], max_iter=50, line_search_fn="strong_wolfe")
-
-        def loss() -> Tensor:
-            optimizer.zero_grad()
-            with torch.enable_grad():
-                fused = torch.einsum("s,snc->nc", now.exp(), scores)
-                value = F.cross_entropy(fused, truth, reduction="sum") + (now - last).square().sum() / 2
-                value.backward()
-            return value
-
-        optimizer.step(loss)
-        if now.isfinite().all():
-            self._temperature, self._text_weight = now.detach().exp().tolist()
+        visual [m, C] scores, untouched [m, D] embeddings, labels [m], able [m]: as `_count` gives them.
+        """
+        scale = self._clip.logit_scale
+        if trial is None:
+            if len(self._classes) > 1 and len(labels):
+                images = self._embed(task, able) if self._adapted else untouched
+                self._fusion, _ = self._fusion.fitted(visual, scale * images @ self._class_names().T, labels)
+            return None
+        before, losses = self._fusion.fitted(visual, scale * trial.images @ trial.names.T, labels)
+        drift = trial.training.drifts[-1]
+        decided = Adaptation(
+            kept=False,
+            epochs=trial.training.kept,
+            drift=drift if drift is None or math.isfinite(drift) else None,
+            budget=self._budget,
+            images=len(labels),
+        )
+        if trial.training.kept:
+            images = self._embed(task, able)
+            after, losses_after = self._fusion.fitted(visual, scale * images @ self._class_names().T, labels)
+            gains = losses - losses_after
+            gain, error = gains.mean().item(), (gains.std() / math.sqrt(len(gains))).item()
+            decided = replace(decided, kept=gain >= -error, gain=gain, error=error)
+        if decided.kept:
+            self._fusion = after
+        else:
+            self._student.load_tensors(trial.adapters)
+            self._adapted, self._names, self._fusion = trial.adapted, trial.names, before
+        log.info("task %d: %s", task.number, decided.words())
+        return decided
 
     def _class_names(self) -> Tensor:
-        """Give the features of the learned names, float32 [C, D]; every name is encoded once in the life of a state
-        folder."""
+        """Give the features of the learned names, float32 [C, D]; a name is encoded again only when the text tower has
+        moved."""
         missing = self._classes[len(self._names) :]
         if missing:
-            self._names = torch.cat([self._names, self._clip.encode_names(missing)])
+            self._names = torch.cat([self._names, self.encode_names(missing)])
         return self._names
 
     @torch.no_grad()
     def inference_module(self) -> InferenceModule:
         check_learned(self.classes)
         if self._solved is None:
-            self._solved = self._solve()
-        scale, rows = self._temperature * self._solved.images, self._solved.rows
+            self._solved = self._statistics.solve(self._prior)
+        scale, rows = self._fusion.temperature * self._solved.images, self._solved.rows
         bias = -scale / 2 * (self._solved.centred * rows).sum(1)
-        names = self._text_weight * self._clip.logit_scale * self._class_names()
+        names = self._fusion.text_weight * self._clip.logit_scale * self._class_names()
         tower = merged(self._clip.image, {})
-        return Discriminant(tower, self.classes, names, scale * rows, bias, self._solved.centre, self._random)
+        adapted = self._student.merged_image_tower() if self._adapted else None
+        centre = self._solved.centre
+        return Discriminant(tower, adapted, self.classes, names, scale * rows, bias, centre, self._random, self._depth)
 
     def state(self) -> LearnerState:
+        statistics, fusion = self._statistics, (self._fusion.temperature, self._fusion.text_weight)
         tensors = {
             "random.tokens": self._random.tokens.clone(),
             "random.embedding": self._random.embedding.clone(),
-            "counts": self._counts.clone(),
-            "means": self._means.clone(),
-            "scatter": packed(self._scatter),
+            "counts": statistics.counts.clone(),
+            "means": statistics.means.clone(),
+            "scatter": packed(statistics.scatter),
             "names": self._class_names().clone(),
-            "fusion": torch.tensor([self._temperature, self._text_weight], dtype=torch.float64),
+            "fusion": torch.tensor(fusion, dtype=torch.float64),
         }
-        return LearnerState(tensors, {"classes": list(self._classes)})
+        # with a budget they are there before they are used: a state's size depends on the classes alone
+        adapters = self._student.tensors() if self._adapted or self._budget else {}
+        depth = {"depth": self._depth} if self._depth else {}
+        return LearnerState(tensors | adapters, {"classes": list(self._classes), **depth})
 
     def load_state(self, state: LearnerState) -> None:
         tensors = {name: tensor.to(self._clip.device) for name, tensor in state.tensors.items()}
         self._random.tokens.copy_(tensors["random.tokens"])
         self._random.embedding.copy_(tensors["random.embedding"])
-        self._counts, self._means = tensors["counts"].clone(), tensors["means"].clone()
-        unpack(tensors["scatter"], self._scatter)
+        self._statistics.counts, self._statistics.means = tensors["counts"].clone(), tensors["means"].clone()
+        unpack(tensors["scatter"], self._statistics.scatter)
         self._names = tensors["names"].clone()
-        self._temperature, self._text_weight = state.tensors["fusion"].tolist()
+        self._fusion = Fusion(*state.tensors["fusion"].tolist())
         self._classes = list(state.values["classes"])
+        self._depth = state.values.get("depth", 0)
+        # a state that was made without a budget has none
+        self._adapted = any(tensor.any() for name, tensor in tensors.items() if ".up." in name)
+        if self._adapted:
+            self._student.load_tensors(tensors)
         self._solved = None
 
 
-class RandomFeatures(nn.Module):
-    """It computes fixed random projections of an image at two depths, under ReLU: [B, tokens, width] and [B, D] ->
-    float32 [B, M]."""
-
-    tokens: Tensor
-    embedding: Tensor
-
-    def __init__(self, clip: Clip, features: int, generator: torch.Generator) -> None:
-        super().__init__()
-        of_tokens = round(TOKENS_SHARE * features)
-        width = next(weight.shape[1] for name, weight in clip.image.named_parameters() if name.endswith(ADAPTED))
-        tokens = torch.randn(width, of_tokens, generator=generator)
-        embedding = torch.randn(clip.embed_dim, features - of_tokens, generator=generator)
-        self.register_buffer("tokens", tokens.to(clip.device))
-        self.register_buffer("embedding", embedding.to(clip.device))
-
-    def forward(self, tokens: Tensor, embedding: Tensor) -> Tensor:
-        directions = F.normalize(tokens.float(), dim=-1)
-        return torch.cat([F.relu(directions @ self.tokens).mean(1), F.relu(embedding @ self.embedding)], dim=1)
-
-
 @dataclass(frozen=True)
-class Solved:
-    """It is a linear discriminant of C classes in M features."""
+class Trial:
+    """It is an adaptation that is still to be judged, with what was before it."""
 
-    images: Tensor
-    """The number of images that the scatter is of, with those of the prior; a scalar."""
-    centre: Tensor
-    """The mean of the class means, [M]."""
-    centred: Tensor
-    """The class means minus the centre, [C, M]."""
-    factor: Tensor
-    """The lower Cholesky factor of scatter plus prior, [M, M]."""
-    rows: Tensor
-    """(scatter + prior)^-1 of the centred means, [C, M]."""
-
-
-def leave_one_out(solved: Solved, features: Tensor, labels: Tensor, counts: Tensor) -> Tensor:
-    """Score learned images as the discriminant would had each of them alone not been learned.
-
-    features float32 [n, M], labels int64 [n], counts [C] of images per class, at least 2 in those of `labels` ->
-    [n, C], up to a constant per row. The scatter loses a matrix of rank one, so that its inverse follows from the
-    whole one's (Sherman and Morrison); centre and prior stay.
-    """
-    at = torch.arange(len(labels), device=labels.device)
-    centred = features - solved.centre
-    residual = centred - solved.centred[labels]
-    lost = counts[labels] / (counts[labels] - 1)
-    inverse = torch.cholesky_solve(residual.T, solved.factor).T
-    grown = 1 - lost * (residual * inverse).sum(1)
-    # squared distances to all means, by the whole scatter; up to a constant per row
-    own = inverse + solved.rows[labels]
-    distance = (solved.centred * solved.rows).sum(1) - 2 * centred @ solved.rows.T + (centred * own).sum(1)[:, None]
-    along = (inverse * centred).sum(1)[:, None] - inverse @ solved.centred.T
-    distance = distance + (lost / grown)[:, None] * along.square()
-    # the own class's mean moves away as well
-    distance[at, labels] = lost.square() * (residual * inverse).sum(1) / grown
-    return -solved.images / 2 * distance
-
-
-class Discriminant(TowerWithHead):
-    """Predicts softmax(random features @ rows + bias + embedding @ names); the scales are in the rows and names."""
-
-    rows: Tensor
+    adapted: bool
+    """Whether adapters were in use before."""
+    adapters: Mapping[str, Tensor]
     names: Tensor
-    bias: Tensor
-    centre: Tensor
+    """Features of all learned names, the task's among them, [C, D]."""
+    images: Tensor
+    """Embeddings of the images held back, [n, D]."""
+    training: Training
 
-    def __init__(
-        self,
-        tower: nn.Module,
-        classes: tuple[str, ...],
-        names: Tensor,
-        rows: Tensor,
-        bias: Tensor,
-        centre: Tensor,
-        random: RandomFeatures,
-    ) -> None:
-        """Take names [C, D], rows [C, M], bias [C] and centre [M]."""
-        super().__init__(tower, classes)
-        self._rows("names", names)
-        self._rows("rows", rows)
-        self._rows("bias", bias)
-        self.register_buffer("centre", centre.clone())
-        self.random = random
 
-    def from_tokens(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        embedding = F.normalize(self.tower(tokens).float(), dim=-1)
-        features = self.random(tokens, embedding) - self.centre
-        scores = features @ self.rows.T + self.bias + embedding @ self.names.T
-        logits = torch.log_softmax(scores, dim=-1)
-        return embedding, logits, logits.exp()
+class Part:
+    """It is some images of a task, as Tokens."""
+
+    def __init__(self, tokens: Tokens, which: Tensor) -> None:
+        self._tokens = tokens
+        self._which = which
+
+    def __len__(self) -> int:
+        return len(self._which)
+
+    def batch(self, index: Tensor) -> Tensor:
+        """Fetch as `Tokens.batch` does."""
+        return self._tokens.batch(self._which[index.cpu()])

@@ -113,6 +113,14 @@ class Student:
         """Build the adapted text tower, sharing nothing that training writes."""
         return TextModule(self.clip, merged(self.clip.text, self.text.weights()))
 
+    @torch.no_grad()
+    def weaken(self, factor: float) -> None:
+        """Multiply by `factor` what the adapters add to the towers; 0 gives the untouched towers back."""
+        for tower in (self.image, self.text):
+            assert isinstance(tower, Adapters)
+            for up in tower.up:
+                up.mul_(factor)
+
     def tensors(self) -> dict[str, Tensor]:
         """Copy all trainable tensors, by name."""
         named = [("image." + k, v) for k, v in self.image.named_parameters()]

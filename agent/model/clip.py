@@ -25,6 +25,7 @@ import torch
 from open_clip.tokenizer import get_clean_fn
 from open_clip.transformer import TextTransformer, VisionTransformer, text_global_pool
 from safetensors.torch import load_file
+from timm.layers import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -39,6 +40,16 @@ class ModelError(Exception):
     """The CLIP model cannot be had or cannot be adapted; the message says what to do."""
 
 
+DEPTH_SHARE = 0.5
+"""In a plain vision transformer the tokens of earlier features are taken after this share of the blocks."""
+
+
+def _depth(plain: bool, blocks: int) -> int:
+    """Choose by structure where an image tower's earlier features are taken: amid the blocks of a plain vision
+    transformer, and before them where more than one linear map of the patches comes first (a convolutional trunk)."""
+    return round(DEPTH_SHARE * blocks) if plain else 0
+
+
 class ImageTower(nn.Module):
     """This is open_clip's vision transformer. `prefix`: images -> tokens (frozen); `forward`: tokens -> features.
 
@@ -51,6 +62,8 @@ class ImageTower(nn.Module):
         self._norm_last = visual.attn_pool is None and (visual.final_ln_after_pool or visual.pool_type == "tok")
         self.width = int(visual.ln_post.normalized_shape[0])
         """The number of values per image before the projection."""
+        self.depth = _depth(isinstance(visual.conv1, nn.Conv2d), len(visual.transformer.resblocks))
+        """The block whose input tokens tell classes apart that the features merge."""
 
     def prefix(self, images: Tensor) -> Tensor:
         """Encode preprocessed images [B, 3, H, W] to tokens [B, tokens, width], before the first attention block."""
@@ -60,10 +73,18 @@ class ImageTower(nn.Module):
         """Encode tokens [B, tokens, width] to features [B, D], not normalised."""
         return self.project(self.pooled(tokens))
 
-    def pooled(self, tokens: Tensor) -> Tensor:
+    def at_depth(self, tokens: Tensor, depth: int) -> tuple[Tensor, Tensor]:
+        """Encode tokens to those that block `depth` begins with, [B, tokens, width], and to features [B, D]."""
+        for block in self.visual.transformer.resblocks[:depth]:
+            tokens = block(tokens)
+        return tokens, self.project(self.pooled(tokens, depth))
+
+    def pooled(self, tokens: Tensor, done: int = 0) -> Tensor:
         """Encode tokens [B, tokens, width] to one vector per image, before the last norm and the projection: [B,
-        self.width]."""
-        x = self.visual.transformer(tokens)
+        self.width]. `done` blocks have been passed before."""
+        x = tokens
+        for block in self.visual.transformer.resblocks[done:]:
+            x = block(x)
         pooled, _ = self.visual._global_pool(x) if self._norm_last else self.visual._pool(x)
         return pooled
 
@@ -82,6 +103,8 @@ class TimmImageTower(nn.Module):
         self._norm_last = visual.trunk.attn_pool is None and visual.trunk.global_pool == "token"
         self.width = int(visual.trunk.num_features)
         """The number of values per image before the projection."""
+        self.depth = _depth(isinstance(visual.trunk.patch_embed, PatchEmbed), len(visual.trunk.blocks))
+        """The block whose input tokens tell classes apart that the features merge."""
 
     def prefix(self, images: Tensor) -> Tensor:
         """Encode preprocessed images [B, 3, H, W] to tokens [B, tokens, width], before the first attention block."""
@@ -92,11 +115,17 @@ class TimmImageTower(nn.Module):
         """Encode tokens [B, tokens, width] to features [B, D], not normalised."""
         return self.project(self.pooled(tokens))
 
-    def pooled(self, tokens: Tensor) -> Tensor:
+    def at_depth(self, tokens: Tensor, depth: int) -> tuple[Tensor, Tensor]:
+        """Encode tokens to those that block `depth` begins with, [B, tokens, width], and to features [B, D]."""
+        for block in self.visual.trunk.blocks[:depth]:
+            tokens = block(tokens)
+        return tokens, self.project(self.pooled(tokens, depth))
+
+    def pooled(self, tokens: Tensor, done: int = 0) -> Tensor:
         """Encode tokens [B, tokens, width] to one vector per image, before the last norm (where it acts on each token
-        alone) and the projection: [B, self.width]."""
+        alone) and the projection: [B, self.width]. `done` blocks have been passed before."""
         trunk = self.visual.trunk
-        for block in trunk.blocks:
+        for block in trunk.blocks[done:]:
             tokens = block(tokens)
         return trunk.pool(tokens if self._norm_last else trunk.norm(tokens))
 

@@ -191,6 +191,7 @@ class Evaluator:
             epochs=update.epochs if update else 0,
             rolled_back=update.rolled_back if update else False,
             details=update.details if update else {},
+            adaptation=update.adaptation if update else None,
         )
         history = (*past.history, entry)
         on_progress(Progress("evaluate", task.number, accuracy=accuracies[-1]))

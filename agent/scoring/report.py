@@ -84,6 +84,36 @@ class Gap:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Adaptation:
+    """It says what was decided about a task's new adapters, by images of the task that they were not trained on."""
+
+    kept: bool
+    """False when they crossed the gap budget at once or the evidence was against them: the towers are as before."""
+    epochs: int
+    """Epochs of training inside the gap budget."""
+    drift: float | None
+    """The drift of the gap that the training came to, kept or not; None where it was not finite."""
+    budget: float
+    """The drift that was allowed."""
+    images: int
+    """Images that judged."""
+    gain: float | None = None
+    """By how much the new adapters lower the mean cross entropy of the prediction on these, in nats; None when they
+    were not judged."""
+    error: float | None = None
+    """The standard error of that mean."""
+
+    def words(self) -> str:
+        """Say it in a line, for the log and the pages."""
+        if not self.epochs:
+            return "adapted: undone, as the first epoch crossed the gap budget"
+        epochs = "1 epoch" if self.epochs == 1 else f"{self.epochs} epochs"
+        used = f"{(self.drift or 0) / self.budget:.0%} of the gap budget"
+        judged = f"gain {self.gain:+.4f} +- {self.error:.4f} nats on {self.images} images held back"
+        return f"adapted: {'kept' if self.kept else 'refused'}, {epochs}, {used}, {judged}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OldClasses:
     """Accuracy on the classes of the newest release, as far as it was made before this task; None without one."""
 
@@ -216,6 +246,8 @@ class TaskReport(TaskScores):
     """True when the update crossed its drift budget, or its loss was not finite, and its last state was given up."""
     details: Mapping[str, Any] = field(default_factory=dict)
     """JSON-able values particular to the method."""
+    adaptation: Adaptation | None = field(default=None, metadata=LEFT_OUT)
+    """None where nothing was to be decided."""
     released: bool | None = field(default=None, metadata=LEFT_OUT)
     """Whether a release was made after this task; None until that is decided."""
 
