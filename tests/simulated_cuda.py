@@ -10,13 +10,14 @@ kernel does differently on a GPU, in numbers, speed or memory, is not seen here.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _pop_mode_temporarily
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 
@@ -82,16 +83,24 @@ class _Mode(TorchFunctionMode):
 @contextmanager
 def simulated_cuda() -> Iterator[None]:
     """Let torch have one CUDA device, simulated, in this thread and until the block ends."""
-    real_autocast = torch.autocast
+    real_autocast, real_export = torch.autocast, torch.onnx.export
 
     def autocast(device_type: str, *args: Any, **kwargs: Any) -> Any:
         return real_autocast("cpu" if device_type == "cuda" else device_type, *args, **kwargs)
 
+    def export(*args: Any, **kwargs: Any) -> Any:
+        with _pop_mode_temporarily():  # what is traced is on the CPU, and the tracer has modes of its own
+            return real_export(*args, **kwargs)
+
+    def is_available() -> bool:
+        # torch itself would ask the device for its streams, properties and random state
+        return not sys._getframe(1).f_globals["__name__"].startswith("torch.")
+
     replaced: list[tuple[Any, str, Any]] = [
         (torch, "Generator", Generator),
         (torch, "autocast", autocast),
-        (torch.cuda, "is_available", lambda: True),
-        (torch.accelerator, "is_available", lambda: False),  # optimizers would ask the device for its streams
+        (torch.onnx, "export", export),
+        (torch.cuda, "is_available", is_available),
         (torch.cuda, "is_bf16_supported", lambda including_emulation=True: True),
         (torch.cuda, "synchronize", lambda device=None: None),
         (torch.cuda, "get_device_name", lambda device=None: "simulated"),
@@ -116,8 +125,8 @@ def simulated_cuda() -> Iterator[None]:
 
 def _call(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     name = func.__name__
-    # what a copied module has copied before is no operand
-    leaves = list(_leaves(args[:1] if name == "__deepcopy__" else (*args, *kwargs.values())))
+    # neither what a module has copied before nor a tensor that stands for its device is an operand
+    leaves = list(_leaves(args[:1] if name in ("__deepcopy__", "to") else (*args, *kwargs.values())))
     ours = any(isinstance(leaf, Simulated) for leaf in leaves)
     asked = _asked_for(name, args, kwargs)
     # a tensor made of a list is made of numbers, wherever those were

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
@@ -65,11 +66,21 @@ def saved_and_loaded(state: LearnerState, folder: Any) -> LearnerState:
     return LearnerState(load_file(folder / "state.safetensors"), json.loads(json.dumps(dict(state.values))))
 
 
-def assert_same_state(a: LearnerState, b: LearnerState) -> None:
+Alike = Callable[[Tensor, Tensor], bool]
+"""Whether two tensors on the CPU are the same result."""
+
+
+@pytest.fixture
+def alike() -> Alike:
+    """On a CPU the same bits; a GPU sums in no fixed order."""
+    return torch.equal
+
+
+def assert_same_state(a: LearnerState, b: LearnerState, alike: Alike = torch.equal) -> None:
     assert a.values == b.values
     assert a.tensors.keys() == b.tensors.keys()
     for key, tensor in a.tensors.items():
-        assert torch.equal(tensor.cpu(), b.tensors[key].cpu()), key
+        assert alike(tensor.cpu(), b.tensors[key].cpu()), key
 
 
 @torch.no_grad()
@@ -159,7 +170,7 @@ def test_the_same_seed_gives_the_same_model_and_another_seed_another(clip, name)
         assert any(not torch.equal(t, states[2].tensors[k]) for k, t in states[0].tensors.items())
 
 
-def test_resuming_from_its_state_ends_with_the_same_model_as_no_interruption(clip, name, tmp_path):
+def test_resuming_from_its_state_ends_with_the_same_model_as_no_interruption(clip, name, tmp_path, alike):
     tasks = [
         tiny_task(clip, 1, ["red", "green"]),
         tiny_task(clip, 2, ["blue", "black"]),
@@ -174,10 +185,10 @@ def test_resuming_from_its_state_ends_with_the_same_model_as_no_interruption(cli
         broken.load_state(state)
         assert_same_state(broken.state(), state)
         broken.update(task, silent)
-    # then both are the same, bit by bit, in what they keep and what they answer
-    assert_same_state(whole.state(), broken.state())
+    # then both are the same in what they keep and what they answer
+    assert_same_state(whole.state(), broken.state(), alike)
     for a, b in zip(answers(whole, tasks[0]), answers(broken, tasks[0]), strict=True):
-        assert torch.equal(a, b)
+        assert alike(a, b)
 
 
 def test_a_state_is_a_copy(clip, name):
