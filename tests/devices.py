@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from agent.layout import LEARNER_TENSORS
+from agent.methods.base import TaskData
 from agent.model.clip import Clip
 from agent.model.images import CroppedImages, load_tokens
-from agent.methods.base import TaskData
 from agent.trainer import Trainer
 from exporter.decoders import Decoders
 from tests.test_method_contract import (

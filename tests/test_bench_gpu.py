@@ -12,7 +12,7 @@ from tests.tiny import tiny_clip
 SMALL = Config.model_validate(
     {"method": {"gapstream": {"features": 64}, "mgclip": {"batch_size": 8}}, "release": {"max_batch": 4}}
 )
-PHASES = ["decoding alone", "frozen part alone", "decoding and frozen part", "adapters and rows", "statistics", "export"]
+PHASES = ("decoding alone", "frozen part alone", "decoding and frozen part", "adapters", "statistics", "export")
 
 
 def test_every_phase_is_measured_on_a_cpu(capsys):
