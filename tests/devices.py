@@ -1,7 +1,7 @@
 """What is tested of every method on a device: on the simulated one always, and on a real one by `make test-gpu`.
 
-A module of tests that imports all of this says by its fixtures `clip`, `timm_clip`, `mixed_clip` and `alike` on which
-device its CLIPs are, and which results are the same there.
+A module of tests that imports all of this says by its fixtures `clip`, `timm_clip` and `mixed_clip` on which device
+its CLIPs are, by `provider` who answers for onnxruntime there, and by `alike` which results are the same.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -21,6 +22,9 @@ from agent.model.clip import Clip
 from agent.model.images import CroppedImages, load_tokens
 from agent.trainer import Trainer
 from exporter.decoders import Decoders
+from exporter.onnx import OnnxExporter
+from exporter.preprocess import Preprocess
+from exporter.runtime import Session
 from tests.test_method_contract import (
     alike,
     answers,
@@ -57,6 +61,7 @@ __all__ = [
     "test_it_learns_two_tasks_and_answers_for_all_their_classes",
     "test_it_touches_neither_the_task_nor_the_model_it_starts_from",
     "test_learning_helps_on_the_task_just_learned",
+    "test_onnxruntime_answers_a_release_as_the_method_does",
     "test_other_forms_of_a_method_learn_too",
     "test_resuming_from_its_state_ends_with_the_same_model_as_no_interruption",
     "test_the_module_answers_the_same_for_images_and_for_their_tokens",
@@ -108,6 +113,26 @@ def test_in_mixed_precision_it_learns_and_keeps_and_answers_in_float32(mixed_cli
     again = built(mixed_clip, name)
     again.load_state(method.state())
     assert_same_state(again.state(), method.state())
+
+
+@pytest.mark.parametrize("towers", ["open_clip", "timm"])
+def test_onnxruntime_answers_a_release_as_the_method_does(clip, timm_clip, provider, tmp_path, towers):
+    chosen, size = (clip, 32) if towers == "open_clip" else (timm_clip, 160)
+    method = built(chosen, "gapstream")
+    method.update(tiny_task(chosen, 1, ["red", "green"], size=size), silent)
+    module = method.inference_module()
+    images = np.random.default_rng(0).normal(size=(4, 3, size, size)).astype(np.float32)
+    preprocess = Preprocess(size, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    exporter = OnnxExporter(max_batch=4, precisions=("fp16",))
+    release = exporter.release(module, preprocess, {}, tmp_path / "release", images)
+    assert release.parity.provider == provider and release.variants["fp16"].refused is None
+    with torch.no_grad():
+        expected = [output.cpu().numpy() for output in module(torch.from_numpy(images).to(chosen.device))]
+    sessions = [Session(release.model, device=device) for device in ("cuda", "cpu")]
+    assert [session.provider for session in sessions] == [provider, "CPUExecutionProvider"]
+    for session in sessions:
+        for given, wanted in zip(session.run(images), expected, strict=True):
+            assert np.allclose(given, wanted, atol=1e-3)
 
 
 def test_the_trainer_learns_scores_saves_and_goes_on_in_another_process(clip, tmp_path):

@@ -13,7 +13,6 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from agent.model.clip import Clip
-from tests import test_method_contract
 from tests.devices import *  # noqa: F403
 from tests.simulated_cuda import CUDA, simulated_cuda
 from tests.tiny import tiny_clip, tiny_timm_clip
@@ -38,6 +37,11 @@ def timm_clip(simulated: None) -> Clip:
 @pytest.fixture(scope="module")
 def mixed_clip(simulated: None) -> Clip:
     return tiny_clip(device="cuda", precision="auto")
+
+
+@pytest.fixture(scope="module")
+def provider() -> str:
+    return "CPUExecutionProvider"
 
 
 def there(*shape: int) -> Tensor:
@@ -210,9 +214,3 @@ def test_mixed_precision_on_the_device_computes_in_bfloat16_and_only_there():
     with torch.autocast("cuda", dtype=torch.bfloat16):
         assert (there(2, 3) @ there(3, 2)).dtype == torch.bfloat16
     assert (there(2, 3) @ there(3, 2)).dtype == torch.float32
-
-
-def test_a_release_of_what_learned_on_the_device_answers_as_it_does(clip: Clip, tmp_path):
-    # of one method: each traces for seconds, from a copy on the CPU
-    check = test_method_contract.test_its_release_answers_as_it_does_and_a_later_one_reuses_the_graph
-    check(clip, "gapstream", tmp_path)
