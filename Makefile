@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 UV := $(BIN)/uv pip
 
-.PHONY: demo install test test-slow test-monkey lint lock dist system-packages clean
+.PHONY: demo install test test-slow test-gpu test-monkey lint lock dist system-packages clean
 
 demo: .venv/run.stamp
 	$(BIN)/gapstream demo
@@ -16,6 +16,10 @@ test: .venv/test.stamp system-packages
 
 test-slow: .venv/test.stamp system-packages
 	$(BIN)/pytest -m slow
+
+# Fails without a GPU, and where no test is found.
+test-gpu: .venv/test.stamp
+	$(BIN)/pytest -m gpu tests/gpu
 
 # For long: make test-monkey KILLS=1000 BROKERS=100 FAULTS=5000 RECORDS=1000000 IMAGES=100000 SEED=7
 test-monkey: .venv/test.stamp system-packages

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,11 @@ def small_tasks_adapt(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("agent.methods.gapstream.LEAST_HELD", 2)
 
 
+@pytest.fixture(scope="module")
+def timm_clip() -> Clip:
+    return tiny_timm_clip()
+
+
 @pytest.fixture(params=sorted(methods.METHODS))
 def name(request: pytest.FixtureRequest) -> str:
     return request.param
@@ -65,16 +72,30 @@ def saved_and_loaded(state: LearnerState, folder: Any) -> LearnerState:
     return LearnerState(load_file(folder / "state.safetensors"), json.loads(json.dumps(dict(state.values))))
 
 
-def assert_same_state(a: LearnerState, b: LearnerState) -> None:
+Alike = Callable[[Tensor, Tensor], bool]
+"""Whether two tensors on the CPU are the same result."""
+
+
+@pytest.fixture
+def alike() -> Alike:
+    """On a CPU the same bits; a GPU sums in no fixed order."""
+    return torch.equal
+
+
+def assert_same_state(a: LearnerState, b: LearnerState, alike: Alike = torch.equal) -> None:
     assert a.values == b.values
     assert a.tensors.keys() == b.tensors.keys()
     for key, tensor in a.tensors.items():
-        assert torch.equal(tensor, b.tensors[key]), key
+        assert alike(tensor.cpu(), b.tensors[key].cpu()), key
 
 
 @torch.no_grad()
 def answers(method: Method, task: TaskData) -> tuple[Tensor, Tensor, Tensor]:
-    return method.inference_module().from_tokens(task.tokens.batch(torch.arange(len(task))))
+    """Embedding, logits and probabilities on the CPU, in float32 whatever the tokens are in, as the evaluator asks."""
+    embedding, logits, probabilities = method.inference_module().from_tokens(
+        task.tokens.batch(torch.arange(len(task))).float()
+    )
+    return embedding.cpu(), logits.cpu(), probabilities.cpu()
 
 
 def accuracy(method: Method, task: TaskData) -> float:
@@ -119,7 +140,8 @@ def test_an_update_says_what_it_did_and_how_far_the_gap_moved(clip, name):
     update = built(clip, name).update(task, heard.append)
     assert isinstance(update, Update)
     assert update.samples == len(task) and update.epochs <= update.epochs_run and "train" in update.seconds
-    assert update.gap_before == update.gap_untouched and update.drift_before == 0
+    assert asdict(update.gap_before) == pytest.approx(asdict(update.gap_untouched), abs=1e-6)
+    assert update.drift_before == pytest.approx(0, abs=1e-5)
     assert (update.drift_after == 0) == (name in UNTRAINED)
     assert (update.loss is None) == (name in UNTRAINED)
     json.dumps(update.details, allow_nan=False)
@@ -154,7 +176,7 @@ def test_the_same_seed_gives_the_same_model_and_another_seed_another(clip, name)
         assert any(not torch.equal(t, states[2].tensors[k]) for k, t in states[0].tensors.items())
 
 
-def test_resuming_from_its_state_ends_with_the_same_model_as_no_interruption(clip, name, tmp_path):
+def test_resuming_from_its_state_ends_with_the_same_model_as_no_interruption(clip, name, tmp_path, alike):
     tasks = [
         tiny_task(clip, 1, ["red", "green"]),
         tiny_task(clip, 2, ["blue", "black"]),
@@ -169,10 +191,10 @@ def test_resuming_from_its_state_ends_with_the_same_model_as_no_interruption(cli
         broken.load_state(state)
         assert_same_state(broken.state(), state)
         broken.update(task, silent)
-    # then both are the same, bit by bit, in what they keep and what they answer
-    assert_same_state(whole.state(), broken.state())
+    # then both are the same in what they keep and what they answer
+    assert_same_state(whole.state(), broken.state(), alike)
     for a, b in zip(answers(whole, tasks[0]), answers(broken, tasks[0]), strict=True):
-        assert torch.equal(a, b)
+        assert alike(a, b)
 
 
 def test_a_state_is_a_copy(clip, name):
@@ -213,7 +235,7 @@ def test_the_answer_for_one_image_does_not_depend_on_the_others_in_its_batch(cli
 def test_the_module_answers_the_same_for_images_and_for_their_tokens(clip, name):
     method = built(clip, name)
     method.update(tiny_task(clip, 1, ["red", "green"]), silent)
-    module, images = method.inference_module(), torch.randn(3, 3, 32, 32)
+    module, images = method.inference_module(), torch.randn(3, 3, 32, 32).to(clip.device)
     with torch.no_grad():
         for a, b in zip(module(images), module.from_tokens(clip.prefix(images)), strict=True):
             assert torch.allclose(a, b, atol=1e-5)
@@ -227,7 +249,7 @@ def test_what_it_encodes_with_is_normalised_and_for_any_name(clip, name):
         images = method.encode_tokens(task.tokens.batch(torch.arange(5)))
         for features, count in ((names, 3), (images, 5)):
             assert features.shape == (count, clip.embed_dim) and not features.requires_grad
-            assert torch.allclose(features.norm(dim=-1), torch.ones(count), atol=1e-5)
+            assert torch.allclose(features.norm(dim=-1).cpu(), torch.ones(count), atol=1e-5)
         method.update(task, silent)
 
 
@@ -298,10 +320,9 @@ def test_training_that_leaves_finite_numbers_restores_the_last_state_that_had_th
     assert all(output.isfinite().all() for output in answers(method, task))
 
 
-def test_it_learns_on_towers_of_timm_too(name):
-    clip = tiny_timm_clip()
-    method = built(clip, name)
-    task = tiny_task(clip, 1, ["red", "green"], per_class=3, size=160)
+def test_it_learns_on_towers_of_timm_too(timm_clip, name):
+    method = built(timm_clip, name)
+    task = tiny_task(timm_clip, 1, ["red", "green"], per_class=3, size=160)
     method.update(task, silent)
     assert answers(method, task)[2].isfinite().all()
 
@@ -319,7 +340,7 @@ def test_its_release_answers_as_it_does_and_a_later_one_reuses_the_graph(clip, n
         assert release.classes == method.classes and release.parity.top1 == 1
         names = ["red", "never seen", "a name of many words that goes on and on and on and on"]
         encode = name_encoder(folder, release.text.prompt, release.text.clean, "cpu", 1)
-        assert np.allclose(encode(names), method.encode_names(names).numpy(), atol=1e-5)
+        assert np.allclose(encode(names), method.encode_names(names).cpu().numpy(), atol=1e-5)
     assert release.seconds["trace"] < 0.1 and release.text.refused is None
 
 

@@ -34,24 +34,25 @@ def tiny_model(seed: int = 0, **vision: object) -> open_clip.model.CLIP:
     return model
 
 
-def tiny_clip(seed: int = 0) -> Clip:
-    return _clip(tiny_model(seed), size=32)
+def tiny_clip(seed: int = 0, device: str = "cpu", precision: str = "fp32") -> Clip:
+    return _clip(tiny_model(seed), 32, device, precision)
 
 
-def tiny_timm_clip(seed: int = 0) -> Clip:
+def tiny_timm_clip(seed: int = 0, device: str = "cpu", precision: str = "fp32") -> Clip:
     """A timm image tower (fused `qkv`, attention pooling) and a separate text tower, as SigLIP has."""
     torch.manual_seed(seed)
     text = {**TEXT, "no_causal_mask": True, "pool_type": "last", "proj_bias": True}
     model = open_clip.model.CustomTextCLIP(embed_dim=64, vision_cfg=dict(TIMM), text_cfg=text, init_logit_bias=-10.0)
-    return _clip(model, size=160)
+    return _clip(model, 160, device, precision)
 
 
-def _clip(model: torch.nn.Module, size: int) -> Clip:
+def _clip(model: torch.nn.Module, size: int, device: str, precision: str) -> Clip:
     preprocess = Preprocess(size, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     tokenizer = open_clip.SimpleTokenizer(context_length=TEXT["context_length"])
-    return Clip(
-        model, tokenizer, preprocess, Model(name="ViT-B-32", pretrained="random", device="cpu"), torch.device("cpu")
+    settings = Model.model_validate(
+        {"name": "ViT-B-32", "pretrained": "random", "device": device, "precision": precision}
     )
+    return Clip(model, tokenizer, preprocess, settings, torch.device(device))
 
 
 class PlainTokens:

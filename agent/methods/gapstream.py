@@ -49,8 +49,7 @@ from agent.methods.training import GapWatch, Training, admit, cosine, local_loss
 from agent.model.clip import Clip
 from agent.model.gap import within_budget
 from agent.model.lora import merged
-from agent.scoring.report import Adaptation
-from agent.values import Progress, Update
+from agent.values import Adaptation, Progress, Update
 
 log = logging.getLogger(__name__)
 
