@@ -33,6 +33,9 @@ CUT_REASONS = ("new_classes", "samples", "bytes", "boundary", "idle", "age", "en
 SET_ASIDE = ("ok", "error", "removed")
 """What became of dead letters: set aside, not set aside, or removed by state.dead_letter_bytes."""
 
+DECISIONS = ("kept", "refused", "undone")
+"""What becomes of new adapters: `agent.scoring.report.Adaptation.decision`."""
+
 FAILURES = ("start", "error", "died", "silent")
 """How an update fails; the kinds of agent.worker.WorkerDied."""
 
@@ -110,6 +113,9 @@ class Instruments:
             self._phase_seconds.labels(phase)
         self._rollbacks = make.counter(
             "updates_rolled_back", "Updates rolled back: gap budget crossed or loss not finite"
+        )
+        self._adaptations = make.counter(
+            "adaptations", "Updates whose new adapters were judged, by what was decided", "decision", DECISIONS
         )
         self._loss = make.measured("training_loss", "Newest training loss")
         self._epoch = make.gauge("update_epoch", "Epoch of the running update; 0 when none runs")

@@ -181,6 +181,8 @@ class Metrics(Instruments):
         if update is not None:
             self._rollbacks.inc(int(update.rolled_back))
             self._set_gap(update.drift_after, update.budget)
+            if update.adaptation is not None:
+                self._adaptations.labels(update.adaptation.decision).inc()
         for phase, seconds in outcome.report.seconds.items():
             self._phase_seconds.labels(phase).observe(seconds)
         self._releases.labels("refused" if outcome.release_refused else "published").inc()

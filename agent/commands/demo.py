@@ -43,7 +43,7 @@ Status = Callable[[], Mapping[str, Any]]
 PHASES = {
     "decode": "decoding images",
     "train": "learning the task",
-    "compensate": "training the visual classifier",
+    "compensate": "fitting the visual classifier",
     "evaluate": "scoring on held-back images",
     "export": "exporting to ONNX and checking",
     "commit": "committing",
@@ -175,6 +175,8 @@ def live_view(status: Mapping[str, Any]) -> RenderableType:
     parts: list[RenderableType] = [grid]
     if report:
         grid.add_row("accuracy", f"[bold]{_percent(report.last)}[/] over {len(report.classes)} classes so far")
+        if adaptation := report.history[-1].adaptation:
+            grid.add_row("towers", adaptation.words())
         parts += [Text(), tasks_table(report)]
     return Panel(Group(*parts), title="gapstream demo", title_align="left", border_style="blue", padding=(1, 2))
 
@@ -243,6 +245,8 @@ def _print_lines(status: Status, console: Console, stop: threading.Event) -> Non
                 f"task {entry.task} learned: accuracy {_percent(entry.accuracy)} over the classes so far, "
                 f"untouched model {_percent(entry.zero_shot)}"
             )
+            if entry.adaptation:
+                console.print(f"task {entry.task} {entry.adaptation.words()}")
         if ended:
             return
 

@@ -145,7 +145,7 @@ class Gapstream:
     def _watch(self, task: TaskData) -> GapWatch:
         """Measure the gap on the task. Where its names and images show a drift beyond the budget, which those of no
         task before did, the adapters are halved until it is inside: no statistics depend on them."""
-        watch = GapWatch(self, self._clip, task, self._seed)
+        watch = GapWatch(self, self._clip, task, self._seed, moved=self._adapted)
         for halving in range(1, HALVINGS + 1):
             drift = watch.drift(watch.before)
             if not self._adapted or drift is None or drift <= self._budget:
@@ -157,7 +157,7 @@ class Gapstream:
             self._student.weaken(0.5 if halving < HALVINGS else 0)
             self._adapted = halving < HALVINGS
             self._names = self._names[:0]
-            watch = GapWatch(self, self._clip, task, self._seed)
+            watch = GapWatch(self, self._clip, task, self._seed, moved=self._adapted)
         return watch
 
     def _held(self, task: TaskData, labels: Tensor) -> int:

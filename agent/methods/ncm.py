@@ -48,7 +48,7 @@ class Ncm(UntouchedMethod):
 
     def update(self, task: TaskData, on_progress: OnProgress) -> Update:
         started = time.perf_counter()
-        watch = GapWatch(self, self._clip, task, self._seed)
+        watch = GapWatch(self, self._clip, task, self._seed, moved=False)
         self._means.add(task, untouched_features(self._clip, task))
         return untrained(task, watch, started, on_progress)
 

@@ -64,7 +64,7 @@ class RanPac(UntouchedMethod):
     @torch.no_grad()
     def update(self, task: TaskData, on_progress: OnProgress) -> Update:
         started = time.perf_counter()
-        watch = GapWatch(self, self._clip, task, self._seed)
+        watch = GapWatch(self, self._clip, task, self._seed, moved=False)
         embeddings = untouched_features(self._clip, task)
         admit(self._classes, task)
         self._sums = F.pad(self._sums, (0, 0, 0, len(self._classes) - len(self._sums)))

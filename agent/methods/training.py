@@ -36,16 +36,18 @@ class GapWatch:
         seed: int,
         relative_to: str = "separation",
         samples: int = GAP_SAMPLES,
+        moved: bool = True,
     ) -> None:
         """Measure the untouched model and the method as it is now, on at most `samples` images; `relative_to` is the
-        divisor of the drift."""
+        divisor of the drift. A method that has not `moved` still encodes as the untouched model does, and is not
+        measured again."""
         self._relative_to = relative_to
         generator = task_generator(seed, task.number, "gap")
         self._sample = torch.randperm(len(task), generator=generator)[:samples].sort().values
         self._task = task
         self._method = method
         self.untouched = self._statistics(untouched)
-        self.before = self.measure()
+        self.before = self.measure() if moved else self.untouched
 
     def measure(self) -> GapStatistics:
         """Measure the gap of the method as it is now."""

@@ -30,7 +30,7 @@ class ZeroShot(UntouchedMethod):
 
     def update(self, task: TaskData, on_progress: OnProgress) -> Update:
         started = time.perf_counter()
-        watch = GapWatch(self, self._clip, task, self._seed)
+        watch = GapWatch(self, self._clip, task, self._seed, moved=False)
         admit(self._classes, task)
         return untrained(task, watch, started, on_progress)
 

@@ -103,14 +103,19 @@ class Adaptation:
     error: float | None = None
     """The standard error of that mean."""
 
+    @property
+    def decision(self) -> str:
+        """`kept`, `refused` by the evidence, or `undone` as it crossed the budget (or its loss was not finite)."""
+        return "kept" if self.kept else "refused" if self.epochs else "undone"
+
     def words(self) -> str:
-        """Say it in a line, for the log and the pages."""
-        if not self.epochs:
-            return "adapted: undone, as the first epoch crossed the gap budget"
-        epochs = "1 epoch" if self.epochs == 1 else f"{self.epochs} epochs"
-        used = f"{(self.drift or 0) / self.budget:.0%} of the gap budget"
-        judged = f"gain {self.gain:+.4f} +- {self.error:.4f} nats on {self.images} images held back"
-        return f"adapted: {'kept' if self.kept else 'refused'}, {epochs}, {used}, {judged}"
+        """Say it in a line, for the log and the terminal."""
+        epochs = "no epoch" if not self.epochs else "1 epoch" if self.epochs == 1 else f"{self.epochs} epochs"
+        used = "" if self.drift is None else f", {self.drift / self.budget:.0%} of the gap budget"
+        judged = (
+            "" if self.gain is None else f", gain {self.gain:+.4f} +- {self.error:.4f} nats on {self.images} images"
+        )
+        return f"adapted: {self.decision}, {epochs}{used}{judged}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -200,7 +200,17 @@ const gapstream = (() => {
 
   const shortList = names => names.slice(0, 4).join(", ") + (names.length > 4 ? `, … (${names.length})` : "");
 
-  // The four pictures of a report; `boxes` maps accuracy, matrix, drift, similarity, seconds to elements (missing ones are left out).
+  // What was decided about a task's new adapters, as in the log.
+  function adapted(entry) {
+    const { kept, epochs, drift, budget, images, gain, error } = entry.adaptation;
+    const parts = [kept ? "kept" : epochs ? "refused" : "undone", epochs === 1 ? "1 epoch" : `${epochs || "no"} epochs`];
+    if (known(drift)) parts.push(`${Math.round(100 * drift / budget)} % of the gap budget`);
+    if (known(gain)) parts.push(`gain ${gain.toFixed(4)} ± ${error.toFixed(4)} nats on ${images} images held back`);
+    return `Task ${entry.task} adapted: ${parts.join(", ")}.`;
+  }
+
+  // The four pictures of a report; `boxes` maps accuracy, matrix, drift, similarity, seconds to elements (missing ones are left out),
+  // and adaptation to where the newest one is told in words.
   function report(data, boxes) {
     const history = data.history || [], x = history.map(entry => entry.task);
     const gap = (entry, name) => entry.gap?.[name]?.after ?? null;
@@ -211,6 +221,8 @@ const gapstream = (() => {
     if (boxes.matrix) heatMap(boxes.matrix, data.matrix || [], x, history.map(entry => entry.classes));
     if (boxes.drift) lines(boxes.drift, { title: "gap drift over tasks", x, low: 0, span: .1, axis: share, limit: known(data.gap?.drift?.budget) ? { name: "budget", value: data.gap.drift.budget } : undefined,
       series: [{ name: "drift", color: "var(--learned)", values: history.map(entry => gap(entry, "drift")) }] });
+    const newest = history.findLast(entry => entry.adaptation);
+    if (boxes.adaptation) boxes.adaptation.textContent = newest ? adapted(newest) : "";
     const untouched = (entry, name) => entry.gap?.[name]?.untouched ?? null;
     if (boxes.similarity) lines(boxes.similarity, { title: "similarities over tasks", x, format: number, axis: value => value.toFixed(2),
       series: [["positive", "right name", "var(--learned)"], ["negative", "other names", "var(--before)"]].flatMap(([pair, name, color]) => [
