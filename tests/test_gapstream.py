@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from agent.config import Method, Model
 from agent.methods.base import TaskData, task_generator
 from agent.methods.discriminant import RandomFeatures, leave_one_out
-from agent.methods.gapstream import LEAST_HELD, Gapstream
+from agent.methods.gapstream import LEAST_HELD, START, UNMEASURED, Gapstream
 from agent.methods.training import GapWatch, local_loss
 from agent.model.clip import Clip, load_clip
 from tests.tiny import PlainTokens, silent, tiny_clip, tiny_task, tiny_timm_clip
@@ -114,6 +114,9 @@ def test_one_image_of_a_class_is_learned_where_nothing_can_be_left_out(clip):
     before = method._fusion
     update = method.update(task_of(1, tokens, labels), silent)
     assert method._fusion == before and update.adaptation is None
+    # and the texts lead
+    names = UNMEASURED.text_weight * clip.logit_scale * clip.encode_names(method.classes)
+    assert UNMEASURED.temperature < START.temperature and torch.allclose(method.inference_module().names, names)
     assert method.inference_module().from_tokens(tokens)[2].isfinite().all()
 
 
