@@ -253,8 +253,8 @@ def test_a_task_with_too_few_images_to_judge_by_adapts_nothing(clip):
         assert (update.adaptation is not None) == adapts
 
 
-def test_earlier_features_are_taken_amid_the_blocks_of_a_plain_tower_and_before_them_behind_a_trunk():
-    assert tiny_clip().image.depth == 1 and tiny_timm_clip().image.depth == 3
+def test_earlier_features_are_taken_after_a_third_of_a_plain_towers_blocks_and_before_them_behind_a_trunk():
+    assert tiny_clip().image.depth == 1 and tiny_timm_clip().image.depth == 2
     assert load_clip(Model()).image.depth == 0
 
 
