@@ -14,8 +14,8 @@ from agent.config.base import Section
 
 
 class Lora(Section):
-    """mgclip, vrlwf and finetune train low-rank adapters on the K and V projections of both towers. A state folder is
-    continued only with the adapters it began with."""
+    """gapstream, mgclip, vrlwf and finetune train low-rank adapters on the K and V projections of both towers. A state
+    folder is continued only with the adapters it began with."""
 
     rank: int = Field(8, ge=1)
     """The adapters have this rank; each block of a tower gets 4 * rank * width parameters."""
