@@ -122,7 +122,7 @@ def _answer(cpu_s: float, work: bytes, image: bytes, max_pixels: int) -> tuple[i
     try:
         wanted = _work(work)
         if isinstance(wanted, Preprocess):
-            return PIXELS, wanted.fit(decode(image, max_pixels)).tobytes()
+            return PIXELS, wanted.fit(decode(image, max_pixels, wanted)).tobytes()
         return PICTURE, _picture(image, max_pixels, wanted)
     except ImageError as error:
         return REFUSED, json.dumps([error.reason, error.detail]).encode()

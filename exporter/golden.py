@@ -46,7 +46,7 @@ def encoded() -> dict[str, NDArray[np.uint8]]:
 
 def pixels(files: Mapping[str, NDArray[Any]], preprocess: Preprocess) -> NDArray[np.float32]:
     """Decode and preprocess the files, float32 [2, 3, H, W]. Raises ImageError."""
-    return preprocess.batch([decode(files[name].tobytes(), _WIDTH * _HEIGHT) for name in ENCODED])
+    return preprocess.batch([decode(files[name].tobytes(), _WIDTH * _HEIGHT, preprocess) for name in ENCODED])
 
 
 def difference(golden: Mapping[str, NDArray[Any]], preprocess: Preprocess) -> float | None:

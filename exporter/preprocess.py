@@ -25,17 +25,23 @@ from what never was one (`unsupported_format`) where Pillow cannot."""
 _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 """open_clip's names of interpolations, which releases on disk have, and Pillow's. Pillow antialiases both."""
 
+JPEG_OVERSAMPLING = 2
+"""What Preprocess.jpeg_oversampling is for all that is learned now: at twice the size that is needed the resize still
+does the last halving, so that hardly a pixel changes; see the table in exporter/README.md."""
+
 _RESIZE_MODES = ("shortest", "longest", "squash")
 """open_clip's names of what is done to an image that is not square, see Preprocess.resize_mode."""
 
 
-def decode(data: bytes, max_pixels: int) -> Image.Image:
+def decode(data: bytes, max_pixels: int, preprocess: Preprocess | None = None) -> Image.Image:
     """Decode the first frame of an image: upright (EXIF orientation applied), 8-bit RGB.
 
     Transparency is dropped, not composited, as CLIP's own training data was read; 16-bit grey keeps its upper 8 bits.
-    `max_pixels`: an image of more pixels is refused. Raises ImageError, before a decoder sees the bytes when the header
-    alone tells (see exporter.image_header). Pillow itself takes headers of more than 178 million pixels for bombs, so a
-    larger `max_pixels` has no effect.
+    `max_pixels`: an image of more pixels is refused. `preprocess`: what the image is decoded for, so that a large JPEG
+    is decoded no larger than that needs (Preprocess.jpeg_oversampling); None decodes all of its pixels. Learning and
+    serving must give it alike. Raises ImageError, before a decoder sees the bytes when the header alone tells (see
+    exporter.image_header). Pillow itself takes headers of more than 178 million pixels for bombs, so a larger
+    `max_pixels` has no effect.
     """
     check_header(data, max_pixels)
     try:
@@ -46,6 +52,10 @@ def decode(data: bytes, max_pixels: int) -> Image.Image:
             raise ImageError("bomb", f"{width} x {height} pixels, at most {max_pixels} are decoded")
         if max(width, height) > MAX_ASPECT * min(width, height):
             raise ImageError("bad_dimensions", f"{width} x {height} pixels, sides may differ {MAX_ASPECT}-fold at most")
+        if preprocess is not None and preprocess.jpeg_oversampling:
+            # As stored, not yet turned: the size that is needed turns with the image. Other formats know no such scale.
+            wanted = preprocess.resized(image.size)
+            image.draft(None, (wanted[0] * preprocess.jpeg_oversampling, wanted[1] * preprocess.jpeg_oversampling))
         return upright_rgb(image)
     except (ImageError, MemoryError):  # memory that is short here says nothing about the image
         raise
@@ -94,7 +104,8 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
 @dataclass(frozen=True)
 class Preprocess:
-    """This is open_clip's validation transform of an RGB image: resize, centre crop, scale to 0..1, normalise.
+    """This is open_clip's validation transform of an RGB image: resize, centre crop, scale to 0..1, normalise; and how
+    large a JPEG is decoded for it.
 
     Raises ValueError for values out of range.
     """
@@ -110,10 +121,16 @@ class Preprocess:
     resize_mode: str = "shortest"
     """`shortest`: that side becomes `size`, and the other is cropped; `longest`: that side becomes `size`, and the
     other is padded with black; `squash`: both sides become `size`."""
+    jpeg_oversampling: int = JPEG_OVERSAMPLING
+    """A JPEG is decoded at the smallest of 1/8, 1/4, 1/2 and 1/1 of its size (the scales of libjpeg's inverse cosine
+    transform) at which both sides are still at least so many times what they are resized to; 0: always at its full
+    size, as releases of older versions were made."""
 
     def __post_init__(self) -> None:
         if self.size < 1 or len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise ValueError(f"got {self}, expected size >= 1, three means and three positive standard deviations")
+        if self.jpeg_oversampling < 0:
+            raise ValueError(f"got a JPEG oversampling of {self.jpeg_oversampling}, expected 0 or more")
         if self.interpolation not in _RESAMPLING:
             raise ValueError(f"got interpolation {self.interpolation!r}, expected one of {', '.join(_RESAMPLING)}")
         if self.resize_mode not in _RESIZE_MODES:
@@ -133,7 +150,7 @@ class Preprocess:
         """
         if image.mode != "RGB":
             raise ValueError(f"got an image of mode {image.mode}, expected RGB (see upright_rgb)")
-        return np.ascontiguousarray(np.asarray(self._resized(image)).transpose(2, 0, 1))
+        return np.ascontiguousarray(np.asarray(self._cropped(image)).transpose(2, 0, 1))
 
     def scale(self, planes: NDArray[np.uint8], out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
         """Turn what `fit` gives into float32 [3, size, size], written into `out` when given."""
@@ -153,24 +170,32 @@ class Preprocess:
         return out
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the fields as a JSON-able dict, which `from_dict` reads back."""
-        return asdict(self)
+        """Give the fields as a JSON-able dict, which `from_dict` reads back.
+
+        An oversampling of 0 is left out: so releases of older versions keep what they say of themselves, and their ids.
+        """
+        values = asdict(self)
+        return values if self.jpeg_oversampling else {k: v for k, v in values.items() if k != "jpeg_oversampling"}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Preprocess:
-        """Read the preprocessing that `to_dict` wrote. Raises KeyError, TypeError or ValueError for anything else."""
-        return cls(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
+        """Read the preprocessing that `to_dict` wrote, of this version or an older one. Raises KeyError, TypeError or
+        ValueError for anything else."""
+        return cls(**{"jpeg_oversampling": 0, **values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
 
-    def _resized(self, image: Image.Image) -> Image.Image:
-        side, (width, height) = self.size, image.size
+    def resized(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Give the width and height to which an image of this width and height is resized, before crop or padding."""
+        side, (width, height) = self.size, size
         if self.resize_mode == "shortest":
             shortest = min(width, height)
-            resized = (int(side * width / shortest), int(side * height / shortest))
-        elif self.resize_mode == "longest":
+            return int(side * width / shortest), int(side * height / shortest)
+        if self.resize_mode == "longest":
             ratio = max(width, height) / side
-            resized = (max(1, round(width / ratio)), max(1, round(height / ratio)))
-        else:
-            resized = (side, side)
+            return max(1, round(width / ratio)), max(1, round(height / ratio))
+        return side, side
+
+    def _cropped(self, image: Image.Image) -> Image.Image:
+        side, resized = self.size, self.resized(image.size)
         if resized != image.size:
             image = image.resize(resized, _RESAMPLING[self.interpolation])
         if resized == (side, side):

@@ -233,6 +233,9 @@ class Classifier:
         """Name the `top` classes (0: all) of each encoded, Pillow or prepared image; one release answers for all of
         them.
 
+        A Pillow image is taken with the pixels it has; of an encoded JPEG hardly more are decoded than are needed
+        (Preprocess.jpeg_oversampling), so that the two differ a little where it is large.
+
         `extra`: names that are scored beside the learned classes by what their words mean (a prepared image has its
         own). An extra name's score is its share of softmax(scale * similarity) over all names; the learned classes
         share what is left as they would share all of it. A name that is learned is just that class.
@@ -318,7 +321,7 @@ class Classifier:
 
     def _pixels(self, image: bytes | Image.Image | Prepared, preprocess: Preprocess) -> NDArray[np.float32]:
         if not isinstance(image, Prepared):
-            rgb = decode(image, self._max_pixels) if isinstance(image, bytes) else upright_rgb(image)
+            rgb = decode(image, self._max_pixels, preprocess) if isinstance(image, bytes) else upright_rgb(image)
             return preprocess(rgb)
         if image.preprocess != preprocess:
             raise ReleaseError("the image was prepared for a release with another preprocessing; prepare it again")

@@ -40,7 +40,9 @@ def png_header(width: int, height: int) -> bytes:
 def open_clip_transform(preprocess: Preprocess):
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
-    return image_transform_v2(PreprocessCfg(**preprocess.to_dict()), is_train=False)
+    values = preprocess.to_dict()
+    del values["jpeg_oversampling"]  # open_clip knows nothing of how an image was decoded
+    return image_transform_v2(PreprocessCfg(**values), is_train=False)
 
 
 @pytest.mark.parametrize("resize_mode", ["shortest", "longest", "squash"])
@@ -127,6 +129,96 @@ def test_an_animation_gives_its_first_frame(format):
     assert decode(data, MAX_PIXELS).getpixel((5, 5)) == (255, 0, 0)
 
 
+SMALL = Preprocess(64, MEAN, STD)
+"""At twice its size it needs JPEGs of 128 pixels on the shorter side."""
+
+
+@pytest.mark.parametrize(
+    ("size", "resize_mode", "decoded"),
+    [
+        ((255, 400), "shortest", (255, 400)),
+        ((256, 400), "shortest", (128, 200)),
+        ((4000, 3000), "shortest", (500, 375)),
+        ((1023, 2000), "shortest", (256, 500)),
+        ((1024, 2000), "shortest", (128, 250)),
+        ((1024, 200), "longest", (128, 25)),
+        ((1024, 300), "squash", (512, 150)),
+        ((300, 1024), "squash", (150, 512)),
+        ((259, 515), "shortest", (130, 258)),
+    ],
+)
+def test_a_large_jpeg_is_decoded_at_the_smallest_scale_with_twice_the_pixels_that_are_needed(
+    size, resize_mode, decoded
+):
+    preprocess = Preprocess(64, MEAN, STD, resize_mode=resize_mode)
+
+    image = decode(encoded(picture(*size), "JPEG"), 20_000_000, preprocess)
+
+    assert image.size == decoded
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}], ids=["", "progressive", "4:4:4"])
+def test_what_a_scaled_jpeg_of_any_kind_shows_hardly_differs_from_all_of_its_pixels(mode, options):
+    data = encoded(picture(1200, 900, mode), "JPEG", quality=90, **options)
+
+    scaled, whole = decode(data, 2_000_000, SMALL), decode(data, 2_000_000)
+
+    assert scaled.mode == "RGB" and scaled.size == (300, 225)
+    difference = np.abs(SMALL.fit(scaled).astype(np.int16) - SMALL.fit(whole))
+    assert difference.mean() < 0.5 and difference.max() <= 4
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("resize_mode", ["shortest", "longest", "squash"])
+def test_a_scaled_jpeg_is_turned_as_its_exif_orientation_says(orientation, resize_mode):
+    preprocess = Preprocess(64, MEAN, STD, resize_mode=resize_mode)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(picture(800, 600), "JPEG", quality=90, exif=exif)
+
+    scaled, whole = decode(data, MAX_PIXELS, preprocess), decode(data, MAX_PIXELS)
+
+    assert max(scaled.size) < max(whole.size) / 1.9
+    assert np.abs(preprocess.fit(scaled).astype(np.int16) - preprocess.fit(whole)).max() <= 4
+
+
+def test_the_first_picture_of_a_camera_file_with_several_is_scaled_too():
+    buffer = io.BytesIO()
+    picture(800, 600).save(buffer, "MPO", save_all=True, append_images=[picture(800, 600, "L").convert("RGB")])
+    data = buffer.getvalue()
+
+    scaled = decode(data, MAX_PIXELS, SMALL)
+
+    assert scaled.size == (200, 150)
+    assert np.abs(SMALL.fit(scaled).astype(np.int16) - SMALL.fit(decode(data, MAX_PIXELS))).max() <= 4
+
+
+@pytest.mark.parametrize("format", ["PNG", "WEBP", "TIFF", "BMP"])
+def test_other_formats_are_decoded_with_all_their_pixels(format):
+    data = encoded(picture(800, 600), format)
+
+    assert decode(data, MAX_PIXELS, SMALL).tobytes() == decode(data, MAX_PIXELS).tobytes()
+
+
+def test_the_limits_of_a_scaled_jpeg_are_those_of_all_its_pixels():
+    data = encoded(picture(1200, 900), "JPEG")
+
+    for wrong, most, reason in ((data, 1_000_000, "bomb"), (data[: len(data) // 2], 2_000_000, "truncated")):
+        with pytest.raises(ImageError) as caught:
+            decode(wrong, most, SMALL)
+        assert caught.value.reason == reason
+
+
+def test_preprocessing_that_an_older_version_wrote_decodes_all_pixels():
+    values = SMALL.to_dict()
+    del values["jpeg_oversampling"]
+    older = Preprocess.from_dict(values)
+
+    assert older != SMALL and older.to_dict() == values
+    assert decode(encoded(picture(800, 600), "JPEG"), MAX_PIXELS, older).size == (800, 600)
+
+
 HALF_JPEG = encoded(picture(64, 64), "JPEG")[:600]
 HALF_PNG = encoded(picture(64, 64), "PNG")
 HALF_PNG = HALF_PNG[: len(HALF_PNG) // 2]
@@ -199,7 +291,14 @@ def test_the_settings_survive_json():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"size": 0}, {"std": (0.0, 1.0, 1.0)}, {"interpolation": "nearest"}, {"resize_mode": "fit"}]
+    "wrong",
+    [
+        {"size": 0},
+        {"std": (0.0, 1.0, 1.0)},
+        {"interpolation": "nearest"},
+        {"resize_mode": "fit"},
+        {"jpeg_oversampling": -1},
+    ],
 )
 def test_settings_out_of_range_are_refused(wrong):
     with pytest.raises(ValueError, match="expected"):

@@ -269,7 +269,7 @@ def outcome(data: bytes) -> str:
     except Unusable as why:
         taken = str(why.reason)
     try:
-        pixels = decode(data, MAX_PIXELS)
+        pixels = decode(data, MAX_PIXELS, PREPROCESS)
     except ImageError as error:
         if error.reason not in set(Reason):
             raise Failed(f"unknown reason {error.reason}") from error
