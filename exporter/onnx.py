@@ -70,7 +70,8 @@ class OnnxExporter:
     ) -> None:
         """`opset`: ONNX operator set; `max_batch`: largest batch checked; `atol`: largest difference allowed in
         embeddings and probabilities, and in logits relative to the largest; `threads`: CPU threads of onnxruntime
-        during the check, 0 for all cores; `precisions`: names in exporter.precision.PRECISIONS, released beside fp32; `traces`: where traced graphs are kept on disk.
+        during the check, 0 for all cores; `precisions`: names in exporter.precision.PRECISIONS, released beside fp32;
+        `traces`: where traced graphs are kept on disk.
 
         Raises ValueError for a precision that is not known.
         """

@@ -30,6 +30,7 @@ from exporter.onnx import OnnxExporter
 from exporter.preprocess import ImageError, Preprocess
 from exporter.release import Release, ReleaseError
 from exporter.runtime import OUTPUTS, RETRY_S, Classifier, Prepared, Session
+from exporter.trace_cache import user_cache
 from tests.test_onnx import FACTS, PREPROCESS, SIZE, Toy
 
 
@@ -39,7 +40,7 @@ class State:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.commits = 0
-        self._exporter = OnnxExporter(max_batch=4)
+        self._exporter = OnnxExporter(max_batch=4, traces=user_cache())
 
     def commit(self, module: Toy, preprocess: Preprocess = PREPROCESS) -> Release:
         self.commits += 1
@@ -244,7 +245,7 @@ def test_the_follower_outlives_a_folder_that_cannot_be_read_for_a_while(state, m
 
 def test_a_smaller_form_is_served_where_the_release_has_it(tmp_path, caplog):
     images = np.random.default_rng(0).normal(size=(3, 3, SIZE, SIZE)).astype(np.float32)
-    exporter = OnnxExporter(max_batch=4, precisions=("fp16",))
+    exporter = OnnxExporter(max_batch=4, precisions=("fp16",), traces=user_cache())
     exporter.release(Toy(5), PREPROCESS, FACTS, tmp_path / "release", images)
     asked = [picture(seed) for seed in range(3)]
     full = Classifier(tmp_path / "release").classify(asked, top=0)

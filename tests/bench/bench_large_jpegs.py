@@ -17,7 +17,7 @@ import io
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -175,8 +175,7 @@ def compare_answers(clip: Clip, train: Pixels, test: Pixels, seeds: int) -> bool
             strayed.append(difference.mean().item())
             worst = max(worst, difference.max().item())
             same.append((answers[False, False].argmax(1) == answers[False, True].argmax(1)).double().mean().item())
-        score: Callable[[bool, bool], float] = lambda a, b, right=right: statistics.mean(right[a, b])  # type: ignore[misc]
-        full, scaled, mixed = score(False, False), score(True, True), score(False, True)
+        full, scaled, mixed = (statistics.mean(right[ways]) for ways in ((False, False), (True, True), (False, True)))
         print(
             f"{name}: accuracy {full:.2%} at full size, {scaled:.2%} scaled, {mixed:.2%} learned at full size and "
             f"tested scaled; of the latter a probability differs by {statistics.mean(strayed):.4f} in the mean, "
