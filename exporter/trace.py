@@ -86,7 +86,7 @@ class Trace:
             except ParityError as error:
                 log.warning("the graph traced earlier does not fit this model, another is taken: %s", error)
         began = time.monotonic()
-        key = None if self._cache is None else key_of(module, self._asked(tensors, varying, example, longest))
+        key = None if self._cache is None else key_of(module, self._asked(tensors, varying, example, longest), __file__)
         kept = None if self._cache is None or key is None else self._cache.get(key)
         self.seconds = time.monotonic() - began
         if self._cache is not None and key is not None and kept is not None:

@@ -71,19 +71,20 @@ def user_cache(env: Mapping[str, str] = os.environ) -> TraceCache | None:
     return TraceCache(above / "gapstream" / "traces")
 
 
-def key_of(module: nn.Module, asked: object) -> str | None:
+def key_of(module: nn.Module, asked: object, tracer: str) -> str | None:
     """Name the graph that tracing `module` would give, by all that it depends on; None where that cannot be told.
 
     This is the versions of the libraries, the files of the modules' classes, their numbers, texts and functions outside
-    of tensors, and `asked`, which is JSON-able: the shapes of the tensors and how it is traced. What the classes use
-    from other files counts by the version of gapstream alone, which the parity check of every release makes up for.
+    of tensors, and `asked`, which is JSON-able: the shapes of the tensors and how it is traced; and the file `tracer`,
+    which does that. What the classes use from other files counts by the version of gapstream alone, which the parity
+    check of every release makes up for.
     """
     try:
         parts = []
-        files: dict[str, str] = {}
+        files = {"": digest_of(tracer)}
         for name, part in module.named_modules(remove_duplicate=False):
             classes = [kind for kind in type(part).__mro__ if not _is_by_version(kind)]
-            files |= {kind.__module__: _digest_of(_file_of(kind)) for kind in classes}
+            files |= {kind.__module__: digest_of(_file_of(kind)) for kind in classes}
             kinds = [f"{kind.__module__}.{kind.__qualname__}" for kind in type(part).__mro__]
             parts.append([name, kinds, _settings(vars(part))])
         versions = {name: metadata.version(name.replace("_", "-")) for name in _PACKAGES}
@@ -205,7 +206,7 @@ def _settings(values: Mapping[str, Any]) -> dict[str, Any]:
     Texts in lists are class names, which change between releases and are in no graph. Raises _Unknowable for a tensor
     that is neither parameter nor buffer: its numbers would be in the graph, and in no key.
     """
-    found = {}
+    found: dict[str, Any] = {}
     for name, value in values.items():
         if name in ("_parameters", "_buffers", "_modules", "training"):
             continue
@@ -245,6 +246,6 @@ def _file_of(kind: type) -> str:
 
 
 @lru_cache(maxsize=1024)
-def _digest_of(file: str) -> str:
+def digest_of(file: str) -> str:
     """Hash a file, once in a process: what Python has loaded does not change any more."""
     return hashlib.sha256(Path(file).read_bytes()).hexdigest()

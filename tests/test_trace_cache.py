@@ -91,7 +91,7 @@ def test_nothing_of_a_states_weights_or_names_is_in_what_is_kept(filled):
 
 
 def key(module: nn.Module, *asked: object) -> str | None:
-    return key_of(module, [*asked])
+    return key_of(module, [*asked], trace.__file__)
 
 
 class WithNumber(Toy):
@@ -139,7 +139,7 @@ def test_other_shapes_another_opset_and_other_outputs_have_another_key(tmp_path)
         module = Toy(3)
         tensors = {**tensors_of(module), "tower.3.bias": torch.zeros(wide)}
         asked = trace.Trace(opset, "images", tuple(outputs))._asked(tensors, module.class_tensors, IMAGES, 0)
-        keys.add(key_of(module, asked))
+        keys.add(key_of(module, asked, trace.__file__))
     assert len(keys) == 4 and None not in keys
 
 
@@ -154,14 +154,16 @@ def test_another_version_of_a_library_misses(package, monkeypatch):
 
 def test_another_file_of_a_modules_class_misses(monkeypatch):
     before = key(Toy(3))
-    real = trace_cache._digest_of
-    monkeypatch.setattr(trace_cache, "_digest_of", lambda file: "0" * 64 if file == __file__ else real(file))
+    real = trace_cache.digest_of
+    monkeypatch.setattr(trace_cache, "digest_of", lambda file: "0" * 64 if file == __file__ else real(file))
     assert key(Toy(3)) == before  # this file has no part in it
     assert key(WithNumber(1.0)) is not None
     edited = key(WithNumber(1.0))
     monkeypatch.undo()
 
     assert key(WithNumber(1.0)) != edited
+    assert key_of(Toy(3), [], __file__) != before  # another tracer
+    assert key_of(Toy(3), [], "/no/such/file.py") is None
 
 
 @pytest.mark.parametrize(

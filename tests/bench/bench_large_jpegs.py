@@ -5,7 +5,7 @@
 
 The first decodes and preprocesses drawn photographs of three sizes for the bundled model, at full size and scaled, in
 turn, and prints the ratio of the processor's seconds. The second needs a folder or zip of train/class name/image and
-test/..., and learns and tests both ways: every image is enlarged (--pixels), given the grain of a sensor
+test/... or val/..., and learns and tests both ways: every image is enlarged (--pixels), given the grain of a sensor
 (--grain), encoded as a JPEG of quality 90, and decoded both ways. What is learned at full size is also tested scaled,
 as a release of an older version would be by other readers. Exits with 1 when a method loses more than 0.2 points.
 """
@@ -58,8 +58,8 @@ def main() -> int:
         compare_speed(clip.preprocess, arguments.rounds)
         return 0
     train, test = (
-        load(arguments.data, split, most, clip, arguments.pixels, arguments.grain)
-        for split, most in (("train", arguments.per_class), ("test", 0))
+        load(arguments.data, splits, most, clip, arguments.pixels, arguments.grain)
+        for splits, most in ((("train",), arguments.per_class), (("test", "val"), 0))
     )
     return 0 if compare_answers(clip, train, test, arguments.seeds) else 1
 
@@ -112,8 +112,8 @@ class Pixels:
     """Whether scaled -> tokens [N, tokens, width]."""
 
 
-def load(path: Path, split: str, per_class: int, clip: Clip, pixels: float, grain: float) -> Pixels:
-    archive = ArchiveFolder(path, "", (split,))
+def load(path: Path, splits: tuple[str, ...], per_class: int, clip: Clip, pixels: float, grain: float) -> Pixels:
+    archive = ArchiveFolder(path, "", splits)
     rng = np.random.default_rng(0)
     ways = {True: clip.preprocess, False: replace(clip.preprocess, jpeg_oversampling=0)}
     labels: list[str] = []
@@ -135,7 +135,7 @@ def load(path: Path, split: str, per_class: int, clip: Clip, pixels: float, grai
         if rest:
             tokens[way].append(clip.prefix(torch.stack(rest)))
     print(
-        f"{split}: {len(labels)} images; a pixel differs by {255 * statistics.mean(differences):.2f} of 255 in the "
+        f"{splits[0]}: {len(labels)} images; a pixel differs by {255 * statistics.mean(differences):.2f} of 255 in the "
         f"mean, {255 * max(differences):.2f} in the worst image",
         flush=True,
     )
