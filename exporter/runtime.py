@@ -20,7 +20,7 @@ from PIL import Image
 from exporter import golden as golden_set
 from exporter import release as releases
 from exporter.precision import FP32
-from exporter.preprocess import Preprocess, decode, upright_rgb
+from exporter.preprocess import Preprocess, planes, upright_rgb
 from exporter.release import Release, ReleaseError
 from exporter.session import Device, open_session
 from exporter.text import NameEmbeddings
@@ -321,8 +321,9 @@ class Classifier:
 
     def _pixels(self, image: bytes | Image.Image | Prepared, preprocess: Preprocess) -> NDArray[np.float32]:
         if not isinstance(image, Prepared):
-            rgb = decode(image, self._max_pixels, preprocess) if isinstance(image, bytes) else upright_rgb(image)
-            return preprocess(rgb)
+            if isinstance(image, bytes):
+                return preprocess.scale(planes(image, self._max_pixels, preprocess))
+            return preprocess(upright_rgb(image))
         if image.preprocess != preprocess:
             raise ReleaseError("the image was prepared for a release with another preprocessing; prepare it again")
         return image.pixels

@@ -33,7 +33,7 @@ from agent.config import Config
 from agent.methods.base import TaskData
 from agent.model.clip import Clip, load_clip
 from agent.model.images import CHUNK, StoredTokens
-from exporter.preprocess import Preprocess, decode
+from exporter.preprocess import Preprocess, decode, planes
 from streams.archive_folder import ArchiveFolder
 from tests.bad_images import encoded
 
@@ -86,7 +86,7 @@ def compare_speed(scaled: Preprocess, rounds: int) -> None:
 
 
 def pixels_of(data: bytes, preprocess: Preprocess) -> NDArray[np.float32]:
-    return preprocess(decode(data, MAX_PIXELS, preprocess))
+    return preprocess.scale(planes(data, MAX_PIXELS, preprocess))
 
 
 @lru_cache(maxsize=1)
