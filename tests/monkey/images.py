@@ -2,8 +2,8 @@
 
 `python -m tests.monkey.images --count 5000 --seed 7`. An image is taken apart into what its format is made of (segments
 and scans of a JPEG, chunks of a PNG, WebP, GIF, entries of a TIFF, fields of a header), some parts are changed,
-repeated, left out or cut, and it is put together again with lengths and checksums that are right, as a rule. `decode`
-is what the trainer and `gapstream serve` have in common; intake comes before it and preprocessing after it.
+repeated, left out or cut, and it is put together again with lengths and checksums that are right, as a rule. `planes`
+is what the trainer and `gapstream serve` have in common; intake comes before it.
 """
 
 from __future__ import annotations
