@@ -43,6 +43,7 @@ from exporter.image_header import ImageError
 from exporter.onnx import Labelled, OnnxExporter
 from exporter.release import ReleaseError
 from exporter.text_export import TextToRelease
+from exporter.trace_cache import user_cache
 from streams.archive_folder import ArchiveFolder
 from streams.buffer import Task
 from streams.record import Reason
@@ -108,7 +109,12 @@ class Trainer:
         )
         release = config.release
         self._exporter = OnnxExporter(
-            release.opset, release.max_batch, release.parity_atol, config.model.threads, release.precisions
+            release.opset,
+            release.max_batch,
+            release.parity_atol,
+            config.model.threads,
+            release.precisions,
+            user_cache(),
         )
 
     def learn(self, task: Task, staging: Path, on_progress: OnProgress) -> Outcome:

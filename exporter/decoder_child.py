@@ -27,7 +27,7 @@ import numpy as np
 from PIL import AvifImagePlugin, Image, ImageFile
 
 from exporter.image_header import FORMATS, ImageError, check_header, memory_limit
-from exporter.preprocess import Preprocess, decode, upright_rgb
+from exporter.preprocess import Preprocess, planes, upright_rgb
 
 ORDER = struct.Struct(">dHI")
 """Head of an order: seconds of processor time that the image may take, length of the work, length of the image."""
@@ -122,7 +122,7 @@ def _answer(cpu_s: float, work: bytes, image: bytes, max_pixels: int) -> tuple[i
     try:
         wanted = _work(work)
         if isinstance(wanted, Preprocess):
-            return PIXELS, wanted.fit(decode(image, max_pixels)).tobytes()
+            return PIXELS, planes(image, max_pixels, wanted).tobytes()
         return PICTURE, _picture(image, max_pixels, wanted)
     except ImageError as error:
         return REFUSED, json.dumps([error.reason, error.detail]).encode()

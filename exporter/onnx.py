@@ -1,7 +1,7 @@
 """Turns an inference module, and the text tower that belongs to it, into a checked release.
 
 Each graph is traced with its weights as inputs, once per structure; a release fills them in. So the first release of a
-process takes seconds, later ones, also with more classes, only the time to write and check them.
+machine takes many seconds, later ones, also with more classes, only the time to write and check them.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from exporter.runtime import OUTPUTS, Answers, Session
 from exporter.session import Device
 from exporter.text_export import TextExporter, TextToRelease
 from exporter.trace import EXAMPLE_BATCH, Trace, constant, filled, tensors_of
+from exporter.trace_cache import TraceCache
 
 log = logging.getLogger(__name__)
 
@@ -65,10 +66,12 @@ class OnnxExporter:
         atol: float = 1e-3,
         threads: int = 0,
         precisions: Sequence[str] = (),
+        traces: TraceCache | None = None,
     ) -> None:
         """`opset`: ONNX operator set; `max_batch`: largest batch checked; `atol`: largest difference allowed in
         embeddings and probabilities, and in logits relative to the largest; `threads`: CPU threads of onnxruntime
-        during the check, 0 for all cores; `precisions`: names in exporter.precision.PRECISIONS, released beside fp32.
+        during the check, 0 for all cores; `precisions`: names in exporter.precision.PRECISIONS, released beside fp32;
+        `traces`: where traced graphs are kept on disk.
 
         Raises ValueError for a precision that is not known.
         """
@@ -81,8 +84,8 @@ class OnnxExporter:
         # apart (exporter.parity.TIE), another first class is a mistake in the graph.
         self._fp32 = Tolerance(atol, logits=atol, cosine=0.9999, top1=1.0)
         self._threads = threads
-        self._model = Trace(opset, "images", OUTPUTS)
-        self._text = TextExporter(opset, self._fp32, threads)
+        self._model = Trace(opset, "images", OUTPUTS, traces)
+        self._text = TextExporter(opset, self._fp32, threads, traces)
 
     def release(
         self,

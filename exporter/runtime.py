@@ -20,7 +20,7 @@ from PIL import Image
 from exporter import golden as golden_set
 from exporter import release as releases
 from exporter.precision import FP32
-from exporter.preprocess import Preprocess, decode, upright_rgb
+from exporter.preprocess import Preprocess, planes, upright_rgb
 from exporter.release import Release, ReleaseError
 from exporter.session import Device, open_session
 from exporter.text import NameEmbeddings
@@ -233,6 +233,9 @@ class Classifier:
         """Name the `top` classes (0: all) of each encoded, Pillow or prepared image; one release answers for all of
         them.
 
+        A Pillow image is taken with the pixels it has; of an encoded JPEG hardly more are decoded than are needed
+        (Preprocess.jpeg_oversampling), so that the two differ a little where it is large.
+
         `extra`: names that are scored beside the learned classes by what their words mean (a prepared image has its
         own). An extra name's score is its share of softmax(scale * similarity) over all names; the learned classes
         share what is left as they would share all of it. A name that is learned is just that class.
@@ -318,8 +321,9 @@ class Classifier:
 
     def _pixels(self, image: bytes | Image.Image | Prepared, preprocess: Preprocess) -> NDArray[np.float32]:
         if not isinstance(image, Prepared):
-            rgb = decode(image, self._max_pixels) if isinstance(image, bytes) else upright_rgb(image)
-            return preprocess(rgb)
+            if isinstance(image, bytes):
+                return preprocess.scale(planes(image, self._max_pixels, preprocess))
+            return preprocess(upright_rgb(image))
         if image.preprocess != preprocess:
             raise ReleaseError("the image was prepared for a release with another preprocessing; prepare it again")
         return image.pixels

@@ -25,6 +25,7 @@ from exporter.release import TEXT, TEXT_ROWS, TOKENIZER, ParityError, ReleaseErr
 from exporter.session import Device
 from exporter.text import name_encoder
 from exporter.trace import EXAMPLE_BATCH, Trace, constant, filled, tensors_of
+from exporter.trace_cache import TraceCache
 
 log = logging.getLogger(__name__)
 
@@ -59,12 +60,12 @@ class TextToRelease:
 class TextExporter:
     """Makes text parts. It keeps the traced graph, without weights, between them. Not thread-safe."""
 
-    def __init__(self, opset: int, tolerance: Tolerance, threads: int) -> None:
+    def __init__(self, opset: int, tolerance: Tolerance, threads: int, traces: TraceCache | None = None) -> None:
         """`opset`: ONNX operator set; `tolerance`: what the embeddings of names are held to; `threads`: CPU threads of
-        onnxruntime during the check, 0 for all cores."""
+        onnxruntime during the check, 0 for all cores; `traces`: where traced graphs are kept on disk."""
         self._tolerance = tolerance
         self._threads = threads
-        self._trace = Trace(opset, "ids", ("embedding",))
+        self._trace = Trace(opset, "ids", ("embedding",), traces)
         self._frozen: tuple[object, tuple[int, str]] | None = None
         """The frozen tensors (names and addresses), and size and sha256 of the file they make: they are not read
         through again for every release."""

@@ -1,4 +1,4 @@
-"""A torch module as an ONNX graph without weights: traced once per structure, then filled for each release."""
+"""A torch module as an ONNX graph without weights: traced once per structure, kept, then filled for each release."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from exporter.release import ParityError, ReleaseError
+from exporter.trace_cache import TraceCache, key_of
 
 log = logging.getLogger(__name__)
 
@@ -42,18 +43,21 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
 
 class Trace:
     """A trace is the graph of one kind of module, without weights. It is traced when a module of another structure
-    comes.
+    comes, unless a cache has its graph.
     """
 
-    def __init__(self, opset: int, source: str, outputs: Sequence[str]) -> None:
-        """`opset`: ONNX operator set of the graph; `source` and `outputs`: names of its input and outputs."""
+    def __init__(self, opset: int, source: str, outputs: Sequence[str], cache: TraceCache | None = None) -> None:
+        """`opset`: ONNX operator set of the graph; `source` and `outputs`: names of its input and outputs; `cache`:
+        where graphs of this and other processes are kept."""
         self._opset = opset
         self._source = source
         self._outputs = outputs
+        self._cache = cache
         self._structure: object = None
         self._graph: ir.Model | None = None
         self.seconds = 0.0
-        """Wall seconds that the newest `fitting` spent on tracing; about 0 when an earlier trace was used again."""
+        """Wall seconds that the newest `fitting` spent on tracing, or on reading what was traced; about 0 when an
+        earlier trace was used again."""
 
     def fitting(
         self,
@@ -67,28 +71,47 @@ class Trace:
         """Give what `attempt` makes of the graph of `module`, which is traced only where no earlier trace fits.
 
         A trace fits when modules have the same type and shapes, and `attempt` raises no ParityError: a number kept
-        outside the tensors is part of the graph, and only the answers show that it changed. Then it is traced anew.
+        outside the tensors is part of the graph, and only the answers show that it changed. Then it is traced anew. So
+        is a graph from the cache with which anything goes wrong that is not the machine's fault.
 
         `tensors`: those of `module` (`tensors_of`). `varying`: names of tensors whose first dimension is left open, as
         is that of `example` (EXAMPLE_BATCH inputs). `example`'s second dimension is left open too, up to `longest`,
         unless that is 0. Raises ReleaseError when torch cannot trace the module, and what `attempt` raises.
         """
-        began = time.monotonic()
+        self.seconds = 0.0
         structure = (type(module), example.shape[1:], _shapes(tensors, frozenset(varying)))
-        fresh = self._graph is None or structure != self._structure
-        if self._graph is None or fresh:
-            self._graph = self._traced(module, varying, example, longest)
-            self._structure = structure
+        if self._graph is not None and structure == self._structure:
+            try:
+                return attempt(self._graph)
+            except ParityError as error:
+                log.warning("the graph traced earlier does not fit this model, another is taken: %s", error)
+        began = time.monotonic()
+        key = None if self._cache is None else key_of(module, self._asked(tensors, varying, example, longest), __file__)
+        kept = None if self._cache is None or key is None else self._cache.get(key)
         self.seconds = time.monotonic() - began
-        try:
-            return attempt(self._graph)
-        except ParityError as error:
-            if fresh:
+        if self._cache is not None and key is not None and kept is not None:
+            try:
+                made = attempt(kept)
+                self._graph, self._structure = kept, structure
+                return made
+            except (OSError, MemoryError):
                 raise
-            log.warning("the graph traced earlier does not fit this model, tracing it again: %s", error)
-            self._graph = self._traced(module, varying, example, longest)
-            self.seconds = time.monotonic() - began
-            return attempt(self._graph)
+            except Exception as error:  # onnxruntime's errors share no base class
+                log.warning("the graph that was kept does not fit this model, it is traced anew: %s", error)
+                self._cache.drop(key)
+        began = time.monotonic()
+        self._graph, self._structure = self._traced(module, varying, example, longest), structure
+        self.seconds += time.monotonic() - began
+        made = attempt(self._graph)
+        if self._cache is not None and key is not None:
+            self._cache.put(key, self._graph)
+        return made
+
+    def _asked(self, tensors: Mapping[str, Tensor], varying: Sequence[str], example: NDArray[Any], longest: int) -> Any:
+        """Give all that a graph depends on but the module itself, JSON-able."""
+        shapes = [[name, shape, str(kind), free] for name, shape, kind, free in _shapes(tensors, frozenset(varying))]
+        example_of = [str(example.dtype), example.shape[1:]]
+        return [self._opset, self._source, list(self._outputs), list(varying), longest, example_of, shapes]
 
     def _traced(self, module: Any, varying: Sequence[str], example: NDArray[Any], longest: int) -> ir.Model:
         dimensions = {0: torch.export.Dim("batch", min=1)}
@@ -180,6 +203,8 @@ def _without_weights(model: ir.Model) -> ir.Model:
             value.shape = None  # onnxruntime infers it, with the number of classes known
     for value in (*graph.inputs, *graph.initializers.values()):
         value.metadata_props.clear()
+    for value in graph.outputs:
+        value.shape = ir.Shape([None, None])  # onnx's checker wants one; `filled` says which
     return model
 
 

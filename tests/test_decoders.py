@@ -22,7 +22,7 @@ from PIL import Image
 from exporter import decoder, decoders
 from exporter.decoders import ATTEMPTS, REQUEST_IMAGES, Busy, Decoders, DecodersError, TooManyPixels
 from exporter.image_header import ImageError
-from exporter.preprocess import Preprocess, decode
+from exporter.preprocess import Preprocess, decode, planes
 from tests.bad_images import MAX_PIXELS, all_images, encoded, jpeg_with_scans, picture, png_chunk, png_of, webp_of
 
 PREPROCESS = Preprocess(32, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
@@ -71,7 +71,7 @@ def test_pixels_and_errors_are_those_of_decoding_here(two, preprocess):
     images = [image.data for image in all_images()]
     for image, got in zip(all_images(), two.pixels(images, preprocess), strict=True):
         try:
-            wanted = preprocess(decode(image.data, MAX_PIXELS))
+            wanted = preprocess.scale(planes(image.data, MAX_PIXELS, preprocess))
         except ImageError as error:
             assert isinstance(got, ImageError) and (got.reason, got.detail) == (error.reason, error.detail), image.name
         else:
@@ -84,6 +84,13 @@ def test_an_avif_and_sixteen_bits_of_every_kind_are_the_same_too(two):
     images.append(encoded(deep.convert("I").convert("I;16B"), "TIFF"))
     for data, got in zip(images, two.pixels(images, PREPROCESS), strict=True):
         assert isinstance(got, np.ndarray) and np.array_equal(got, PREPROCESS(decode(data, MAX_PIXELS)))
+
+
+def test_a_large_jpeg_is_scaled_there_as_it_is_here(two):
+    large = encoded(Image.effect_mandelbrot((1000, 700), (-3, -2.5, 2, 2.5), 9).convert("RGB"), "JPEG")
+    [got] = two.pixels([large], PREPROCESS)
+    assert np.array_equal(got, PREPROCESS.scale(planes(large, MAX_PIXELS, PREPROCESS)))
+    assert not np.array_equal(got, PREPROCESS(decode(large, MAX_PIXELS)))
 
 
 def test_an_error_among_the_images_comes_back_in_its_place(two):
@@ -146,9 +153,9 @@ def dying(monkeypatch: pytest.MonkeyPatch, signal_name: str, mark: bytes) -> Non
     """Let decoders be ended by a signal when they meet an image that ends in `mark`."""
     program = decoder._PROGRAM.replace(
         "from exporter.decoder_child",
-        "import os, signal, exporter.decoder_child as c; real = c.decode; "
-        f"c.decode = lambda data, most: os.kill(os.getpid(), signal.{signal_name}) "
-        f"if data.endswith({mark!r}) else real(data, most); from exporter.decoder_child",
+        "import os, signal, exporter.decoder_child as c; real = c.planes; "
+        f"c.planes = lambda data, *more: os.kill(os.getpid(), signal.{signal_name}) "
+        f"if data.endswith({mark!r}) else real(data, *more); from exporter.decoder_child",
     )
     monkeypatch.setattr(decoder, "_PROGRAM", program)
 

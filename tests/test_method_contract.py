@@ -26,6 +26,7 @@ from exporter.onnx import OnnxExporter
 from exporter.preprocess import Preprocess
 from exporter.text import name_encoder
 from exporter.text_export import TextToRelease
+from exporter.trace_cache import user_cache
 from streams.archive_folder import ArchiveFolder
 from tests.tiny import silent, tiny_clip, tiny_task, tiny_timm_clip
 
@@ -328,7 +329,7 @@ def test_it_learns_on_towers_of_timm_too(timm_clip, name):
 
 
 def test_its_release_answers_as_it_does_and_a_later_one_reuses_the_graph(clip, name, tmp_path):
-    exporter = OnnxExporter(max_batch=4)
+    exporter = OnnxExporter(max_batch=4, traces=user_cache())
     preprocess = Preprocess(32, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     images = np.random.default_rng(0).normal(size=(4, 3, 32, 32)).astype(np.float32)
     method = built(clip, name)

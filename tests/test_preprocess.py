@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from exporter.preprocess import ImageError, Preprocess, decode, upright_rgb
+from exporter.preprocess import ImageError, Preprocess, decode, planes, upright_rgb
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 MAX_PIXELS = 1_000_000
@@ -40,7 +40,9 @@ def png_header(width: int, height: int) -> bytes:
 def open_clip_transform(preprocess: Preprocess):
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
-    return image_transform_v2(PreprocessCfg(**preprocess.to_dict()), is_train=False)
+    values = preprocess.to_dict()
+    del values["jpeg_oversampling"]  # open_clip knows nothing of how an image was decoded
+    return image_transform_v2(PreprocessCfg(**values), is_train=False)
 
 
 @pytest.mark.parametrize("resize_mode", ["shortest", "longest", "squash"])
@@ -127,6 +129,111 @@ def test_an_animation_gives_its_first_frame(format):
     assert decode(data, MAX_PIXELS).getpixel((5, 5)) == (255, 0, 0)
 
 
+SMALL = Preprocess(64, MEAN, STD)
+"""At twice its size it needs JPEGs of 128 pixels on the shorter side."""
+
+
+def decoded_size(data: bytes, preprocess: Preprocess, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
+    """The size of the image that is resized."""
+    sizes = []
+    real = Preprocess.fit
+    monkeypatch.setattr(
+        Preprocess, "fit", lambda self, image, box=None: sizes.append(image.size) or real(self, image, box)
+    )
+    planes(data, 20_000_000, preprocess)
+    monkeypatch.undo()
+    return sizes[0]
+
+
+def strayed(data: bytes, preprocess: Preprocess) -> tuple[float, int]:
+    """How far the values, 0 to 255, are from those of an image that is decoded whole: the mean and the largest."""
+    whole = preprocess.fit(decode(data, 20_000_000))
+    difference = np.abs(planes(data, 20_000_000, preprocess).astype(np.int16) - whole)
+    return float(difference.mean()), int(difference.max())
+
+
+@pytest.mark.parametrize(
+    ("size", "resize_mode", "expected"),
+    [
+        ((255, 400), "shortest", (255, 400)),
+        ((256, 400), "shortest", (128, 200)),
+        ((4000, 3000), "shortest", (500, 375)),
+        ((1023, 2000), "shortest", (256, 500)),
+        ((1024, 2000), "shortest", (128, 250)),
+        ((1024, 200), "longest", (128, 25)),
+        ((1024, 300), "squash", (512, 150)),
+        ((300, 1024), "squash", (150, 512)),
+        ((259, 515), "shortest", (130, 258)),
+    ],
+)
+def test_a_large_jpeg_is_decoded_at_the_smallest_scale_with_twice_the_pixels_that_are_needed(
+    size, resize_mode, expected, monkeypatch
+):
+    preprocess = Preprocess(64, MEAN, STD, resize_mode=resize_mode)
+
+    assert decoded_size(encoded(picture(*size), "JPEG"), preprocess, monkeypatch) == expected
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}], ids=["", "progressive", "4:4:4"])
+def test_a_scaled_jpeg_of_any_kind_hardly_differs_from_one_that_is_decoded_whole(mode, options):
+    mean, largest = strayed(encoded(picture(1200, 900, mode), "JPEG", quality=90, **options), SMALL)
+
+    assert 0 < mean < 0.5 and largest <= 4
+
+
+@pytest.mark.parametrize("resize_mode", ["shortest", "longest", "squash"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_scaled_jpeg_of_any_orientation_is_not_moved_where_its_sides_are_no_multiples_of_the_scale(
+    orientation, resize_mode
+):
+    # Given sides that are one more than a multiple, of which the last column and row are hardly there
+    preprocess = Preprocess(64, MEAN, STD, resize_mode=resize_mode)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stripes = Image.fromarray(np.random.default_rng(0).integers(0, 256, (11, 13, 3), dtype=np.uint8))
+    data = encoded(stripes.resize((1145, 1025), Image.Resampling.BICUBIC), "JPEG", quality=95, exif=exif)
+
+    mean, largest = strayed(data, preprocess)
+
+    assert 0 < mean < 0.5 and largest <= 5
+
+
+def test_a_jpeg_that_is_not_much_too_large_is_decoded_whole_bit_by_bit():
+    assert strayed(encoded(picture(255, 400), "JPEG"), SMALL) == (0, 0)
+
+
+def test_the_first_picture_of_a_camera_file_with_several_is_scaled_too(monkeypatch):
+    buffer = io.BytesIO()
+    picture(800, 600).save(buffer, "MPO", save_all=True, append_images=[picture(800, 600, "L").convert("RGB")])
+
+    assert decoded_size(buffer.getvalue(), SMALL, monkeypatch) == (200, 150)
+    assert strayed(buffer.getvalue(), SMALL)[1] <= 4
+
+
+@pytest.mark.parametrize("format", ["PNG", "WEBP", "TIFF", "BMP"])
+def test_other_formats_are_decoded_with_all_their_pixels(format):
+    assert strayed(encoded(picture(800, 600), format), SMALL) == (0, 0)
+
+
+def test_the_limits_of_a_scaled_jpeg_are_those_of_all_its_pixels():
+    data = encoded(picture(1200, 900), "JPEG")
+
+    for wrong, most, reason in ((data, 1_000_000, "bomb"), (data[: len(data) // 2], 2_000_000, "truncated")):
+        with pytest.raises(ImageError) as caught:
+            planes(wrong, most, SMALL)
+        assert caught.value.reason == reason
+
+
+def test_preprocessing_that_an_older_version_wrote_decodes_all_pixels():
+    values = SMALL.to_dict()
+    del values["jpeg_oversampling"]
+    older = Preprocess.from_dict(values)
+
+    assert older != SMALL and older.to_dict() == values
+    assert strayed(encoded(picture(800, 600), "JPEG"), older) == (0, 0)
+
+
 HALF_JPEG = encoded(picture(64, 64), "JPEG")[:600]
 HALF_PNG = encoded(picture(64, 64), "PNG")
 HALF_PNG = HALF_PNG[: len(HALF_PNG) // 2]
@@ -199,7 +306,14 @@ def test_the_settings_survive_json():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"size": 0}, {"std": (0.0, 1.0, 1.0)}, {"interpolation": "nearest"}, {"resize_mode": "fit"}]
+    "wrong",
+    [
+        {"size": 0},
+        {"std": (0.0, 1.0, 1.0)},
+        {"interpolation": "nearest"},
+        {"resize_mode": "fit"},
+        {"jpeg_oversampling": -1},
+    ],
 )
 def test_settings_out_of_range_are_refused(wrong):
     with pytest.raises(ValueError, match="expected"):

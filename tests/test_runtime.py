@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,12 @@ from PIL import Image
 
 from exporter import golden, runtime
 from exporter import release as releases
+from exporter.decoders import Decoders
 from exporter.onnx import OnnxExporter
-from exporter.preprocess import ImageError
+from exporter.preprocess import ImageError, Preprocess
 from exporter.release import Release, ReleaseError
-from exporter.runtime import OUTPUTS, RETRY_S, Classifier, Session
+from exporter.runtime import OUTPUTS, RETRY_S, Classifier, Prepared, Session
+from exporter.trace_cache import user_cache
 from tests.test_onnx import FACTS, PREPROCESS, SIZE, Toy
 
 
@@ -37,13 +40,13 @@ class State:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.commits = 0
-        self._exporter = OnnxExporter(max_batch=4)
+        self._exporter = OnnxExporter(max_batch=4, traces=user_cache())
 
-    def commit(self, module: Toy) -> Release:
+    def commit(self, module: Toy, preprocess: Preprocess = PREPROCESS) -> Release:
         self.commits += 1
         folder = self.path / "commits" / f"{self.commits:06d}" / "release"
         images = np.random.default_rng(0).normal(size=(3, 3, SIZE, SIZE)).astype(np.float32)
-        release = self._exporter.release(module, PREPROCESS, FACTS, folder, images)
+        release = self._exporter.release(module, preprocess, FACTS, folder, images)
         self.point(self.commits)
         return release
 
@@ -107,6 +110,37 @@ def test_answers_are_the_models_sorted_by_probability(state):
         assert prediction.labels == tuple(module.classes[index] for index in order)
         np.testing.assert_allclose(prediction.scores, row[order].numpy(), atol=1e-5)
         assert prediction.release == classifier.release.id
+
+
+def test_a_large_jpeg_is_answered_as_one_that_was_prepared_like_those_that_were_learned(state):
+    buffer = io.BytesIO()
+    picture(0, 300, 400).save(buffer, "JPEG", quality=90)
+    with closing(Decoders(10**6, workers=1)) as decoders:
+        [pixels] = decoders.pixels([buffer.getvalue()], PREPROCESS)
+    classifier = Classifier(state.path)
+
+    encoded, prepared, whole = classifier.classify(
+        [buffer.getvalue(), Prepared(pixels, PREPROCESS), Image.open(buffer)], top=0
+    )
+
+    assert encoded == prepared
+    assert encoded != whole  # its own pixels: those of a Pillow image are all taken
+
+
+def test_a_release_that_was_made_with_all_pixels_of_a_jpeg_keeps_its_id_and_is_answered_so(tmp_path):
+    state = State(tmp_path)
+    older = replace(PREPROCESS, jpeg_oversampling=0)
+    folder = state.commit(Toy(5), older).path
+    release = json.loads((folder / "release.json").read_text())
+    buffer = io.BytesIO()
+    picture(0, 300, 400).save(buffer, "JPEG", quality=90)
+
+    classifier = Classifier(tmp_path)
+
+    assert "jpeg_oversampling" not in release["preprocess"]
+    assert classifier.release.id == release["id"] and classifier.release.preprocess == older
+    encoded, whole = classifier.classify([buffer.getvalue(), Image.open(buffer)], top=0)
+    assert encoded == whole
 
 
 def test_only_the_first_classes_are_listed_and_fewer_when_there_are_fewer(state):
@@ -211,7 +245,7 @@ def test_the_follower_outlives_a_folder_that_cannot_be_read_for_a_while(state, m
 
 def test_a_smaller_form_is_served_where_the_release_has_it(tmp_path, caplog):
     images = np.random.default_rng(0).normal(size=(3, 3, SIZE, SIZE)).astype(np.float32)
-    exporter = OnnxExporter(max_batch=4, precisions=("fp16",))
+    exporter = OnnxExporter(max_batch=4, precisions=("fp16",), traces=user_cache())
     exporter.release(Toy(5), PREPROCESS, FACTS, tmp_path / "release", images)
     asked = [picture(seed) for seed in range(3)]
     full = Classifier(tmp_path / "release").classify(asked, top=0)

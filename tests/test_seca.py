@@ -21,6 +21,7 @@ from agent.methods.training import divergence
 from agent.model.clip import Clip, ModelError
 from exporter.onnx import OnnxExporter
 from exporter.preprocess import Preprocess
+from exporter.trace_cache import user_cache
 from tests.tiny import silent, tiny_clip, tiny_model, tiny_task, tiny_timm_clip
 
 QUICK = {"lr": 5e-3, "prompt_lr": 5e-3, "batch_size": 8, "epochs": 2}
@@ -328,7 +329,9 @@ def test_the_release_of_the_faithful_prediction_answers_as_it_does(clip, tmp_pat
     module = learned(clip, tasks=2, fusion="faithful").inference_module()
     images = torch.randn(4, 3, 32, 32, generator=generator()).numpy()
     preprocess = Preprocess(32, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-    release = OnnxExporter(max_batch=4).release(module, preprocess, {"method": "seca"}, tmp_path / "release", images)
+    release = OnnxExporter(max_batch=4, traces=user_cache()).release(
+        module, preprocess, {"method": "seca"}, tmp_path / "release", images
+    )
     assert release.parity.top1 == 1
 
 

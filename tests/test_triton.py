@@ -13,6 +13,7 @@ from exporter import onnx as exporting
 from exporter import triton
 from exporter.onnx import OnnxExporter
 from exporter.release import Release
+from exporter.trace_cache import user_cache
 from tests.test_onnx import FACTS, PREPROCESS, SIZE, Toy
 
 IMAGES = np.random.default_rng(0).normal(size=(3, 3, SIZE, SIZE)).astype(np.float32)
@@ -21,7 +22,9 @@ IMAGES = np.random.default_rng(0).normal(size=(3, 3, SIZE, SIZE)).astype(np.floa
 @pytest.fixture(scope="module")
 def release(tmp_path_factory) -> Release:
     folder = tmp_path_factory.mktemp("made") / "release"
-    return OnnxExporter(max_batch=4, precisions=("fp16",)).release(Toy(5), PREPROCESS, FACTS, folder, IMAGES)
+    return OnnxExporter(max_batch=4, precisions=("fp16",), traces=user_cache()).release(
+        Toy(5), PREPROCESS, FACTS, folder, IMAGES
+    )
 
 
 def files(folder: Path) -> set[str]:
@@ -74,7 +77,9 @@ def test_a_version_outlives_the_release_it_was_made_from(release, tmp_path):
 
 def test_a_model_of_several_files_becomes_a_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(exporting, "SINGLE_FILE_BYTES", 1000)
-    release = OnnxExporter(max_batch=4).release(Toy(3), PREPROCESS, FACTS, tmp_path / "release", IMAGES)
+    release = OnnxExporter(max_batch=4, traces=user_cache()).release(
+        Toy(3), PREPROCESS, FACTS, tmp_path / "release", IMAGES
+    )
 
     folder = triton.publish(release, tmp_path / "repository", "clip", 1)
 

@@ -2,6 +2,7 @@
 
     .venv/bin/python tests/bench/bench_demo.py
 
+The bundled model's graphs are those that the installation left in the cache; with an empty XDG_CACHE_HOME it traces.
 Exits with 1 when it takes more than 150 s or 2.5 GB, or ends less than 15 points above the untouched model.
 """
 

@@ -2,8 +2,8 @@
 
 `python -m tests.monkey.images --count 5000 --seed 7`. An image is taken apart into what its format is made of (segments
 and scans of a JPEG, chunks of a PNG, WebP, GIF, entries of a TIFF, fields of a header), some parts are changed,
-repeated, left out or cut, and it is put together again with lengths and checksums that are right, as a rule. `decode`
-is what the trainer and `gapstream serve` have in common; intake comes before it and preprocessing after it.
+repeated, left out or cut, and it is put together again with lengths and checksums that are right, as a rule. `planes`
+is what the trainer and `gapstream serve` have in common; intake comes before it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 from PIL import Image
 
 from exporter.image_header import MEMORY_BYTES, MEMORY_BYTES_PER_PIXEL, ImageError
-from exporter.preprocess import Preprocess, decode
+from exporter.preprocess import Preprocess, planes
 from streams.record import Reason, Unusable, check_image
 from tests.bad_images import encoded, jpeg_with_scans, picture, png_chunk
 from tests.monkey.runs import Failed, Run, peak_mb, reset_peak
@@ -269,14 +269,12 @@ def outcome(data: bytes) -> str:
     except Unusable as why:
         taken = str(why.reason)
     try:
-        pixels = decode(data, MAX_PIXELS)
+        pixels = planes(data, MAX_PIXELS, PREPROCESS)
     except ImageError as error:
         if error.reason not in set(Reason):
             raise Failed(f"unknown reason {error.reason}") from error
         return f"rejected as {error.reason}" + ("" if taken else " by the decoder alone")
-    if pixels.mode != "RGB" or pixels.width * pixels.height > MAX_PIXELS:
-        raise Failed(f"decoded to {pixels}")
-    answer = PREPROCESS(pixels)
+    answer = PREPROCESS.scale(pixels)
     if answer.shape != (3, 32, 32) or not abs(answer).max() <= 1:
         raise Failed("preprocessed to other values than -1 to 1")
     return f"pixels, but rejected as {taken} at intake" if taken else "pixels"
