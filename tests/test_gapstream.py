@@ -145,7 +145,7 @@ WIDE = 1e9
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small tasks adapt, and in few steps far enough to see."""
     monkeypatch.setattr("agent.methods.gapstream.LEAST_HELD", 4)
-    monkeypatch.setattr("agent.methods.gapstream.LEARNING_RATE", 2e-2)
+    monkeypatch.setattr("agent.methods.gapstream.LEARNING_RATE", 5e-3)
 
 
 def held_back(method: Gapstream, task: TaskData) -> Tensor:
@@ -243,6 +243,17 @@ def test_adapters_whose_drift_a_later_task_finds_beyond_the_budget_are_weakened_
     if not budget:
         assert method.inference_module().adapted is None
         assert torch.equal(method.encode_names(NAMES), clip.encode_names(NAMES))
+
+
+def test_images_that_cannot_be_left_out_of_their_class_judge_nothing(clip, eager):
+    # given twenty images of one class and one image of each of three others
+    tokens, labels = stream(clip, per_class=20)
+    chosen = torch.cat([(labels == 0).nonzero(), *((labels == c).nonzero()[:1] for c in (1, 2, 3))])[:, 0]
+    # when they are learned, whichever of them come first in the order in which images are held back
+    for number in range(1, 6):
+        update = learner(clip, drift_budget=WIDE).update(task_of(number, tokens[chosen], labels[chosen]), silent)
+        # then a quarter of the twenty judges
+        assert update.adaptation.images == 5
 
 
 def test_a_task_with_too_few_images_to_judge_by_adapts_nothing(clip):

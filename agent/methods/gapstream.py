@@ -127,12 +127,12 @@ class Gapstream:
         where = torch.tensor([self._classes.index(name) for name in task.classes])
         labels = where[task.labels].to(self._clip.device)
         sample = torch.randperm(len(task), generator=task_generator(self._seed, task.number, "calibration"))
-        held = self._held(task, labels)
-        chosen = sample[: held or CALIBRATION_IMAGES].sort().values
-        trial = self._adapt(task, chosen, sample[held:], watch, on_progress) if held else None
+        held = self._held_back(task, labels, sample).sort().values
+        trial = self._adapt(task, held, watch, on_progress) if len(held) else None
         trained = time.perf_counter()
-        visual, text, able = self._count(task, labels, chosen, on_progress)
-        adaptation = self._decide(visual, text, labels[able.to(labels.device)], task, able, trial)
+        chosen = held if trial else sample[:CALIBRATION_IMAGES].sort().values
+        visual, untouched, able = self._count(task, labels, chosen, on_progress)
+        adaptation = self._decide(visual, untouched, labels[able.to(labels.device)], task, able, trial)
         fused = {"temperature": self._fusion.temperature, "text_weight": self._fusion.text_weight}
         update = replace(
             trial.training.update() if trial else untrained(task, watch, started, on_progress),
@@ -164,18 +164,21 @@ class Gapstream:
             watch = GapWatch(self, self._clip, task, self._seed, moved=self._adapted)
         return watch
 
-    def _held(self, task: TaskData, labels: Tensor) -> int:
-        """Tell how many images are held back to judge adapters: 0 where none are trained, as there is no budget,
-        nothing to tell apart or too little to judge by. An image can only be left out of a class that has two."""
+    def _held_back(self, task: TaskData, labels: Tensor, sample: Tensor) -> Tensor:
+        """Choose the images that judge the task's adapters, int64 [n]: the first in the order of `sample` that can be
+        left out of their class. None where nothing is adapted, as there is no budget, nothing to tell apart or too
+        little to judge by."""
         if not self._budget or len(task.classes) < 2:
-            return 0
+            return sample[:0]
         images = self._statistics.counts + labels.bincount(minlength=len(self._classes))
-        held = min(CALIBRATION_IMAGES, int(HELD_SHARE * (images[labels] > 1).sum()))
-        return held if held >= LEAST_HELD else 0
+        able = (images[labels] > 1).cpu()
+        held = sample[able[sample]][: min(CALIBRATION_IMAGES, int(HELD_SHARE * int(able.sum())))]
+        return held if len(held) >= LEAST_HELD else held[:0]
 
-    def _adapt(self, task: TaskData, held: Tensor, others: Tensor, watch: GapWatch, on_progress: OnProgress) -> Trial:
+    def _adapt(self, task: TaskData, held: Tensor, watch: GapWatch, on_progress: OnProgress) -> Trial:
         """Train the adapters on the images that are not held back; the last state inside the budget is what stays."""
         student, scale = self._student, self._clip.logit_scale
+        others = torch.ones(len(task), dtype=torch.bool).index_fill_(0, held, False).nonzero().squeeze(1)
         part = TaskData(task.number, task.classes, task.labels[others], Part(task.tokens, others))
         labels, ids = part.labels.to(self._clip.device), self._clip.tokenize(task.classes)
         training = Training(
@@ -255,7 +258,7 @@ class Gapstream:
         """Fit the fusion, and decide whether a trial's adapters stay: they do unless the images held back, each left
         out of the discriminant in its turn, lose more by them than their standard error.
 
-        visual [m, C] scores, untouched [m, D] embeddings, labels [m], able [m]: as `_count` gives them.
+        visual [m, C], untouched [m, D] and able [m] are as `_count` gives them, labels [m] of the same images.
         """
         scale = self._clip.logit_scale
         if trial is None:
@@ -351,7 +354,7 @@ class Trial:
     names: Tensor
     """Features of all learned names, the task's among them, [C, D]."""
     images: Tensor
-    """Embeddings of the images held back, [n, D]."""
+    """Embeddings of the images held back, [n, D], by ascending place in the task."""
     training: Training
 
 
