@@ -59,7 +59,7 @@ def next_task(config: Config, store: CommitStore) -> tuple[Task, str]:
     return task, source.fingerprint
 
 
-def test_the_next_task_gives_the_learner_and_the_scores_that_the_version_before_gave(state, monkeypatch):
+def test_the_next_task_gives_what_the_version_before_counted_and_about_its_scores(state, monkeypatch):
     # given the commit of two tasks, verified, and the task that follows it
     config = settings(state)
     store = CommitStore(state, 2)
@@ -82,7 +82,9 @@ def test_the_next_task_gives_the_learner_and_the_scores_that_the_version_before_
     assert json.loads((now / LEARNER_VALUES).read_text()) == json.loads((before / LEARNER_VALUES).read_text())
     expected, tensors = load_file(before / LEARNER_TENSORS), load_file(now / LEARNER_TENSORS)
     assert expected.keys() == tensors.keys()
-    for name, tensor in expected.items():  # on another processor the last digits differ
+    # But for the fusion: since then class means are shrunk where they predict.
+    for name in expected.keys() - {"fusion"}:
+        tensor = expected[name]  # on another processor the last digits differ
         torch.testing.assert_close(tensors[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
     was, scores = (json.loads((folder / REPORT).read_text()) for folder in (before, now))
     assert scores.keys() == was.keys()
