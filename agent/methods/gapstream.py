@@ -276,7 +276,7 @@ class Gapstream:
             after, losses_after = self._fusion.fitted(visual, scale * images @ self._class_names().T, labels)
             gains = losses - losses_after
             gain, error = gains.mean().item(), (gains.std() / math.sqrt(len(gains))).item()
-            decided = replace(decided, kept=gain >= -error, gain=gain, error=error)
+            decided = replace(decided, kept=stay(gain, error), gain=gain, error=error)
         if decided.kept:
             self._fusion = after
         else:
@@ -337,6 +337,12 @@ class Gapstream:
         if self._adapted:
             self._student.load_tensors(tensors)
         self._solved = None
+
+
+def stay(gain: float, error: float) -> bool:
+    """Decide about adapters by the mean gain of the images held back and its standard error: they stay unless they lose
+    by more than chance does."""
+    return gain >= -error
 
 
 @dataclass(frozen=True)
