@@ -160,7 +160,7 @@ class Trainer:
         """
         learners = self._read_alike({name: commit.path for name, commit in commits.items()})
         state = merge(self._method.name, learners)
-        self._continue(state, " and ".join(commits))
+        self._continue(state, next(iter(commits)))
         self._module = self._method.inference_module()
         settings = self._config.evaluation
         others = [

@@ -98,9 +98,10 @@ class TrainedFilter:
 class HoldOut:
     """Decides what is held out and remembers it. Only hashes and class names are in memory.
 
-    Built by `load` (`join` adds those of other learners); per task: `split`, then `images` (which has the new ones), then `write` into the staging folder and
-    `moved` when that was renamed. A `split` that is not followed by `write` is forgotten by the next one. Used from one
-    thread, but for the images' `read`, which may be called from several.
+    Built by `load`; per task: `split`, then `images` (which has the new ones), then `write` into the staging folder and
+    `moved` when that was renamed. A `split` that is not followed by `write` is forgotten by the next one. `join` stands
+    in the place of `split` for a learner that is merged. Used from one thread, but for the images' `read`, which may be
+    called from several.
     """
 
     def __init__(self, fraction: float, per_class: int) -> None:
@@ -169,12 +170,16 @@ class HoldOut:
             cells |= int.from_bytes(bytes(other._trained), "big")
         self._trained = self._trained_next = TrainedFilter(cells.to_bytes(TrainedFilter.BITS // 8, "big"))
         held = Counter[str]()
-        found = {digest: (label, other) for other in reversed(others) for digest, (label, _) in other._held.items()}
-        for digest, (label, other) in sorted(found.items(), key=lambda item: item[0]):
-            name = spellings.get(label.casefold(), label)
-            if self._qualifies(digest) and digest not in self._trained and held[name] < self.per_class:
-                self._new[digest] = ImageRef(name, digest.hex(), partial(other._read, digest))
-                held[name] += 1
+        found = [
+            (digest, spellings.get(label.casefold(), label), number)
+            for number, other in enumerate(others)
+            for digest, (label, _) in other._held.items()
+        ]
+        for digest, label, number in sorted(found):
+            unseen = self._qualifies(digest) and digest not in self._trained
+            if unseen and digest not in self._new and held[label] < self.per_class:
+                self._new[digest] = ImageRef(label, digest.hex(), partial(others[number]._read, digest))
+                held[label] += 1
 
     def split(self, samples: Sequence[EncodedImage]) -> list[Choice]:
         """Decide what happens to each sample of a task, in order. Reads every sample once; give it only decodable ones.
