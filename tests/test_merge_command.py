@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ from streams.buffer import CutRule
 from streams.record import Record
 from streams.source import PositionError
 from tests.fakes import LIST, InlineWorker, ListSource, pipeline, records
+from tests.test_continued import MADE
 from tests.test_trainer import Bench, images_of, unreleased
 
 KEYS = {
@@ -321,6 +323,36 @@ def test_a_commit_that_is_replaced_while_it_is_read_is_told_from_damage(sites, t
             merge_states([sites["b"], sites["a"]], tmp_path / "out", settings())
     finally:
         (sites["b"] / "CURRENT.old").replace(sites["b"] / "CURRENT")
+
+
+def test_a_commit_that_is_deleted_while_it_is_read_is_told_from_damage(sites, tmp_path, monkeypatch):
+    copy = tmp_path / "copy"
+    shutil.copytree(sites["b"], copy, symlinks=True)
+    monkeypatch.setattr("agent.trainer.HoldOut.join", lambda *_: shutil.rmtree(copy / COMMITS))
+    with pytest.raises(StateError, match=r"000001 was deleted by the agent that runs there before it was read"):
+        merge_states([sites["a"], copy], tmp_path / "out", settings())
+
+
+@pytest.mark.parametrize("method", [{"name": "ncm"}, {"name": "ranpac", "ranpac": {"features": 32}}])
+def test_learners_of_other_methods_that_add_up_are_merged_by_the_same_command(tmp_path, quick, method):
+    states = [
+        taught(tmp_path / name, images_of(name, "cat", start=start), method=method).config.state.path
+        for start, name in ((0, "ship"), (20, "dog"))
+    ]
+    keys = {"method.name": method["name"], "method.ranpac.features": 32}
+    commit = merge_states(states, tmp_path / "out", settings(**keys))
+    assert commit.classes == ("cat", "dog", "ship") and commit.report.last is not None
+    counted = [set(origin.images.values()) == {None} for origin in commit.report.merged.of]
+    assert counted == [method["name"] == "ranpac"] * 2
+
+
+def test_a_folder_of_an_older_version_is_merged(sites, tmp_path, quick):
+    with zipfile.ZipFile(MADE) as made:
+        made.extractall(tmp_path / "old")
+    (tmp_path / "old" / "CURRENT").symlink_to("commits/000002")
+    old = CommitStore(tmp_path / "old", 1).verified()
+    commit = merge_states([tmp_path / "old", sites["a"]], tmp_path / "out", settings())
+    assert set(commit.classes) == {*old.classes, "cat", "ship"}
 
 
 def copied(folder: Path, start: int, *names: str) -> Path:

@@ -79,10 +79,14 @@ def merge_states(states: list[Path], out: Path, config: Config) -> Commit:
 
     try:
         outcome = trainer.merge(commits, stage)
-        seen = tuple(sorted({name for commit in commits.values() for name in commit.seen} - set(outcome.classes)))
-        return store.commit(outcome, Provenance("", (*outcome.classes, *seen), {}, resolved(config)))
-    except FileNotFoundError as error:
-        raise StateError(f"{error.filename} was deleted just now by the agent that runs there; try again") from error
+        return store.commit(outcome, Provenance("", _seen(commits, outcome.classes), {}, resolved(config)))
+    except Exception as error:
+        gone = [str(commit.path) for commit in commits.values() if not commit.path.exists()]
+        if gone:
+            raise StateError(
+                f"{gone[0]} was deleted by the agent that runs there before it was read; try again"
+            ) from error
+        raise
     finally:
         store.close()
 
@@ -99,6 +103,13 @@ def _newest(state: Path) -> Commit:
     if commit is None or not commit.classes:
         raise StateError(f"nothing is learned in {state} yet, so there is nothing to merge; leave it out")
     return commit
+
+
+def _seen(commits: Mapping[str, Commit], classes: tuple[str, ...]) -> tuple[str, ...]:
+    """Give the names that the learners' tasks had: those learned first, as the merged learner spells them."""
+    learned = {name.casefold() for name in classes}
+    others = {name for commit in commits.values() for name in commit.seen if name.casefold() not in learned}
+    return *classes, *sorted(others)
 
 
 def _check_apart(commits: Mapping[str, Commit], states: list[Path]) -> None:
