@@ -48,7 +48,7 @@ COMMANDS = {
     "demo": Command(LEARN, "learn the bundled stream and look at the result", "gapstream demo"),
     "merge": Command(
         LEARN,
-        "make one learner of several that learned apart, without their images",
+        "make one learner of several that learned apart, without their training images",
         "gapstream merge site-a/state site-b/state --out state",
     ),
     "bench": Command(
