@@ -46,6 +46,11 @@ COMMANDS = {
         LEARN, "learn a stream until it ends or SIGTERM comes", "gapstream run --set source.archive.path=photos.zip"
     ),
     "demo": Command(LEARN, "learn the bundled stream and look at the result", "gapstream demo"),
+    "merge": Command(
+        LEARN,
+        "make one learner of several that learned apart, without their training images",
+        "gapstream merge site-a/state site-b/state --out state",
+    ),
     "bench": Command(
         LEARN,
         "compare methods on a stream of your own",

@@ -82,7 +82,7 @@ class Provenance:
     """It is what a commit records beside the outcome."""
 
     fingerprint: str
-    """Fingerprint of the source whose offsets are committed."""
+    """Fingerprint of the source whose offsets are committed; empty where there was none."""
     classes: tuple[str, ...]
     """Class names of the task, learned or not."""
     totals: Mapping[str, float]

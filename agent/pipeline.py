@@ -126,7 +126,8 @@ def resume(commits: CommitStore, source: Source) -> Commit | None:
     if commit is None:
         source.seek({})
         return None
-    if not source.continues(commit.fingerprint):
+    # A merged learner has read from no stream: whichever it is given begins where a new folder would begin with it.
+    if commit.fingerprint and not source.continues(commit.fingerprint):
         raise PositionError(
             f"{commit.path} was learned from another stream (fingerprint {commit.fingerprint[:12]}, this one has "
             f"{source.fingerprint[:12]}), so its offsets mean nothing here; set [source] back to that stream and its "

@@ -7,8 +7,9 @@ import logging
 import math
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -31,17 +32,18 @@ from agent.layout import (
     has_learned,
 )
 from agent.methods.base import LearnerState, TaskData
+from agent.methods.merging import MergeError, adapted, images, merge, spellings
 from agent.model.clip import Clip, load_clip
-from agent.model.images import CroppedImages, LoadedImages, TokensAt, load_tokens
+from agent.model.images import CroppedImages, LoadedImages, StoredTokens, TokensAt, load_tokens
 from agent.scoring.evaluator import Evaluator
 from agent.scoring.holdout import EncodedImage, HoldOut
-from agent.scoring.report import LearnerIdentity, ModelIdentity, OldClasses, ReleaseSummary, Report
-from agent.values import LateRejection, OnProgress, Outcome, Progress, Update
+from agent.scoring.report import LearnerIdentity, Merged, ModelIdentity, OldClasses, Origin, ReleaseSummary, Report
+from agent.values import Commit, LateRejection, OnProgress, Outcome, Progress, Update
 from agent.worker import TaskFault
 from exporter.decoders import Decoders
 from exporter.image_header import ImageError
 from exporter.onnx import Labelled, OnnxExporter
-from exporter.release import ReleaseError
+from exporter.release import ReleaseError, digest
 from exporter.text_export import TextToRelease
 from exporter.trace_cache import user_cache
 from streams.archive_folder import ArchiveFolder
@@ -146,29 +148,78 @@ class Trainer:
             self._method, self._module, data, update, before, _last_report(parent), on_progress
         )
 
-        on_progress(Progress("export", task.number))
-        started = time.perf_counter()
         held = [sample for sample, choice in zip(good, choices, strict=True) if choice == "hold"]
-        release = self._release(report, held, staging, parent)
-        seconds["export"] = time.perf_counter() - started
-        report = report.completed(self.identity, release, seconds)
+        outcome = self._complete(report, held, staging, parent, seconds, on_progress)
+        return replace(
+            outcome,
+            next_offsets=task.next_offsets,
+            update=update,
+            rejected=tuple(_late(task.samples[i], error.reason, error.detail) for i, error in loaded.failed),
+        )
 
-        on_progress(Progress("commit", task.number))
+    def merge(self, commits: Mapping[str, Commit], stage: Callable[[], Path]) -> Outcome:
+        """Become the learner that saw what those of `commits` saw, each named as messages and the report call it.
+
+        For a trainer that was built without a commit. Scores on the images that they held back, releases, and saves the
+        first commit of a state folder but its manifest, in the folder that `stage` gives: it is called when nothing can
+        be refused any more. Raises MergeError, LearnerError, HoldOutError, and OSError where a commit's file is gone.
+        """
+        learners = self._read_alike({name: commit.path for name, commit in commits.items()})
+        state = merge(self._method.name, learners)
+        self._continue(state, next(iter(commits)))
+        self._module = self._method.inference_module()
+        settings = self._config.evaluation
+        others = [
+            HoldOut.load(commit.path, settings.holdout_fraction, settings.holdout_per_class)
+            for commit in commits.values()
+        ]
+        self._holdout.join(others, spellings(learners))
+        of = tuple(_origin(name, commit, learners[name]) for name, commit in commits.items())
+
+        nothing = TaskData(1, (), torch.zeros(0, dtype=torch.int64), StoredTokens(torch.empty(0), self._clip.device))
+        before = self._evaluator.before(self._method, self._module, nothing, _unheard)
+        report = self._evaluator.after(self._method, self._module, nothing, None, before, None, _unheard)
+        learned = sum(count or 0 for count in images(state).values())
+        entry = replace(report.history[-1], classes=self._method.classes, samples=learned)
+        report = replace(report, samples=learned, history=(entry,), merged=Merged(of=of, adapted=adapted(state)))
+        outcome = self._complete(report, self._holdout.images(), stage(), None, {}, _unheard)
+        for other in others:
+            other.close()
+        return outcome
+
+    def _complete(
+        self,
+        report: Report,
+        held: Sequence[EncodedImage],
+        staging: Path,
+        parent: Path | None,
+        seconds: Mapping[str, float],
+        on_progress: OnProgress,
+    ) -> Outcome:
+        """Release what is learned and save it, scored by `report`, in `staging`: a commit but its manifest.
+
+        held: images held out that the release may be checked on; seconds: those of phases that the report lacks.
+        """
+        on_progress(Progress("export", report.task))
+        started = time.perf_counter()
+        release = self._release(report, held, staging, parent)
+        report = report.completed(self.identity, release, {**seconds, "export": time.perf_counter() - started})
+
+        on_progress(Progress("commit", report.task))
         self._save(staging)
         self._holdout.write(staging, parent)
         report.write(staging / REPORT)
         files = seal(staging)  # here, not in the agent: hashing and syncing may take seconds
         self._holdout.moved(staging.with_suffix(""))  # where the agent renames it to
         return Outcome(
-            task=task.number,
-            next_offsets=task.next_offsets,
+            task=report.task,
+            next_offsets={},
             staging=staging,
             files=files,
             report=report,
             classes=self._method.classes,
-            update=update,
+            update=None,
             release_refused=release.refused,
-            rejected=tuple(_late(task.samples[i], error.reason, error.detail) for i, error in loaded.failed),
         )
 
     def _decode(self, task: Task, on_progress: OnProgress) -> LoadedImages:
@@ -189,7 +240,9 @@ class Trainer:
             return None
         return self._method.update(data, on_progress)
 
-    def _release(self, report: Report, held: Sequence[Sample], staging: Path, parent: Path | None) -> ReleaseSummary:
+    def _release(
+        self, report: Report, held: Sequence[EncodedImage], staging: Path, parent: Path | None
+    ) -> ReleaseSummary:
         """Make a release in `staging`, unless there is a reason not to; says what was measured, or the reason."""
         refused = "nothing was learned" if self._module is None else self._forgets_too_much(report.old_classes)
         if self._module is not None and refused is None:
@@ -241,7 +294,7 @@ class Trainer:
             return None
         return TextToRelease(self._method.text_module(), lambda: self._clip.tokenizer)
 
-    def _check_images(self, held: Sequence[Sample]) -> np.ndarray:
+    def _check_images(self, held: Sequence[EncodedImage]) -> np.ndarray:
         """Choose images the release is checked on and tested with, float32 [n, 3, H, W]: newly held-out ones, or noise.
 
         A release ships some of them, and no image that was trained on may leave in one.
@@ -308,24 +361,48 @@ class Trainer:
     def _load(self, commit: Path) -> None:
         if not has_learned(commit):  # its stream had only rejected records so far
             return
-        saved = json.loads((commit / LEARNER_VALUES).read_text(encoding="utf-8"))
+        saved = _values(commit)
+        self._check(saved, str(commit))
+        self._continue(LearnerState(load_file(commit / LEARNER_TENSORS), saved["facts"]), str(commit))
+
+    def _read_alike(self, commits: Mapping[str, Path]) -> dict[str, LearnerState]:
+        """Read learners, all of the configured method on the configured model. Raises MergeError, LearnerError."""
+        saved = {name: _values(commit) for name, commit in commits.items()}
+        (whose, first), *others = saved.items()
+        for other, values in others:
+            if _compatibility(values) != _compatibility(first):
+                raise MergeError(
+                    f"{whose} and {other} cannot be merged: the one was learned by {_in_words(first)}, the other by "
+                    f"{_in_words(values)}. Only what was counted under the same settings adds up"
+                )
+        self._check(first, whose)
+        return {
+            name: LearnerState(load_file(commit / LEARNER_TENSORS), saved[name]["facts"])
+            for name, commit in commits.items()
+        }
+
+    def _check(self, saved: Mapping[str, Any], whose: str) -> None:
+        """Raise LearnerError unless a checkpoint's settings are the configured ones."""
         wanted = self._learned_under()
         if _compatibility(saved) != _compatibility(wanted):
             raise LearnerError(
-                f"{commit} was learned by {_in_words(saved)}, but the configuration says {_in_words(wanted)}. Nothing "
+                f"{whose} was learned by {_in_words(saved)}, but the configuration says {_in_words(wanted)}. Nothing "
                 "was changed: restore the configuration, or set state.path to a new folder to start over"
             )
+
+    def _continue(self, state: LearnerState, whose: str) -> None:
+        """Go on from a checkpoint. Raises LearnerError."""
         try:
-            self._method.load_state(LearnerState(load_file(commit / LEARNER_TENSORS), saved["facts"]))
+            self._method.load_state(state)
         except (KeyError, RuntimeError) as error:  # what torch says of other names and other shapes
             raise LearnerError(
-                f"{commit} was learned with other settings below method.{self._method.name} than the configuration "
+                f"{whose} was learned with other settings below method.{self._method.name} than the configuration "
                 f"has ({str(error).splitlines()[0]}). Nothing was changed: restore them, or set state.path to a new "
                 "folder to start over"
             ) from error
         except ValueError as error:  # what a method says of a state that another version wrote
             raise LearnerError(
-                f"{commit} cannot be continued: {error}. Nothing was changed: use the version that wrote it, or set "
+                f"{whose} cannot be continued: {error}. Nothing was changed: use the version that wrote it, or set "
                 "state.path to a new folder to start over"
             ) from error
 
@@ -343,6 +420,29 @@ def _blaming_the_task() -> Iterator[None]:
         yield
     except _DATA_FAULTS as error:
         raise TaskFault from error
+
+
+def _values(commit: Path) -> dict[str, Any]:
+    """Read under which settings a checkpoint was learned, with what its method keeps that is no tensor."""
+    return json.loads((commit / LEARNER_VALUES).read_text(encoding="utf-8"))
+
+
+def _origin(name: str, commit: Commit, learner: LearnerState) -> Origin:
+    """Say in a report what a merged learner was made of."""
+    assert commit.report is not None, "what is learned is scored in the same commit"
+    return Origin(
+        state=name,
+        commit=commit.number,
+        sha256=digest(commit.path / LEARNER_TENSORS)[1],
+        began=commit.report.began,
+        adapted=adapted(learner),
+        images=images(learner),
+        merged=commit.report.merged,
+    )
+
+
+def _unheard(progress: Progress) -> None:
+    """Nobody waits for the progress of a merge."""
 
 
 def _parent(staging: Path) -> Path | None:

@@ -137,7 +137,8 @@ class Commit:
     offsets: Offsets
     """Next offset to read, for every partition."""
     fingerprint: str
-    """Fingerprint of the source whose offsets these are (streams.source.Source)."""
+    """Fingerprint of the source whose offsets these are (streams.source.Source); empty where none was read from, as in
+    the first commit of a merged learner."""
     classes: tuple[str, ...]
     """All learned class names in order of first appearance."""
     tasks: int

@@ -364,3 +364,58 @@ def test_the_filter_forgets_nothing_and_is_rarely_wrong_about_what_it_never_saw(
     assert all(digest in trained for digest in digests[:40_000])
     assert sum(digest in trained for digest in digests[40_000:]) < 20
     assert digests[0] in TrainedFilter(bytes(trained))
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_joined_hold_outs_hold_no_image_that_any_learner_trained_on_or_will(seed: int, tmp_path: Path) -> None:
+    # given three learners whose streams have images in common, the second with a smaller fraction
+    stream = random_tasks(seed, tasks=16)
+    parts, fractions = (stream[:4], stream[4:8], stream[8:12]), (0.4, 0.3, 0.4)
+    played = [
+        play(part, tmp_path / f"{number}", fractions[number], per_class=5 + number) for number, part in enumerate(parts)
+    ]
+
+    # when their hold-outs are joined, and the merged learner goes on after a restart
+    joined = HoldOut.load(None, 0.9, 7)
+    joined.join([holdout for _, holdout in played], {"class 1": "Class 1"})
+    held = {image.key: image.read() for image in joined.images()}
+    commits = [tmp_path / "merged" / number for number in ("000001", "000002")]
+    for commit in commits:
+        commit.mkdir(parents=True)
+    joined.write(commits[0], None)
+    again = HoldOut.load(commits[0], 0.9, 7)
+    assert {image.key: image.read() for image in again.images()} == held
+    later = [sample for task in stream[12:] for sample in task] + [s for task in stream[:12] for s in task]
+    chosen = again.split(later)
+    again.write(commits[1], commits[0])
+
+    # then no image is held that anyone trained on
+    pairs = [pair for (choices, _), part in zip(played, parts, strict=True) for pair in zip(choices, part, strict=True)]
+    trained = {s.image for made, task in pairs for choice, s in zip(made, task, strict=True) if choice == "train"}
+    trained |= {sample.image for choice, sample in zip(chosen, later, strict=True) if choice == "train"}
+    assert held and not trained & {image.read() for image in again.images()}
+    # and the bounds are those of the strictest
+    assert again.fraction == joined.fraction == 0.3
+    assert all(_share(image) < 0.3 for image in held.values())
+    labels = Counter(image.label for image in again.images())
+    assert max(labels.values()) <= 7 and "class 1" not in {image.label for image in joined.images()}
+
+
+def test_who_remembers_no_training_image_leaves_nothing_to_hold_out(tmp_path: Path) -> None:
+    _, some = play(random_tasks(1), tmp_path / "a")
+    _, none = play(random_tasks(2), tmp_path / "b", fraction=0)
+    assert len(some)
+    for order in ([some, none], [none, some]):
+        joined = HoldOut.load(None, 0.4, 5)
+        joined.join(order, {})
+        assert len(joined) == 0 and joined.fraction == 0
+
+
+def test_the_order_of_joined_hold_outs_changes_nothing(tmp_path: Path) -> None:
+    parts = [play(random_tasks(3, tasks=12)[start::3], tmp_path / f"{start}")[1] for start in range(3)]
+    made = []
+    for order in (parts, parts[::-1]):
+        joined = HoldOut.load(None, 0.4, 3)
+        joined.join(order, {})
+        made.append(sorted(image.key for image in joined.images()))
+    assert made[0] and made[0] == made[1]

@@ -172,7 +172,7 @@ def _source(config: Config, commit: Commit | None) -> Iterator[Finding]:
     parts = source_parts(config)
     where = parts.place(config)
     with contextlib.closing(parts.source(config)) as source:
-        if commit is not None and not source.continues(commit.fingerprint):
+        if commit is not None and commit.fingerprint and not source.continues(commit.fingerprint):
             text = f"{where} is not the stream that {commit.path} was learned from, its offsets mean nothing here"
             yield Finding("source", "problem", text, "set [source] back to that stream, or state.path to a new folder")
             return

@@ -210,6 +210,7 @@ class Evaluator:
             history=history,
             earlier=past.earlier,
             examples=self._examples(before.answers, answers, method.classes, owner, history),
+            merged=past.merged,
         )
 
     def _admit(self, classes: Sequence[str], tick: Callable[[], None]) -> None:

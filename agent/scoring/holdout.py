@@ -14,7 +14,7 @@ import logging
 import threading
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -99,8 +99,9 @@ class HoldOut:
     """Decides what is held out and remembers it. Only hashes and class names are in memory.
 
     Built by `load`; per task: `split`, then `images` (which has the new ones), then `write` into the staging folder and
-    `moved` when that was renamed. A `split` that is not followed by `write` is forgotten by the next one. Used from one
-    thread, but for the images' `read`, which may be called from several.
+    `moved` when that was renamed. A `split` that is not followed by `write` is forgotten by the next one. `join` stands
+    in the place of `split` for a learner that is merged. Used from one thread, but for the images' `read`, which may be
+    called from several.
     """
 
     def __init__(self, fraction: float, per_class: int) -> None:
@@ -110,7 +111,7 @@ class HoldOut:
         self._held: dict[bytes, tuple[str, str]] = {}
         """Digest -> class name, and the pack that the image is in."""
         self._new: dict[bytes, EncodedImage] = {}
-        """Digest -> an image that the last `split` held out, and that no pack has yet."""
+        """Digest -> an image that the last `split` held out, or that `join` took over, and that no pack has yet."""
         # What the last `split` adds to the filter counts only once it is written: a task that fails is split again.
         self._trained_next = self._trained
         self._folder: Path | None = None
@@ -154,6 +155,31 @@ class HoldOut:
 
     def __len__(self) -> int:
         return len(self._held) + len(self._new)
+
+    def join(self, others: Sequence[HoldOut], spellings: Mapping[str, str]) -> None:
+        """Begin with what the hold-outs of several learners remember, as the one of a learner that knows what they all
+        know; `write` writes it down, and until then images are read from the others.
+
+        spellings: name without case -> the class name to hold an image under. An image that any of them may have
+        trained on is held no more; of the others `per_class` of each class stay, those of the smallest hashes. The
+        smallest fraction is used: whoever has it does not remember what it trained on beyond.
+        """
+        self.fraction = min(self.fraction, *(other.fraction for other in others))
+        cells = 0
+        for other in others:
+            cells |= int.from_bytes(bytes(other._trained), "big")
+        self._trained = self._trained_next = TrainedFilter(cells.to_bytes(TrainedFilter.BITS // 8, "big"))
+        held = Counter[str]()
+        found = [
+            (digest, spellings.get(label.casefold(), label), number)
+            for number, other in enumerate(others)
+            for digest, (label, _) in other._held.items()
+        ]
+        for digest, label, number in sorted(found):
+            unseen = self._qualifies(digest) and digest not in self._trained
+            if unseen and digest not in self._new and held[label] < self.per_class:
+                self._new[digest] = ImageRef(label, digest.hex(), partial(others[number]._read, digest))
+                held[label] += 1
 
     def split(self, samples: Sequence[EncodedImage]) -> list[Choice]:
         """Decide what happens to each sample of a task, in order. Reads every sample once; give it only decodable ones.

@@ -7,6 +7,7 @@
     ├── old_classes: OldClasses
     ├── probe: Probe
     ├── examples: Example...
+    ├── merged: Merged                with Origin, where the learner was made of others
     ├── learner: LearnerIdentity      with ModelIdentity
     └── release: ReleaseSummary       with Parity and Variant of exporter.release
 
@@ -19,6 +20,7 @@ All accuracies are fractions from 0 to 1, and all times are wall seconds.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -207,6 +209,37 @@ class ReleaseSummary:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """It is a learner that a merged one was made of."""
+
+    state: str
+    """Its state folder, as `gapstream merge` was given it."""
+    commit: int
+    """The number of its commit."""
+    sha256: str
+    """Digest of its tensors."""
+    began: str
+    """Its report's `began`."""
+    adapted: bool
+    """Whether its towers were adapted."""
+    images: Mapping[str, int | None]
+    """Class name, as it spelled it -> the images it had learned; None where its method does not count them."""
+    merged: Merged | None = field(default=None, metadata=LEFT_OUT)
+    """Where it was itself made of others: what of."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Merged:
+    """It says which learners a merged one was made of, before its first own task."""
+
+    of: tuple[Origin, ...]
+    """In the order in which `gapstream merge` was given them."""
+    adapted: bool
+    """Whether its towers are adapted: where all of these had the same adapters. Else it began with the untouched ones.
+    """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TaskScores:
     """What a report says of its task and its history says of every task alike."""
 
@@ -297,10 +330,20 @@ class Report(TaskScores):
     """None while all tasks are in the history."""
     examples: tuple[Example, ...] = ()
     """At most 12."""
+    merged: Merged | None = field(default=None, metadata=LEFT_OUT)
+    """None where the learner was not made of others. Then the first task is their merge: its classes and samples are
+    those of all of them."""
     learner: LearnerIdentity | None = None
     """None until `completed`. Its fields are keys of the report itself in the file."""
     release: ReleaseSummary | None = field(default=None, metadata=LEFT_OUT)
     """None until `completed`."""
+
+    @property
+    def began(self) -> str:
+        """Tell apart where learners began: a digest of the wall times of the first update, which no other repeats, and
+        which everything that goes on from it has too. Empty where these are not known."""
+        seconds = dict(self.history[0].seconds) if self.history else {}
+        return hashlib.sha256(json.dumps(seconds, sort_keys=True).encode()).hexdigest() if seconds else ""
 
     def completed(self, learner: LearnerIdentity, release: ReleaseSummary, seconds: Mapping[str, float]) -> Report:
         """Give this report with what is known only after the scoring; `seconds` are those of further phases."""
