@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from agent.config import Method, Model
-from agent.methods.base import TaskData, task_generator
+from agent.methods.base import LearnerState, TaskData, task_generator
 from agent.methods.discriminant import MEAN_PRIOR_IMAGES, RandomFeatures, leave_one_out
 from agent.methods.gapstream import LEAST_HELD, Gapstream
 from agent.methods.training import GapWatch, local_loss
@@ -288,3 +288,39 @@ def test_a_state_whose_features_are_of_another_depth_is_continued_with_them(clip
         learned.update(task_of(2, tokens, labels), silent)
     assert method._depth == 0
     assert torch.equal(method.state().tensors["scatter"], old.state().tensors["scatter"])
+
+
+def assert_same(a: LearnerState, b: LearnerState) -> None:
+    assert a.values == b.values and a.tensors.keys() == b.tensors.keys()
+    for name, tensor in a.tensors.items():
+        assert torch.equal(tensor, b.tensors[name]), name
+
+
+def test_a_learner_whose_adapters_were_taken_away_goes_on_from_its_state_bit_for_bit(clip, eager):
+    # given adapters that a later task takes away, as nothing of them is inside its budget
+    tokens, labels = stream(clip)
+    wide, whole, broken = learner(clip, drift_budget=WIDE), *(learner(clip, drift_budget=1e-9) for _ in range(2))
+    wide.update(task_of(1, tokens, labels), silent)
+    whole.load_state(wide.state())
+    whole.update(task_of(2, tokens[:3], labels[:3]), silent)
+    assert not whole._adapted
+    # when another learner goes on from there under the budget they were made under
+    broken.load_state(whole.state())
+    assert_same(broken.state(), whole.state())
+    for method in (whole, broken):
+        method._budget = WIDE
+        assert method.update(task_of(3, tokens, labels), silent).epochs_run == 1
+    # then both have trained the same adapters
+    assert_same(broken.state(), whole.state())
+
+
+def test_a_state_without_adapters_takes_away_those_of_the_learner_that_loads_it(clip, eager):
+    tokens, labels = stream(clip)
+    still, moved, fresh = learner(clip), *(learner(clip, drift_budget=WIDE) for _ in range(2))
+    still.update(task_of(1, tokens, labels), silent)
+    moved.update(task_of(1, tokens, labels), silent)
+    assert moved._adapted
+    for method in (moved, fresh):
+        method.load_state(still.state())
+        method.update(task_of(2, tokens, labels), silent)
+    assert_same(moved.state(), fresh.state())

@@ -91,6 +91,7 @@ class Gapstream:
         self._depth = clip.image.depth
         """The block whose input tokens the random features are of."""
         self._statistics = Statistics(features, clip.device)
+        self._lora = settings.lora
         self._student = Student(clip, settings.lora, settings.seed)
         self._adapted = False
         """Whether the adapters change anything; while they do not, the towers are used as they are."""
@@ -332,10 +333,13 @@ class Gapstream:
         self._fusion = Fusion(*state.tensors["fusion"].tolist())
         self._classes = list(state.values["classes"])
         self._depth = state.values.get("depth", 0)
-        # a state that was made without a budget has none
-        self._adapted = any(tensor.any() for name, tensor in tensors.items() if ".up." in name)
-        if self._adapted:
+        self._student = Student(self._clip, self._lora, self._seed)
+        added = [tensor for name, tensor in tensors.items() if ".up." in name]
+        # A state that was made without a budget has no adapters. Those that add nothing count too: training goes on
+        # from their other factor.
+        if added:
             self._student.load_tensors(tensors)
+        self._adapted = any(bool(tensor.any()) for tensor in added)
         self._solved = None
 
 
