@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import groupby
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from agent.methods.discriminant import MEAN_PRIOR_IMAGES, RandomFeatures, leave_
 from agent.methods.gapstream import LEAST_HELD, Gapstream
 from agent.methods.training import GapWatch, local_loss
 from agent.model.clip import Clip, load_clip
+from agent.values import Progress
 from tests.tiny import PlainTokens, silent, tiny_clip, tiny_task, tiny_timm_clip
 
 NAMES = ("red", "green", "blue", "black")
@@ -244,9 +246,12 @@ def test_adapters_whose_drift_a_later_task_finds_beyond_the_budget_are_weakened_
     method.load_state(wide.state())
     task = task_of(2, tokens, labels)
     assert GapWatch(method, clip, task, 0).drift(GapWatch(method, clip, task, 0).before) > budget
-    update = method.update(task, silent)
-    # then its gap is inside again; with none left, the towers are the untouched ones
-    assert update.drift_before <= budget and update.drift_after <= budget
+    heard: list[Progress] = []
+    update = method.update(task, heard.append)
+    # then its gap is inside again, and the update tells what was found; without a budget the towers are the untouched
+    # ones at once
+    assert update.drift_after <= budget < update.drift_before
+    assert all(progress.drift <= budget for progress in heard if progress.budget and progress.loss is not None)
     if not budget:
         assert method.inference_module().adapted is None
         assert torch.equal(method.encode_names(NAMES), clip.encode_names(NAMES))
@@ -324,3 +329,22 @@ def test_a_state_without_adapters_takes_away_those_of_the_learner_that_loads_it(
         method.load_state(still.state())
         method.update(task_of(2, tokens, labels), silent)
     assert_same(moved.state(), fresh.state())
+
+
+def test_without_a_budget_a_task_of_one_name_takes_the_adapters_away_too(clip, eager):
+    # given adapters, and a task whose gap has no drift, as there is no other name
+    tokens, labels = stream(clip)
+    wide, method = learner(clip, drift_budget=WIDE), learner(clip)
+    wide.update(task_of(1, tokens, labels), silent)
+    method.load_state(wide.state())
+    update = method.update(task_of(2, tokens[labels == 0], labels[labels == 0]), silent)
+    assert update.drift_after is None and update.gap_before != update.gap_after == update.gap_untouched
+    assert torch.equal(method.encode_names(NAMES), clip.encode_names(NAMES))
+
+
+def test_the_phases_of_an_update_are_told_in_their_order(clip, eager):
+    tokens, labels = stream(clip)
+    for budget in (0, WIDE):
+        heard: list[Progress] = []
+        learner(clip, drift_budget=budget).update(task_of(1, tokens, labels), heard.append)
+        assert [phase for phase, _ in groupby(progress.phase for progress in heard)] == ["train", "compensate"]
