@@ -206,7 +206,9 @@ def test_what_crosses_the_budget_is_rolled_back(clip, eager):
     tokens, labels = stream(clip)
     method = learner(clip, drift_budget=1e-6)
     before = method._student.tensors()
-    update = method.update(task_of(1, tokens, labels), silent)
+    heard: list[Progress] = []
+    update = method.update(task_of(1, tokens, labels), heard.append)
+    assert max(progress.drift for progress in heard if progress.budget) == update.adaptation.drift
     assert update.rolled_back and update.epochs == 0 and update.epochs_run == 1
     assert not update.adaptation.kept and update.adaptation.drift > 1e-6 and update.drift_after == 0
     assert "undone" in update.adaptation.words()
@@ -246,12 +248,10 @@ def test_adapters_whose_drift_a_later_task_finds_beyond_the_budget_are_weakened_
     method.load_state(wide.state())
     task = task_of(2, tokens, labels)
     assert GapWatch(method, clip, task, 0).drift(GapWatch(method, clip, task, 0).before) > budget
-    heard: list[Progress] = []
-    update = method.update(task, heard.append)
+    update = method.update(task, silent)
     # then its gap is inside again, and the update tells what was found; without a budget the towers are the untouched
     # ones at once
     assert update.drift_after <= budget < update.drift_before
-    assert all(progress.drift <= budget for progress in heard if progress.budget and progress.loss is not None)
     if not budget:
         assert method.inference_module().adapted is None
         assert torch.equal(method.encode_names(NAMES), clip.encode_names(NAMES))

@@ -69,7 +69,7 @@ class Drift:
     before: float | None = None
     after: float | None = None
     budget: float | None = None
-    """The drift at which the update is rolled back; None for a method that has no budget."""
+    """The drift at which the update is rolled back; None where there is no budget."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
