@@ -276,6 +276,14 @@ def test_a_task_with_too_few_images_to_judge_by_adapts_nothing(clip):
         assert (update.adaptation is not None) == adapts
 
 
+def test_a_task_of_one_name_adapts_nothing_as_there_is_nothing_to_tell_apart(clip, eager):
+    tokens, labels = stream(clip, per_class=30)
+    method = learner(clip, drift_budget=WIDE)
+    for number in (1, 2):
+        update = method.update(task_of(number, tokens[labels == 0], labels[labels == 0]), silent)
+        assert update.adaptation is None and update.epochs_run == 0 and update.gap_after == update.gap_untouched
+
+
 def test_earlier_features_are_taken_after_a_third_of_a_plain_towers_blocks_and_before_them_behind_a_trunk():
     assert tiny_clip().image.depth == 1 and tiny_timm_clip().image.depth == 2
     assert load_clip(Model()).image.depth == 0

@@ -13,8 +13,8 @@ layers often tell classes apart that the embedding merges (LayUP, arXiv 2312.088
 classes, are updated exactly; a linear discriminant follows in closed form, its scatter shrunk toward a sphere as if by
 a fixed number of images. (3) A prediction is the softmax of temperature * discriminant + weight * similarity of the
 adapted towers' embeddings; both numbers minimise the cross entropy on the images held back, each scored as if it had
-not been learned (leave one out, exact and in closed form). So texts lead where images are few, and images where they
-are many.
+not been learned (leave one out, in closed form, up to the discriminant's centre and prior). So texts lead where images
+are few, and images where they are many.
 
 With a drift budget of 0 neither tower moves. The statistics do not depend on how a stream is cut into tasks, but for
 the rounding.
