@@ -35,7 +35,7 @@ class Progress:
     loss: float | None = None
     """Training loss of the newest step; None in a phase without one."""
     drift: float | None = None
-    """Relative change of the negative similarity against the untouched model (>= 0)."""
+    """Relative change of the negative similarity against the untouched model (>= 0), as it was last measured."""
     budget: float | None = None
     """Drift at which the update is rolled back; drift / budget is the share of the budget used."""
     accuracy: float | None = None
@@ -84,7 +84,7 @@ class Update:
     one name, as is `drift_after`."""
     drift_after: float | None
     budget: float | None
-    """Largest drift allowed; None for a method without a budget."""
+    """Largest drift allowed; None where there is no budget."""
     seconds: Mapping[str, float]
     """Wall seconds per phase (train, compensate, ...)."""
     details: Mapping[str, Any] = field(default_factory=dict)

@@ -115,7 +115,7 @@ class Instruments:
             "updates_rolled_back", "Updates rolled back: gap budget crossed or loss not finite"
         )
         self._adaptations = make.counter(
-            "adaptations", "Updates whose new adapters were judged, by what was decided", "decision", DECISIONS
+            "adaptations", "Updates that trained new adapters, by what became of them", "decision", DECISIONS
         )
         self._loss = make.measured("training_loss", "Newest training loss")
         self._epoch = make.gauge("update_epoch", "Epoch of the running update; 0 when none runs")

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from agent.commands import demo
 from agent.commits import seal
-from agent.scoring.report import Report, TaskReport
+from agent.scoring.report import Adaptation, Report, TaskReport
 from agent.values import Commit, Outcome, Progress
 from exporter.metrics import Metrics
 from streams.record import Partition, Record
@@ -83,7 +83,9 @@ def test_the_live_view_shows_epoch_loss_budget_and_accuracy_so_far(tmp_path, con
     console.print(demo.live_view(metrics.status()))
     assert "1 records read" in said(console)
 
-    report = Report(task=1, classes=("[wren]",), last=0.9, history=(entry(1, "[wren]"),))
+    adaptation = Adaptation(kept=True, epochs=1, drift=0.1, budget=0.25, images=30, gain=0.01, error=0.001)
+    history = (replace(entry(1, "[wren]"), adaptation=adaptation),)
+    report = Report(task=1, classes=("[wren]",), last=0.9, history=history)
     metrics.restored(Commit(1, tmp_path, {}, "f", ("[wren]",), 1, {}, report, None))
     metrics.progressed(Progress("train", 2, 1, 2, 3, 4, 300, 1.25, 0.05, 0.25))
     console.print(demo.live_view(metrics.status()))
@@ -92,6 +94,7 @@ def test_the_live_view_shows_epoch_loss_budget_and_accuracy_so_far(tmp_path, con
     assert "1.250" in text
     assert "20% of the drift budget used" in text
     assert "90.0 % over 1 classes so far" in text
+    assert adaptation.words() in text
     assert "[wren]" in text  # a class name is text, not markup
 
 

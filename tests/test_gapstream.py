@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import groupby
 
 import pytest
 import torch
@@ -10,11 +11,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from agent.config import Method, Model
-from agent.methods.base import TaskData, task_generator
+from agent.methods.base import LearnerState, TaskData, task_generator
 from agent.methods.discriminant import MEAN_PRIOR_IMAGES, RandomFeatures, leave_one_out
 from agent.methods.gapstream import LEAST_HELD, Gapstream
 from agent.methods.training import GapWatch, local_loss
 from agent.model.clip import Clip, load_clip
+from agent.values import Progress
 from tests.tiny import PlainTokens, silent, tiny_clip, tiny_task, tiny_timm_clip
 
 NAMES = ("red", "green", "blue", "black")
@@ -204,7 +206,9 @@ def test_what_crosses_the_budget_is_rolled_back(clip, eager):
     tokens, labels = stream(clip)
     method = learner(clip, drift_budget=1e-6)
     before = method._student.tensors()
-    update = method.update(task_of(1, tokens, labels), silent)
+    heard: list[Progress] = []
+    update = method.update(task_of(1, tokens, labels), heard.append)
+    assert max(progress.drift for progress in heard if progress.budget) == update.adaptation.drift
     assert update.rolled_back and update.epochs == 0 and update.epochs_run == 1
     assert not update.adaptation.kept and update.adaptation.drift > 1e-6 and update.drift_after == 0
     assert "undone" in update.adaptation.words()
@@ -245,8 +249,9 @@ def test_adapters_whose_drift_a_later_task_finds_beyond_the_budget_are_weakened_
     task = task_of(2, tokens, labels)
     assert GapWatch(method, clip, task, 0).drift(GapWatch(method, clip, task, 0).before) > budget
     update = method.update(task, silent)
-    # then its gap is inside again; with none left, the towers are the untouched ones
-    assert update.drift_before <= budget and update.drift_after <= budget
+    # then its gap is inside again, and the update tells what was found; without a budget the towers are the untouched
+    # ones at once
+    assert update.drift_after <= budget < update.drift_before
     if not budget:
         assert method.inference_module().adapted is None
         assert torch.equal(method.encode_names(NAMES), clip.encode_names(NAMES))
@@ -271,6 +276,14 @@ def test_a_task_with_too_few_images_to_judge_by_adapts_nothing(clip):
         assert (update.adaptation is not None) == adapts
 
 
+def test_a_task_of_one_name_adapts_nothing_as_there_is_nothing_to_tell_apart(clip, eager):
+    tokens, labels = stream(clip, per_class=30)
+    method = learner(clip, drift_budget=WIDE)
+    for number in (1, 2):
+        update = method.update(task_of(number, tokens[labels == 0], labels[labels == 0]), silent)
+        assert update.adaptation is None and update.epochs_run == 0 and update.gap_after == update.gap_untouched
+
+
 def test_earlier_features_are_taken_after_a_third_of_a_plain_towers_blocks_and_before_them_behind_a_trunk():
     assert tiny_clip().image.depth == 1 and tiny_timm_clip().image.depth == 2
     assert load_clip(Model()).image.depth == 0
@@ -288,3 +301,58 @@ def test_a_state_whose_features_are_of_another_depth_is_continued_with_them(clip
         learned.update(task_of(2, tokens, labels), silent)
     assert method._depth == 0
     assert torch.equal(method.state().tensors["scatter"], old.state().tensors["scatter"])
+
+
+def assert_same(a: LearnerState, b: LearnerState) -> None:
+    assert a.values == b.values and a.tensors.keys() == b.tensors.keys()
+    for name, tensor in a.tensors.items():
+        assert torch.equal(tensor, b.tensors[name]), name
+
+
+def test_a_learner_whose_adapters_were_taken_away_goes_on_from_its_state_bit_for_bit(clip, eager):
+    # given adapters that a later task takes away, as nothing of them is inside its budget
+    tokens, labels = stream(clip)
+    wide, whole, broken = learner(clip, drift_budget=WIDE), *(learner(clip, drift_budget=1e-9) for _ in range(2))
+    wide.update(task_of(1, tokens, labels), silent)
+    whole.load_state(wide.state())
+    whole.update(task_of(2, tokens[:3], labels[:3]), silent)
+    assert not whole._adapted
+    # when another learner goes on from there under the budget they were made under
+    broken.load_state(whole.state())
+    assert_same(broken.state(), whole.state())
+    for method in (whole, broken):
+        method._budget = WIDE
+        assert method.update(task_of(3, tokens, labels), silent).epochs_run == 1
+    # then both have trained the same adapters
+    assert_same(broken.state(), whole.state())
+
+
+def test_a_state_without_adapters_takes_away_those_of_the_learner_that_loads_it(clip, eager):
+    tokens, labels = stream(clip)
+    still, moved, fresh = learner(clip), *(learner(clip, drift_budget=WIDE) for _ in range(2))
+    still.update(task_of(1, tokens, labels), silent)
+    moved.update(task_of(1, tokens, labels), silent)
+    assert moved._adapted
+    for method in (moved, fresh):
+        method.load_state(still.state())
+        method.update(task_of(2, tokens, labels), silent)
+    assert_same(moved.state(), fresh.state())
+
+
+def test_without_a_budget_a_task_of_one_name_takes_the_adapters_away_too(clip, eager):
+    # given adapters, and a task whose gap has no drift, as there is no other name
+    tokens, labels = stream(clip)
+    wide, method = learner(clip, drift_budget=WIDE), learner(clip)
+    wide.update(task_of(1, tokens, labels), silent)
+    method.load_state(wide.state())
+    update = method.update(task_of(2, tokens[labels == 0], labels[labels == 0]), silent)
+    assert update.drift_after is None and update.gap_before != update.gap_after == update.gap_untouched
+    assert torch.equal(method.encode_names(NAMES), clip.encode_names(NAMES))
+
+
+def test_the_phases_of_an_update_are_told_in_their_order(clip, eager):
+    tokens, labels = stream(clip)
+    for budget in (0, WIDE):
+        heard: list[Progress] = []
+        learner(clip, drift_budget=budget).update(task_of(1, tokens, labels), heard.append)
+        assert [phase for phase, _ in groupby(progress.phase for progress in heard)] == ["train", "compensate"]

@@ -2,15 +2,16 @@ import json
 import math
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.openmetrics.exposition import generate_latest
 
-from agent.scoring.report import Report
+from agent.scoring.report import Adaptation, Report
 from agent.values import Commit, GapStatistics, LateRejection, Outcome, Progress, Update
-from exporter.instruments import REASONS, STATES
+from exporter.instruments import DECISIONS, REASONS, STATES
 from exporter.metrics import Metrics
 from exporter.preprocess import Preprocess
 from exporter.release import Parity, Release
@@ -164,6 +165,19 @@ def test_a_commit_makes_its_report_current(metrics, registry, tmp_path):
     status = metrics.status()
     assert status["commit"]["number"] == 2
     assert status["report"]["last"] == 0.75
+
+
+def test_what_became_of_new_adapters_is_counted_under_every_word_there_is_for_it(metrics, registry, tmp_path):
+    def counted():
+        return [registry.get_sample_value("gapstream_adaptations_total", {"decision": word}) for word in DECISIONS]
+
+    assert counted() == [0.0] * len(DECISIONS)
+    made = outcome(tmp_path)
+    for kept, epochs in ((True, 1), (False, 1), (False, 0)):
+        adaptation = Adaptation(kept=kept, epochs=epochs, drift=0.1, budget=0.25, images=30)
+        metrics.committed(commit(tmp_path), replace(made, update=replace(made.update, adaptation=adaptation)))
+    metrics.committed(commit(tmp_path), made)
+    assert counted() == [1.0] * len(DECISIONS)
 
 
 def test_a_record_rejected_after_its_intake_is_counted_and_remembered_once(metrics, registry, tmp_path):

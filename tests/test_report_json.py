@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from agent.scoring.report import (
+    Adaptation,
     Earlier,
     Example,
     Gap,
@@ -78,6 +79,27 @@ def test_a_report_comes_back_from_its_file_as_it_was(tmp_path, release):
     report = scored().completed(LEARNER, release, {"decode": 0.5})
     report.write(tmp_path / "report.json")
     assert Report.read(tmp_path / "report.json") == report
+
+
+UNDONE = Adaptation(kept=False, epochs=0, drift=None, budget=0.25, images=30)
+REFUSED = Adaptation(kept=False, epochs=1, drift=0.1, budget=0.25, images=30, gain=-0.0123, error=0.001)
+KEPT = replace(REFUSED, kept=True, gain=0.0123)
+
+
+@pytest.mark.parametrize(
+    ("adaptation", "words"),
+    [
+        (UNDONE, "adapted: undone, no epoch"),
+        (replace(UNDONE, drift=0.3), "adapted: undone, no epoch, 120% of the gap budget"),
+        (REFUSED, "adapted: refused, 1 epoch, 40% of the gap budget, gain -0.0123 +- 0.0010 nats on 30 images"),
+        (KEPT, "adapted: kept, 1 epoch, 40% of the gap budget, gain +0.0123 +- 0.0010 nats on 30 images"),
+    ],
+)
+def test_what_became_of_new_adapters_comes_back_from_the_file_and_is_said_in_a_line(tmp_path, adaptation, words):
+    report = replace(scored(), history=(TaskReport(task=1, adaptation=adaptation),))
+    report.write(tmp_path / "report.json")
+    read = Report.read(tmp_path / "report.json")
+    assert read == report and read.history[0].adaptation.words() == words
 
 
 def test_what_is_known_only_after_the_scoring_is_noted_in_the_report_and_its_history():

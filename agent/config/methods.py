@@ -91,8 +91,8 @@ class Gapstream(Section):
 
     drift_budget: float = Field(0.25, ge=0)
     """The mean similarity of images to wrong names may drift by this share of the untouched model's separation of right
-    and wrong names; adapters that cross it are rolled back. With 0 the towers stay as they are, which also takes away
-    what a state folder has of adapters."""
+    and wrong names; adapters that cross it are rolled back. With 0 the towers stay as they are. Adapters of a state
+    folder that are beyond it on a task are halved until they are inside, and with 0 taken away."""
     features: int = Field(5000, ge=16)
     """An image has this number of random features (at least 16). What is kept between tasks grows with their square
     (5000: 50 MB, and 20 MB per 1000 classes), as does what an update computes; 5000 take it 0.5 GB of memory."""

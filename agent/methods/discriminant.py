@@ -118,7 +118,7 @@ def leave_one_out(solved: Solved, features: Tensor, labels: Tensor, counts: Tens
 
     features float32 [n, M], labels int64 [n], counts [C] of images per class, at least 2 in those of `labels` ->
     [n, C], up to a constant per row. The scatter loses a matrix of rank one, so that its inverse follows from the
-    whole one's (Sherman and Morrison); centre and prior stay.
+    whole one's (Sherman and Morrison); centre, prior and the count of images that scales it stay.
     """
     at = torch.arange(len(labels), device=labels.device)
     centred, weight, count = features - solved.centre, solved.weights[labels][:, None], counts[labels]

@@ -13,8 +13,8 @@ layers often tell classes apart that the embedding merges (LayUP, arXiv 2312.088
 classes, are updated exactly; a linear discriminant follows in closed form, its scatter shrunk toward a sphere as if by
 a fixed number of images. (3) A prediction is the softmax of temperature * discriminant + weight * similarity of the
 adapted towers' embeddings; both numbers minimise the cross entropy on the images held back, each scored as if it had
-not been learned (leave one out, exact and in closed form). So texts lead where images are few, and images where they
-are many.
+not been learned (leave one out, in closed form, up to the discriminant's centre and prior). So texts lead where images
+are few, and images where they are many.
 
 With a drift budget of 0 neither tower moves. The statistics do not depend on how a stream is cut into tasks, but for
 the rounding.
@@ -49,7 +49,7 @@ from agent.methods.training import GapWatch, Training, admit, cosine, local_loss
 from agent.model.clip import Clip
 from agent.model.gap import within_budget
 from agent.model.lora import merged
-from agent.values import Adaptation, Progress, Update
+from agent.values import Adaptation, GapStatistics, Progress, Update
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +91,7 @@ class Gapstream:
         self._depth = clip.image.depth
         """The block whose input tokens the random features are of."""
         self._statistics = Statistics(features, clip.device)
+        self._lora = settings.lora
         self._student = Student(clip, settings.lora, settings.seed)
         self._adapted = False
         """Whether the adapters change anything; while they do not, the towers are used as they are."""
@@ -117,7 +118,7 @@ class Gapstream:
 
     def update(self, task: TaskData, on_progress: OnProgress) -> Update:
         started = time.perf_counter()
-        watch = self._watch(task)
+        watch, found = self._watch(task, on_progress)
         admit(self._classes, task)
         self._statistics.widen(len(self._classes))
         where = torch.tensor([self._classes.index(name) for name in task.classes])
@@ -125,40 +126,44 @@ class Gapstream:
         sample = torch.randperm(len(task), generator=task_generator(self._seed, task.number, "calibration"))
         held = self._held_back(task, labels, sample).sort().values
         trial = self._adapt(task, held, watch, on_progress) if len(held) else None
+        made = trial.training.update() if trial else untrained(task, watch, started, on_progress)
         trained = time.perf_counter()
         chosen = held if trial else sample[:CALIBRATION_IMAGES].sort().values
         visual, untouched, able = self._count(task, labels, chosen, on_progress)
         adaptation = self._decide(visual, untouched, labels[able.to(labels.device)], task, able, trial)
         fused = {"temperature": self._fusion.temperature, "text_weight": self._fusion.text_weight}
-        update = replace(
-            trial.training.update() if trial else untrained(task, watch, started, on_progress),
+        if adaptation is not None and not adaptation.kept:
+            made = replace(made, epochs=0, loss=None, gap_after=made.gap_before, drift_after=made.drift_before)
+        return replace(
+            made,
             samples=len(task),
+            gap_before=found,
+            drift_before=watch.drift(found),
             budget=self._budget or None,
             seconds={"train": trained - started, "compensate": time.perf_counter() - trained},
             details=fused,
             adaptation=adaptation,
         )
-        if adaptation is None or adaptation.kept:
-            return update
-        return replace(update, epochs=0, loss=None, gap_after=update.gap_before, drift_after=update.drift_before)
 
-    def _watch(self, task: TaskData) -> GapWatch:
-        """Measure the gap on the task. Where its names and images show a drift beyond the budget, which those of no
-        task before did, the adapters are halved until it is inside: no statistics depend on them."""
+    def _watch(self, task: TaskData, on_progress: OnProgress) -> tuple[GapWatch, GapStatistics]:
+        """Measure the gap on the task; gives it as it was found, too.
+
+        Where the task's names and images show a drift beyond the budget, which those of no task before did, the
+        adapters are halved until it is inside; without a budget they are taken away. No statistics depend on them."""
         watch = GapWatch(self, self._clip, task, self._seed, moved=self._adapted)
-        for halving in range(1, HALVINGS + 1):
-            drift = watch.drift(watch.before)
-            if not self._adapted or drift is None or drift <= self._budget:
-                break
+        found, halvings = watch.before, 0
+        while self._adapted and not (self._budget and within_budget(watch.drift(watch.before), None, self._budget)):
+            gone = not self._budget or halvings == HALVINGS
             log.warning(
-                "task %d: the gap has drifted by %.3g on its images, beyond the budget of %g; the adapters are %s",
-                task.number, drift, self._budget, "halved" if halving < HALVINGS else "taken away",
+                "task %d: the adapters are %s: the gap's drift on its images is %s, the budget %g",
+                task.number, "taken away" if gone else "halved", watch.drift(watch.before), self._budget,
             )  # fmt: skip
-            self._student.weaken(0.5 if halving < HALVINGS else 0)
-            self._adapted = halving < HALVINGS
-            self._names = self._names[:0]
-            watch = GapWatch(self, self._clip, task, self._seed, moved=self._adapted)
-        return watch
+            self._student.weaken(0 if gone else 0.5)
+            self._adapted, self._names = not gone, self._names[:0]
+            watch.before = watch.measure()
+            halvings += 1
+            on_progress(Progress("train", task.number, drift=watch.drift(watch.before), budget=self._budget))
+        return watch, found
 
     def _held_back(self, task: TaskData, labels: Tensor, sample: Tensor) -> Tensor:
         """Choose the images that judge the task's adapters, int64 [n]: the first in the order of `sample` that can be
@@ -332,10 +337,13 @@ class Gapstream:
         self._fusion = Fusion(*state.tensors["fusion"].tolist())
         self._classes = list(state.values["classes"])
         self._depth = state.values.get("depth", 0)
-        # a state that was made without a budget has none
-        self._adapted = any(tensor.any() for name, tensor in tensors.items() if ".up." in name)
-        if self._adapted:
+        self._student = Student(self._clip, self._lora, self._seed)
+        added = [tensor for name, tensor in tensors.items() if ".up." in name]
+        # A state that was made without a budget has no adapters. Those that add nothing count too: training goes on
+        # from their other factor.
+        if added:
             self._student.load_tensors(tensors)
+        self._adapted = any(bool(tensor.any()) for tensor in added)
         self._solved = None
 
 

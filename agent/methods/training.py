@@ -151,12 +151,15 @@ class Training:
         self._optimizer.step()
         self._total = self._total.to(loss.device) + loss.detach() * images
         self._seen += images
+        self._say(loss.item(), self._watch.drift(self._after))
+
+    def _say(self, loss: float, drift: float | None) -> None:
         place = (self._run, self.epochs, self._step, self._steps, self._seen)
-        drift = self._watch.drift(self._after)
-        self._on_progress(Progress("train", self._task.number, *place, loss.item(), drift, self._budget))
+        self._on_progress(Progress("train", self._task.number, *place, loss, drift, self._budget))
 
     def keep(self, inside: Callable[[Sequence[float | None]], bool] = lambda drifts: True) -> bool:
-        """End an epoch: keep its effect, or take it back, say so in the log, and return False; then stop.
+        """End an epoch: tell the drift it came to, and keep its effect, or take it back, say so in the log, and return
+        False; then stop.
 
         An epoch is taken back when its loss or the features it left are not finite, and when `inside`, which is given
         the drifts after all epochs so far, says that the last one is outside of the gap rule.
@@ -166,6 +169,7 @@ class Training:
         loss = (self._total / min(len(self._task), self._steps * self._batch_size)).item()
         finite = all(map(math.isfinite, (loss, statistics.positive, statistics.centroid)))
         self.drifts.append(drift if finite else math.inf)
+        self._say(loss, drift if finite else None)
         if not finite or not inside(self.drifts):
             self._trained.load_tensors(self._state)
             log.warning(

@@ -69,7 +69,7 @@ class Drift:
     before: float | None = None
     after: float | None = None
     budget: float | None = None
-    """The drift at which the update is rolled back; None for a method that has no budget."""
+    """The drift at which the update is rolled back; None where there is no budget."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +90,8 @@ class Adaptation:
     """It says what was decided about a task's new adapters, by images of the task that they were not trained on."""
 
     kept: bool
-    """False when they crossed the gap budget at once or the evidence was against them: the towers are as before."""
+    """False when they crossed the gap budget at once, were not finite, or the evidence was against them: the towers are
+    as before."""
     epochs: int
     """Epochs of training inside the gap budget."""
     drift: float | None

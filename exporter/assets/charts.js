@@ -221,7 +221,7 @@ const gapstream = (() => {
     if (boxes.matrix) heatMap(boxes.matrix, data.matrix || [], x, history.map(entry => entry.classes));
     if (boxes.drift) lines(boxes.drift, { title: "gap drift over tasks", x, low: 0, span: .1, axis: share, limit: known(data.gap?.drift?.budget) ? { name: "budget", value: data.gap.drift.budget } : undefined,
       series: [{ name: "drift", color: "var(--learned)", values: history.map(entry => gap(entry, "drift")) }] });
-    const newest = history.findLast(entry => entry.adaptation);
+    const newest = history.filter(entry => entry.adaptation).at(-1);
     if (boxes.adaptation) boxes.adaptation.textContent = newest ? adapted(newest) : "";
     const untouched = (entry, name) => entry.gap?.[name]?.untouched ?? null;
     if (boxes.similarity) lines(boxes.similarity, { title: "similarities over tasks", x, format: number, axis: value => value.toFixed(2),
