@@ -82,7 +82,7 @@ class Some:
 
 def load(path: Path, most: int, clip: Clip, decoders: Decoders, scratch: Path) -> Images:
     """Decode at most `most` training images a class, and the test images."""
-    train, test = ArchiveFolder(path, "train"), ArchiveFolder(path, "test", fallback=("val",))
+    train, test = ArchiveFolder(path, "train"), ArchiveFolder(path, fallback=("test", "val"))
     names = list(train.classes)
     made = []
     for archive, limit in ((train, most), (test, TEST_IMAGES)):
