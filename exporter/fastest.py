@@ -28,8 +28,8 @@ LARGER_BATCH = 16
 takes hardly less time (bundled model: as many images a second with 64)."""
 
 ROUNDS = 20
-"""Most rounds at one batch size. Their median moves by a few percent on a busy machine, and small models are done in a
-second."""
+"""Rounds that count at one batch size, at most. Chosen by hand: a small model's ratio then moves by a few percent on one
+core that others use too, and by ten on two of them."""
 
 
 class Runs(Protocol):
@@ -49,13 +49,17 @@ class Timing:
     chosen: str
     """Name of the form that is fastest, or of fp32 where none is by MIN_GAIN."""
     rates: Mapping[int, Mapping[str, float]]
-    """Batch size -> form -> images a second."""
+    """Batch size -> form -> images a second, the median."""
+    gains: Mapping[int, Mapping[str, float]]
+    """Batch size -> form -> how many times as fast as fp32 it is: the median of what the rounds say, so that it may
+    differ from the quotient of two rates."""
 
     def __str__(self) -> str:
-        return "; ".join(
-            f"batch {size}: " + ", ".join(f"{form} {rate:.1f}" for form, rate in rates.items())
-            for size, rates in self.rates.items()
-        )
+        sizes = []
+        for size, rates in self.rates.items():
+            forms = (f"{form} {rate:.1f} ({self.gains[size][form]:.2f}x)" for form, rate in rates.items())
+            sizes.append(f"batch {size}: " + ", ".join(forms))
+        return "; ".join(sizes)
 
 
 def fastest(forms: Mapping[str, Runs], full: str, images: NDArray[np.float32], max_batch: int) -> Timing:
@@ -73,15 +77,16 @@ def fastest(forms: Mapping[str, Runs], full: str, images: NDArray[np.float32], m
         found = _rounds(forms, batch, ends, size * sum(rounds[1][-1].values()))
         rounds |= {size: found} if found else {}
     gains = {
-        name: min(statistics.median(one[full] / one[name] for one in times) for times in rounds.values())
-        for name in forms
+        size: {name: statistics.median(one[full] / one[name] for one in times) for name in forms}
+        for size, times in rounds.items()
     }
-    best = max(gains, key=lambda name: gains[name])
     rates = {
         size: {name: size / statistics.median(one[name] for one in times) for name in forms}
         for size, times in rounds.items()
     }
-    return Timing(best if gains[best] >= MIN_GAIN else full, rates)
+    worst = {name: min(found[name] for found in gains.values()) for name in forms}
+    best = max(forms, key=lambda name: worst[name])
+    return Timing(best if worst[best] >= MIN_GAIN else full, rates, gains)
 
 
 def _rounds(

@@ -75,7 +75,10 @@ def test_the_fastest_form_is_chosen_and_its_images_a_second_are_told(clock):
         1: pytest.approx({"fp32": 100, "fp16": 1 / 0.006, "int8": 200}),
         LARGER_BATCH: pytest.approx({"fp32": 125, "fp16": 200, "int8": 500}),
     }
-    assert str(found) == "batch 1: fp32 100.0, fp16 166.7, int8 200.0; batch 16: fp32 125.0, fp16 200.0, int8 500.0"
+    assert str(found) == (
+        "batch 1: fp32 100.0 (1.00x), fp16 166.7 (1.67x), int8 200.0 (2.00x); "
+        "batch 16: fp32 125.0 (1.00x), fp16 200.0 (1.60x), int8 500.0 (4.00x)"
+    )
 
 
 @pytest.mark.parametrize(
@@ -115,7 +118,7 @@ def test_of_a_model_that_takes_long_one_image_is_enough(clock):
 
     found = fastest(forms, "fp32", IMAGES, max_batch=64)
 
-    assert found == Timing("int8", {1: {"fp32": 1 / 20, "int8": 1 / 8}})
+    assert found == Timing("int8", {1: {"fp32": 1 / 20, "int8": 1 / 8}}, {1: {"fp32": 1, "int8": 20 / 8}})
     assert clock.now == 28
 
 
@@ -193,7 +196,8 @@ def test_a_choice_is_logged_and_kept_for_later_releases_with_the_same_structure(
     [said] = [record.getMessage() for record in caplog.records]
     assert said == (
         f"release {one.id} and later ones of its structure are served in int8; images a second with batch 1: fp32 "
-        "100.0, int8 200.0; batch 16: fp32 100.0, int8 200.0; fp32 answers unless another form is 1.3 times as fast"
+        "100.0 (1.00x), int8 200.0 (2.00x); batch 16: fp32 100.0 (1.00x), int8 200.0 (2.00x); fp32 answers unless another "
+        "form is 1.3 times as fast"
     )
     more = replace(released(tmp_path / "2", ["int8"]), classes=("cat", "dog"))
     assert chooser.open(more, later) == ("int8", later.forms["int8"])
@@ -279,7 +283,7 @@ def test_the_release_before_answers_until_the_choice_is_made(state, monkeypatch,
     def slow(*arguments: object) -> Timing:
         asked.set()
         assert go_on.wait(20)
-        return Timing(chosen, {})
+        return Timing(chosen, {}, {})
 
     monkeypatch.setattr(timing, "fastest", slow)
     state.point(1)
@@ -302,7 +306,7 @@ def test_the_release_before_answers_until_the_choice_is_made(state, monkeypatch,
 
 
 def test_a_server_answers_in_the_form_that_it_found_and_shows_it(state, monkeypatch):
-    monkeypatch.setattr(timing, "fastest", lambda *arguments: Timing("int8", {}))
+    monkeypatch.setattr(timing, "fastest", lambda *arguments: Timing("int8", {}, {}))
     state.point(2)
 
     with serving(state.path, precision=AUTO) as server:
@@ -317,7 +321,7 @@ def test_a_server_answers_in_the_form_that_it_found_and_shows_it(state, monkeypa
 
 
 def test_a_form_is_tested_with_its_own_tolerance(state, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(timing, "fastest", lambda *arguments: Timing("int8", {}))
+    monkeypatch.setattr(timing, "fastest", lambda *arguments: Timing("int8", {}, {}))
     state.point(2)
     folder = state.path / "commits" / "000002" / "release"
     copy = tmp_path / "release"

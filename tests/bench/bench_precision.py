@@ -3,8 +3,8 @@
     python -m tests.bench.bench_precision                              the bundled model
     python -m tests.bench.bench_precision --model ViT-B-32 --rounds 5  another one, with random weights
 
-One JSON line per result. Speed is the median of interleaved pairs, with the smallest and the largest of their ratios; the
-last line is what `serve.precision = "auto"` chose, and in how many seconds.
+One JSON line per result. Speed is the median of interleaved pairs, with the smallest and the largest of their ratios.
+The last line is what `serve.precision = "auto"` chose, and in how many seconds.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def measure(model: Model, precision: str, rounds: int, threads: int) -> None:
         folder = Path(scratch) / "release"
         exporter = OnnxExporter(max_batch=CHECKED, threads=threads, precisions=(precision,), traces=user_cache())
         release = exporter.release(inference_module(clip, CLASSES), clip.preprocess, {}, folder, images[:4], holdout)
-        shown(model=model.name, seconds=dict(release.seconds), top1=release.variants[precision].parity)
+        parity = release.variants[precision].parity
+        shown(model=model.name, seconds=dict(release.seconds), top1=parity and parity.top1)
         sessions = {name: Session(release.model_in(name), device="cpu", threads=threads) for name in (FP32, precision)}
         for batch in (1, 16):
             times: dict[str, list[float]] = {name: [] for name in sessions}
@@ -66,7 +67,7 @@ def measure(model: Model, precision: str, rounds: int, threads: int) -> None:
 
 
 def shown(**result: object) -> None:
-    print(json.dumps(result | {"load": round(os.getloadavg()[0], 1)}, default=lambda value: value.top1), flush=True)
+    print(json.dumps(result | {"load": round(os.getloadavg()[0], 1)}), flush=True)
 
 
 def main() -> None:
