@@ -28,8 +28,8 @@ LARGER_BATCH = 16
 takes hardly less time (bundled model: as many images a second with 64)."""
 
 ROUNDS = 20
-"""Rounds that count at one batch size, at most. Chosen by hand: a small model's ratio then moves by a few percent on one
-core that others use too, and by ten on two of them."""
+"""Rounds that count at one batch size, at most. Chosen by hand: a small model's ratio then moves by a few percent on
+one core that others use too, and by ten on two of them."""
 
 
 class Runs(Protocol):

@@ -195,9 +195,9 @@ def test_a_choice_is_logged_and_kept_for_later_releases_with_the_same_structure(
     assert chooser.open(one, first) == ("int8", first.forms["int8"])
     [said] = [record.getMessage() for record in caplog.records]
     assert said == (
-        f"release {one.id} and later ones of its structure are served in int8; images a second with batch 1: fp32 "
-        "100.0 (1.00x), int8 200.0 (2.00x); batch 16: fp32 100.0 (1.00x), int8 200.0 (2.00x); fp32 answers unless another "
-        "form is 1.3 times as fast"
+        f"release {one.id} and later ones of its structure are served in int8; images a second with "
+        "batch 1: fp32 100.0 (1.00x), int8 200.0 (2.00x); batch 16: fp32 100.0 (1.00x), int8 200.0 (2.00x); "
+        "fp32 answers unless another form is 1.3 times as fast"
     )
     more = replace(released(tmp_path / "2", ["int8"]), classes=("cat", "dog"))
     assert chooser.open(more, later) == ("int8", later.forms["int8"])
