@@ -20,8 +20,9 @@ log = logging.getLogger(__name__)
 
 FORM_S = 2.0
 """Seconds of timing for each form, all batch sizes together. A round that would take longer, judged by the one before,
-is not begun; only the first, of one image through each form, always is. Chosen by hand: a start takes about as long
-anyway, and ViT-B/16 on two cores still gets several rounds of its larger batch."""
+is not begun; only the first, of one image through each form, always is. Chosen by hand: opening a release takes about
+as long anyway. On two busy cores ViT-B/32 has time for a few rounds of one image, which differ by 30 %, and for none of
+the larger batch."""
 
 LARGER_BATCH = 16
 """Images of the larger batch that is timed beside a lone one, for servers that many ask at once. Beyond it an image
@@ -65,8 +66,8 @@ class Timing:
 def fastest(forms: Mapping[str, Runs], full: str, images: NDArray[np.float32], max_batch: int) -> Timing:
     """Time the `forms` (by name, `full` is the one in fp32) with one image and with a batch of at most `max_batch`.
 
-    `images`, float32 [n >= 1, 3, H, W], are repeated. It takes at most FORM_S a form, or as long as one image takes in
-    each. The forms take turns, so that a machine that is busy for a while is so for all of them.
+    `images`, float32 [n >= 1, 3, H, W], are repeated. It takes about FORM_S a form at most, or as long as one image
+    takes in each. The forms take turns, so that a machine that is busy for a while is so for all of them.
     """
     lone, share_s = images[:1], FORM_S * len(forms)
     ends = time.monotonic() + share_s

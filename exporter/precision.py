@@ -26,8 +26,8 @@ AUTO = "auto"
 
 MIN_GAIN = 1.3
 """A smaller form must answer this many times as fast as fp32 at every batch size that is timed, since it may answer up
-to a point fewer images right. Chosen by hand between the bundled model's int8, at 1.16 to 1.24 times on 2 cores, and
-that of ViT-B/32 and B/16 at 2.6 to 3.0: a limit near either would choose now one form and now the other."""
+to a point fewer images right. Chosen by hand between the bundled model's int8, 1.05 to 1.18 times as fast on 2 busy
+cores, and that of ViT-B/32 at 2.1 to 2.3: a limit near either would choose now one form and now the other."""
 
 FLOAT32_OPS = ("LayerNormalization", "Softmax", "ReduceL2", "ReduceSum", "Div", "Exp", "Log", "Pow", "Sqrt", "Gelu")
 """Operators that fp16 leaves alone: their sums and quotients overflow or lose everything in half precision (reports:
