@@ -21,6 +21,14 @@ if TYPE_CHECKING:
 FP32 = "fp32"
 """The precision every release has: the other ones are made from it and compared with it."""
 
+AUTO = "auto"
+"""What a reader asks for to answer in the form that is fastest on its machine (see exporter.fastest)."""
+
+MIN_GAIN = 1.3
+"""A smaller form must answer this many times as fast as fp32 at every batch size that is timed, since it may answer up
+to a point fewer images right. Chosen by hand between the bundled model's int8, 1.05 to 1.18 times as fast on 2 busy
+cores, and that of ViT-B/32 at 2.1 to 2.3: a limit near either would choose now one form and now the other."""
+
 FLOAT32_OPS = ("LayerNormalization", "Softmax", "ReduceL2", "ReduceSum", "Div", "Exp", "Log", "Pow", "Sqrt", "Gelu")
 """Operators that fp16 leaves alone: their sums and quotients overflow or lose everything in half precision (reports:
 onnxruntime#11384, TensorRT#4111). Gelu because onnxruntime 1.31 on a CPU dies of a segmentation fault when it fuses a

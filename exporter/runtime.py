@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +20,8 @@ from PIL import Image
 
 from exporter import golden as golden_set
 from exporter import release as releases
-from exporter.precision import FP32
+from exporter.fastest import Chooser
+from exporter.precision import AUTO, FP32
 from exporter.preprocess import Preprocess, planes, upright_rgb
 from exporter.release import Release, ReleaseError
 from exporter.session import Device, open_session
@@ -103,6 +105,8 @@ class _OpenRelease:
     """A release with what was opened of it, swapped together so that no answer mixes two releases."""
 
     release: Release
+    precision: str
+    """The form that `session` is of."""
     session: Session
     names: NameEmbeddings | None
     """Its text part; None when it has none."""
@@ -152,6 +156,8 @@ class Classifier:
     ) -> None:
         """`path`: a release or a state folder. `threads`: CPU threads of onnxruntime for one batch, 0 for all cores.
         `precision`: the one that answers; a release without it is served in fp32, since the newest model matters more.
+        With `auto` it is the one that is fastest here, measured before a release with several forms answers, and not
+        again for later ones of the same structure (exporter.fastest).
         `max_batch`: images that go through the model at once. `max_pixels`: an image of more is refused. `max_names`:
         extra names for an image, each of at most `max_name_chars` characters.
 
@@ -161,6 +167,7 @@ class Classifier:
         self._threads = threads
         self._device: Device = device
         self._precision = precision
+        self._chooser = Chooser(max_batch)
         self._max_batch = max_batch
         self._max_pixels = max_pixels
         self._max_names = max_names
@@ -176,6 +183,11 @@ class Classifier:
     def release(self) -> Release:
         """The release that answers calls made from now on."""
         return self._served.release
+
+    @property
+    def precision(self) -> str:
+        """The form of the release that answers: `fp32` or a name in exporter.precision.PRECISIONS."""
+        return self._served.precision
 
     @property
     def provider(self) -> str:
@@ -291,7 +303,13 @@ class Classifier:
             self._current_at = time.monotonic()
             self._trouble = _Trouble()
         _trim_memory()
-        log.info("release %s answers now: %d classes, %s", release.id, len(release.classes), release.path)
+        log.info(
+            "release %s answers now: %d classes, %s, %s",
+            release.id,
+            len(release.classes),
+            served.precision,
+            release.path,
+        )
         return True
 
     def follow(self, interval_s: float = 1.0) -> None:
@@ -332,11 +350,13 @@ class Classifier:
         # The text part may be as large as the model, and most who serve never open it; it is verified when they do.
         release.verify(set(release.files).difference(release.text_files))
         try:
-            precision = self._precision if release.offers(self._precision) else release.precision
-            if precision != self._precision:
-                log.warning("release %s has no %s form, it is served in %s", release.id, self._precision, precision)
-            session = Session(release.model_in(precision), device=self._device, threads=self._threads)
-            _self_test(release, precision, session)
+            if self._precision == AUTO:
+                precision, session = self._chooser.open(release, partial(self._tested, release))
+            else:
+                precision = self._precision if release.offers(self._precision) else release.precision
+                if precision != self._precision:
+                    log.warning("release %s has no %s form, it is served in %s", release.id, self._precision, precision)
+                session = self._tested(release, precision)
         except ReleaseError:
             raise
         except Exception as error:  # onnxruntime's errors share no public base class
@@ -349,7 +369,13 @@ class Classifier:
                 "release %s is of an older version: its class names and preprocessing are neither hashed nor tested",
                 release.id,
             )
-        return _OpenRelease(release, session, names)
+        return _OpenRelease(release, precision, session, names)
+
+    def _tested(self, release: Release, precision: str) -> Session:
+        """Open a form of the release. Raises ReleaseError, and what onnxruntime raises."""
+        session = Session(release.model_in(precision), device=self._device, threads=self._threads)
+        _self_test(release, precision, session)
+        return session
 
 
 def _rows(served: _OpenRelease, names: Sequence[str]) -> tuple[list[str], NDArray[np.float32]]:

@@ -243,7 +243,7 @@ class Server:
                 self._stopping.wait(wait_s)
                 continue
             classifier.follow(FOLLOW_S)
-            log.info("release %s answers on %s", classifier.release.id, classifier.provider)
+            log.info("release %s answers in %s on %s", classifier.release.id, classifier.precision, classifier.provider)
             self._classifier = classifier
             return
 
@@ -412,7 +412,12 @@ class Server:
         if self._classifier is not None:
             release = self._classifier.release
             metrics.release.info(
-                {"id": release.id, "classes": str(len(release.classes)), "provider": self._classifier.provider}
+                {
+                    "id": release.id,
+                    "classes": str(len(release.classes)),
+                    "precision": self._classifier.precision,
+                    "provider": self._classifier.provider,
+                }
             )
             metrics.made.set(datetime.fromisoformat(release.created).timestamp())
             metrics.followed.set(time.time() - self._classifier.behind_s)

@@ -210,7 +210,7 @@ def test_a_precision_that_is_not_known_is_refused_with_those_that_are():
     mistakes = mistakes_of(None, {}, {"release.precisions": "fp16, int4", "serve.precision": "int4"})
     assert mistakes == [
         "release.precisions (--set): got 'int4', expected: 'fp16' or 'int8'",
-        "serve.precision (--set): got 'int4', expected: 'fp32', 'fp16' or 'int8'",
+        "serve.precision (--set): got 'int4', expected: 'fp32', 'fp16', 'int8' or 'auto'",
     ]
 
 

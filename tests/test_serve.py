@@ -599,7 +599,11 @@ def test_the_metrics_count_what_was_answered(state):
         "gapstream_serve_batch_images_count 1.0",
     ):
         assert line in metrics
-    assert 'classes="7"' in metrics and "gapstream_serve_release_timestamp_seconds" in metrics
+    assert (
+        'classes="7"' in metrics
+        and 'precision="fp32"' in metrics
+        and "gapstream_serve_release_timestamp_seconds" in metrics
+    )
 
 
 def test_every_metric_is_in_the_readme():

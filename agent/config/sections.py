@@ -16,7 +16,7 @@ from pydantic import (
 from agent.config.base import MAYBE_PATH, Section, SourceSection, Unset
 from agent.config.kafka import Kafka, ServeKafka
 from agent.config.methods import Method
-from exporter.precision import FP32, PRECISIONS
+from exporter.precision import AUTO, FP32, MIN_GAIN, PRECISIONS
 
 
 def _one_slot(prompt: str) -> str:
@@ -292,10 +292,11 @@ class Serve(Section):
     """The server listens on this address; `0.0.0.0` is open to the network, without a login."""
     port: int = Field(9188, ge=0, le=65535)
     """The server listens on this port; 0 takes a free one, which the log names."""
-    precision: Annotated[str, _one_of(FP32, *PRECISIONS)] = Field(
+    precision: Annotated[str, _one_of(FP32, *PRECISIONS, AUTO)] = Field(
         FP32,
         description="The server answers with this form of the release, see release.precisions; a release without it is "
-        f"served in\nfp32. One of: {', '.join((FP32, *PRECISIONS))}",
+        "served in\nfp32. `auto` times the forms at the start for a few seconds and takes the fastest: fp32, unless "
+        f"one is {MIN_GAIN:g} times\nas fast. One of: {', '.join((FP32, *PRECISIONS, AUTO))}",
     )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` is CUDA when onnxruntime can use it and else the CPU; `cuda` says so in the log when it cannot."""
