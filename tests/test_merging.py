@@ -162,6 +162,7 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small tasks adapt, and far enough to see."""
     monkeypatch.setattr("agent.methods.gapstream.LEAST_HELD", 4)
     monkeypatch.setattr("agent.methods.gapstream.LEARNING_RATE", 2e-2)
+    monkeypatch.setattr("agent.methods.gapstream.stay", lambda gain, error: True)
 
 
 def test_adapters_that_all_learners_have_are_kept_and_names_are_read_by_them(clip, eager):

@@ -3,7 +3,7 @@
 *Preserve and adapt.* K/V adapters of both towers learn a task's names by the local loss (MG-CLIP, arXiv 2507.09118,
 equation 4) as long as the modality gap stays within the drift budget; what crosses it is rolled back. A part of the
 task's images is held back from them. On these the cross entropy of the whole prediction, with and without the new
-adapters, decides whether they stay: adapters are kept unless that evidence is against them.
+adapters, decides whether they stay: adapters are kept only where they pay, by more than the standard error.
 
 *Compensate.* The visual space gets second-order statistics of the *untouched* tower's features, which no adapter
 moves: what was counted stays true, however often the towers adapt, and two learners' statistics can be added. (1)
@@ -256,8 +256,8 @@ class Gapstream:
     def _decide(
         self, visual: Tensor, untouched: Tensor, labels: Tensor, task: TaskData, able: Tensor, trial: Trial | None
     ) -> Adaptation | None:
-        """Fit the fusion, and decide whether a trial's adapters stay: they do unless the images held back, each left
-        out of the discriminant in its turn, lose more by them than their standard error.
+        """Fit the fusion, and decide whether a trial's adapters stay: where the images held back, each left out of the
+        discriminant in its turn, win by more than their standard error.
 
         visual [m, C], untouched [m, D] and able [m] are as `_count` gives them, labels [m] of the same images.
         """
@@ -348,9 +348,9 @@ class Gapstream:
 
 
 def stay(gain: float, error: float) -> bool:
-    """Decide about adapters by the mean gain of the images held back and its standard error: they stay unless they lose
+    """Decide about adapters by the mean gain of the images held back and its standard error: they stay where they win
     by more than chance does."""
-    return gain >= -error
+    return gain > error
 
 
 @dataclass(frozen=True)

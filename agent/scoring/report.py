@@ -90,7 +90,7 @@ class Adaptation:
     """It says what was decided about a task's new adapters, by images of the task that they were not trained on."""
 
     kept: bool
-    """False when they crossed the gap budget at once, were not finite, or the evidence was against them: the towers are
+    """False when they crossed the gap budget at once, were not finite, or did not pay: the towers are
     as before."""
     epochs: int
     """Epochs of training inside the gap budget."""
