@@ -90,9 +90,9 @@ KEPT = replace(REFUSED, kept=True, gain=0.0123)
     ("adaptation", "words"),
     [
         (UNDONE, "adapted: undone, no epoch"),
-        (replace(UNDONE, drift=0.3), "adapted: undone, no epoch, 120% of the gap budget"),
-        (REFUSED, "adapted: refused, 1 epoch, 40% of the gap budget, gain -0.0123 +- 0.0010 nats on 30 images"),
-        (KEPT, "adapted: kept, 1 epoch, 40% of the gap budget, gain +0.0123 +- 0.0010 nats on 30 images"),
+        (replace(UNDONE, drift=0.3), "adapted: undone, no epoch, 120 % of the gap budget"),
+        (REFUSED, "adapted: refused, 1 epoch, 40 % of the gap budget, gain -0.0123 +- 0.0010 nats on 30 images"),
+        (KEPT, "adapted: kept, 1 epoch, 40 % of the gap budget, gain +0.0123 +- 0.0010 nats on 30 images"),
     ],
 )
 def test_what_became_of_new_adapters_comes_back_from_the_file_and_is_said_in_a_line(tmp_path, adaptation, words):

@@ -114,7 +114,7 @@ class Adaptation:
     def words(self) -> str:
         """Say it in a line, for the log and the terminal."""
         epochs = "no epoch" if not self.epochs else "1 epoch" if self.epochs == 1 else f"{self.epochs} epochs"
-        used = "" if self.drift is None else f", {self.drift / self.budget:.0%} of the gap budget"
+        used = "" if self.drift is None else f", {100 * self.drift / self.budget:.0f} % of the gap budget"
         judged = (
             "" if self.gain is None else f", gain {self.gain:+.4f} +- {self.error:.4f} nats on {self.images} images"
         )
