@@ -149,12 +149,15 @@ class Fusion:
     temperature: float
     text_weight: float
 
-    def fitted(self, visual: Tensor, text: Tensor, labels: Tensor) -> tuple[Fusion, Tensor]:
+    def losses(self, visual: Tensor, text: Tensor, labels: Tensor) -> Tensor:
+        """Compute the cross entropy of each image: scores float32 [n, C], labels int64 [n] -> float64 [n], in nats."""
+        return F.cross_entropy((self.temperature * visual + self.text_weight * text).double(), labels, reduction="none")
+
+    def fitted(self, visual: Tensor, text: Tensor, labels: Tensor) -> Fusion:
         """Fit both by cross entropy on images none of which may have been learned by what scored it.
 
-        visual, text float32 [n, C] and labels int64 [n] -> the fusion, and the cross entropy of each image under it,
-        float64 [n] in nats. The numbers lean on the ones they were with the strength of a log-normal prior of
-        deviation 1, so that a few images cannot throw them far.
+        visual, text float32 [n, C] and labels int64 [n]. The numbers lean on the ones they were with the strength of a
+        log-normal prior of deviation 1, so that a few images cannot throw them far.
         """
         scores, truth = torch.stack([visual, text]).double().cpu(), labels.cpu()
         last = torch.tensor([self.temperature, self.text_weight], dtype=torch.float64).log()
@@ -171,9 +174,7 @@ class Fusion:
             return value
 
         optimizer.step(loss)
-        found = now.detach() if now.isfinite().all() else last
-        losses = F.cross_entropy(torch.einsum("s,snc->nc", found.exp(), scores), truth, reduction="none")
-        return Fusion(*found.exp().tolist()), losses
+        return Fusion(*now.detach().exp().tolist()) if now.isfinite().all() else self
 
 
 class Discriminant(TowerWithHead):

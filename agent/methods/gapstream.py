@@ -12,8 +12,9 @@ layers often tell classes apart that the embedding merges (LayUP, arXiv 2312.088
 `depth`, averaged over the tokens, and of the embedding. (2) A class mean, and one within-class scatter shared by all
 classes, are updated exactly; a linear discriminant follows in closed form, its scatter shrunk toward a sphere as if by
 a fixed number of images. (3) A prediction is the softmax of temperature * discriminant + weight * similarity of the
-adapted towers' embeddings; both numbers minimise the cross entropy on the images held back, each scored as if it had
-not been learned (leave one out, in closed form, up to the discriminant's centre and prior). So texts lead where images
+adapted towers' embeddings; both numbers minimise the cross entropy on some of the task's images, each scored as if it
+had not been learned (leave one out, in closed form, up to the discriminant's centre and prior), by texts that have not
+adapted to them. So texts lead where images
 are few, and images where they are many.
 
 With a drift budget of 0 neither tower moves. The statistics do not depend on how a stream is cut into tasks, but for
@@ -262,12 +263,16 @@ class Gapstream:
         visual [m, C], untouched [m, D] and able [m] are as `_count` gives them, labels [m] of the same images.
         """
         scale = self._clip.logit_scale
+        images, names = (trial.images, trial.names) if trial else (untouched, self._class_names())
+        if trial is None and self._adapted:
+            images = self._embed(task, able)
+        if len(self._classes) > 1 and len(labels):
+            # By the texts as they were before they adapted to these very names: after it they are right on this task
+            # more often than on any other, and would weigh too much. Fitted to adapted texts, CIFAR-10 of two classes
+            # at a time ended at 72.6 % with a seed with which it ends at 74.0 % if nothing adapts.
+            self._fusion = self._fusion.fitted(visual, scale * images @ names.T, labels)
         if trial is None:
-            if len(self._classes) > 1 and len(labels):
-                images = self._embed(task, able) if self._adapted else untouched
-                self._fusion, _ = self._fusion.fitted(visual, scale * images @ self._class_names().T, labels)
             return None
-        before, losses = self._fusion.fitted(visual, scale * trial.images @ trial.names.T, labels)
         drift = trial.training.drifts[-1]
         decided = Adaptation(
             kept=False,
@@ -277,16 +282,14 @@ class Gapstream:
             images=len(labels),
         )
         if trial.training.kept:
-            images = self._embed(task, able)
-            after, losses_after = self._fusion.fitted(visual, scale * images @ self._class_names().T, labels)
-            gains = losses - losses_after
+            adapted = scale * self._embed(task, able) @ self._class_names().T
+            before = self._fusion.losses(visual, scale * images @ names.T, labels)
+            gains = before - self._fusion.losses(visual, adapted, labels)
             gain, error = gains.mean().item(), (gains.std() / math.sqrt(len(gains))).item()
             decided = replace(decided, kept=stay(gain, error), gain=gain, error=error)
-        if decided.kept:
-            self._fusion = after
-        else:
+        if not decided.kept:
             self._student.load_tensors(trial.adapters)
-            self._adapted, self._names, self._fusion = trial.adapted, trial.names, before
+            self._adapted, self._names = trial.adapted, trial.names
         log.info("task %d: %s", task.number, decided.words())
         return decided
 
