@@ -77,7 +77,7 @@ def table_rows(text: str, head: str) -> dict[str, list[str]]:
     """The rows of the table that begins with `head`: the method in the first cell -> the other cells."""
     table = text[text.index(head) :].partition("\n\n")[0]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
-    return {re.findall(r"`(\w+)`", row[0])[0]: row[1:] for row in rows}
+    return {re.findall(r"`(\w[^`]*)`", row[0])[0]: row[1:] for row in rows}
 
 
 def test_the_first_page_stays_short():
