@@ -125,12 +125,15 @@ class Gapstream:
         where = torch.tensor([self._classes.index(name) for name in task.classes])
         labels = where[task.labels].to(self._clip.device)
         sample = torch.randperm(len(task), generator=task_generator(self._seed, task.number, "calibration"))
-        held = self._held_back(task, labels, sample).sort().values
-        trial = self._adapt(task, held, watch, on_progress) if len(held) else None
+        chosen = sample[:CALIBRATION_IMAGES]
+        held = self._held_back(task, labels, chosen)
+        chosen = chosen.sort().values
+        trial = self._adapt(task, chosen, held, watch, on_progress) if len(held) else None
         made = trial.training.update() if trial else untrained(task, watch, started, on_progress)
         trained = time.perf_counter()
-        chosen = held if trial else sample[:CALIBRATION_IMAGES].sort().values
         visual, untouched, able = self._count(task, labels, chosen, on_progress)
+        if trial is not None:
+            trial = replace(trial, images=trial.images[torch.isin(chosen, able).to(labels.device)])
         adaptation = self._decide(visual, untouched, labels[able.to(labels.device)], task, able, trial)
         fused = {"temperature": self._fusion.temperature, "text_weight": self._fusion.text_weight}
         if adaptation is not None and not adaptation.kept:
@@ -166,18 +169,18 @@ class Gapstream:
             on_progress(Progress("train", task.number, drift=watch.drift(watch.before), budget=self._budget))
         return watch, found
 
-    def _held_back(self, task: TaskData, labels: Tensor, sample: Tensor) -> Tensor:
-        """Choose the images that judge the task's adapters, int64 [n]: the first in the order of `sample` that can be
-        left out of their class. None where nothing is adapted, as there is no budget, nothing to tell apart or too
+    def _held_back(self, task: TaskData, labels: Tensor, chosen: Tensor) -> Tensor:
+        """Choose the images that judge the task's adapters, int64 [n]: the first of `chosen` that can be left out of
+        their class. None where nothing is adapted, as there is no budget, nothing to tell apart or too
         little to judge by."""
         if not self._budget or len(task.classes) < 2:
-            return sample[:0]
+            return chosen[:0]
         images = self._statistics.counts + labels.bincount(minlength=len(self._classes))
         able = (images[labels] > 1).cpu()
-        held = sample[able[sample]][: min(CALIBRATION_IMAGES, int(HELD_SHARE * int(able.sum())))]
+        held = chosen[able[chosen]][: int(HELD_SHARE * int(able.sum()))]
         return held if len(held) >= LEAST_HELD else held[:0]
 
-    def _adapt(self, task: TaskData, held: Tensor, watch: GapWatch, on_progress: OnProgress) -> Trial:
+    def _adapt(self, task: TaskData, chosen: Tensor, held: Tensor, watch: GapWatch, on_progress: OnProgress) -> Trial:
         """Train the adapters on the images that are not held back; the last state inside the budget is what stays."""
         student, scale = self._student, self._clip.logit_scale
         others = torch.ones(len(task), dtype=torch.bool).index_fill_(0, held, False).nonzero().squeeze(1)
@@ -195,7 +198,8 @@ class Gapstream:
             on_progress=on_progress,
             budget=self._budget,
         )
-        trial = Trial(self._adapted, student.tensors(), self._class_names(), self._embed(task, held), training)
+        images = self._embed(task, chosen)
+        trial = Trial(self._adapted, student.tensors(), self._class_names(), images, held, training)
         self._adapted, self._names = True, self._names[:0]
         for epoch in range(training.epochs):
             for index in training.batches(epoch):
@@ -273,18 +277,20 @@ class Gapstream:
             self._fusion = self._fusion.fitted(visual, scale * images @ names.T, labels)
         if trial is None:
             return None
+        judges = torch.isin(able, trial.held)
         drift = trial.training.drifts[-1]
         decided = Adaptation(
             kept=False,
             epochs=trial.training.kept,
             drift=drift if drift is None or math.isfinite(drift) else None,
             budget=self._budget,
-            images=len(labels),
+            images=len(trial.held),
         )
         if trial.training.kept:
-            adapted = scale * self._embed(task, able) @ self._class_names().T
-            before = self._fusion.losses(visual, scale * images @ names.T, labels)
-            gains = before - self._fusion.losses(visual, adapted, labels)
+            here = judges.to(labels.device)
+            adapted = scale * self._embed(task, able[judges]) @ self._class_names().T
+            before = self._fusion.losses(visual[here], scale * images[here] @ names.T, labels[here])
+            gains = before - self._fusion.losses(visual[here], adapted, labels[here])
             gain, error = gains.mean().item(), (gains.std() / math.sqrt(len(gains))).item()
             decided = replace(decided, kept=stay(gain, error), gain=gain, error=error)
         if not decided.kept:
@@ -366,7 +372,9 @@ class Trial:
     names: Tensor
     """Features of all learned names, the task's among them, [C, D]."""
     images: Tensor
-    """Embeddings of the images held back, [n, D], by ascending place in the task."""
+    """Embeddings of the chosen images, [n, D], by ascending place in the task."""
+    held: Tensor
+    """Places in the task of the images that judge, int64; the adapters were not trained on them."""
     training: Training
 
 
