@@ -2,11 +2,12 @@
 
     .venv/bin/python tests/bench/bench_update.py --data tiny-imagenet-stream.zip --class-order tiny-imagenet.json
 
-Part one learns ten tasks of ten classes through the trainer, as the agent does, with `gapstream` and with `mgclip`, and
-prints the seconds of every phase and the process's peak memory so far. Part two learns the first tasks again in one run
-with MG-CLIP as it is here and with a plain loop over the same adapters, the way the papers' code does it: every step
-decodes its images, runs both whole towers, encodes the names of all classes seen at the full context length; every pass
-of the visual stage encodes the images again. Ratios are what counts: absolute seconds depend on the machine.
+Part one learns ten tasks of ten classes through the trainer, as the agent does, with `gapstream`, with its towers left
+alone and with `mgclip`, and prints the seconds of every phase and the process's peak memory so far. Part two learns the
+first tasks again in one run with MG-CLIP as it is here and with a plain loop over the same adapters, the way the
+papers' code does it: every step decodes its images, runs both whole towers, encodes the names of all classes seen at
+the full context length; every pass of the visual stage encodes the images again. Ratios are what counts: absolute
+seconds depend on the machine.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import time
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,6 +47,11 @@ from streams.spool import Spool
 MAX_PIXELS = 50_000_000
 PARTITION = Partition("bench", 0)
 Images = list[tuple[str, bytes]]
+METHODS: dict[str, dict[str, Any]] = {
+    "gapstream": {"name": "gapstream"},
+    "gapstream:drift_budget=0": {"name": "gapstream", "gapstream": {"drift_budget": 0}},
+    "mgclip": {"name": "mgclip"},
+}
 
 
 def main() -> int:
@@ -54,23 +61,25 @@ def main() -> int:
     archive = ArchiveFolder(arguments.data, "", ("train",))
     groups = [order[i : i + 10] for i in range(0, 10 * arguments.tasks, 10)]
     tasks = [[(n, e.read()) for n in group for e in archive.images(n, arguments.per_class)] for group in groups]
-    updates = {method: grow(tasks, method) for method in ("gapstream", "mgclip")}
-    ratio = sum(updates["gapstream"][1:]) / sum(updates["mgclip"][1:])
-    print(f"update, gapstream / mgclip: {ratio:.2f} (wanted: at most 1; from the second task on)")
-    bounded = ratio <= 1 and all(seconds[-1] <= 1.15 * seconds[1] for seconds in updates.values())
+    updates = {title: grow(tasks, title, settings) for title, settings in METHODS.items()}
+    adapting, alone, mgclip = (sum(seconds[1:]) for seconds in updates.values())
+    print(f"update, towers left alone / mgclip: {alone / mgclip:.2f} (wanted: at most 1; from the second task on)")
+    print(f"update, gapstream / towers left alone: {adapting / alone:.2f} (wanted: at most 2)")
+    bounded = alone <= mgclip and adapting <= 2 * alone
+    bounded &= all(seconds[-1] <= 1.15 * seconds[1] for seconds in updates.values())
     test = ArchiveFolder(arguments.data, "", ("val", "test"))
     held = [[(n, e.read()) for n in group for e in test.images(n, 20)] for group in groups]
     return 0 if against_plain(tasks[: arguments.plain_tasks], held[: arguments.plain_tasks]) and bounded else 1
 
 
-def grow(tasks: Sequence[Images], method: str) -> list[float]:
+def grow(tasks: Sequence[Images], title: str, method: dict[str, Any]) -> list[float]:
     """Seconds of every update."""
-    print(f"\nLearning {len(tasks)} tasks of {len(tasks[0])} images through the trainer with {method}")
+    print(f"\nLearning {len(tasks)} tasks of {len(tasks[0])} images through the trainer with {title}")
     print("task  classes   decode    train  compens. = update   export  evaluate   total s  peak MB")
     updates, totals = [], []
     with tempfile.TemporaryDirectory() as folder:
         state = Path(folder)
-        config = Config.model_validate({"state": {"path": state}, "method": {"name": method}})
+        config = Config.model_validate({"state": {"path": state}, "method": method})
         store, spool = CommitStore(state, 2), Spool(state / "spool", 2**31)
         store.lock()
         learner = Trainer(config, None)
