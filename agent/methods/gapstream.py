@@ -40,7 +40,6 @@ from agent.methods.base import (
     OnProgress,
     TaskData,
     TextModule,
-    Tokens,
     check_learned,
     task_generator,
 )
@@ -49,6 +48,7 @@ from agent.methods.student import Student
 from agent.methods.training import GapWatch, Training, admit, cosine, local_loss, packed, unpack, untrained
 from agent.model.clip import Clip
 from agent.model.gap import within_budget
+from agent.model.images import TokensAt
 from agent.model.lora import merged
 from agent.values import Adaptation, GapStatistics, Progress, Update
 
@@ -125,16 +125,19 @@ class Gapstream:
         where = torch.tensor([self._classes.index(name) for name in task.classes])
         labels = where[task.labels].to(self._clip.device)
         sample = torch.randperm(len(task), generator=task_generator(self._seed, task.number, "calibration"))
+        images = self._statistics.counts + labels.bincount(minlength=len(self._classes))
+        able = (images[labels] > 1).cpu()  # to be left out: their class keeps an image
         chosen = sample[:CALIBRATION_IMAGES]
-        held = self._held_back(task, labels, chosen)
+        chosen = chosen[able[chosen]]
+        held = chosen[: int(HELD_SHARE * int(able.sum()))]
         chosen = chosen.sort().values
-        trial = self._adapt(task, chosen, held, watch, on_progress) if len(held) else None
+        # nothing is adapted without a budget, with nothing to tell apart, or with too little to judge by
+        adapts = self._budget and len(task.classes) > 1 and len(held) >= LEAST_HELD
+        trial = self._adapt(task, chosen, held, watch, on_progress) if adapts else None
         made = trial.training.update() if trial else untrained(task, watch, started, on_progress)
         trained = time.perf_counter()
-        visual, untouched, able = self._count(task, labels, chosen, on_progress)
-        if trial is not None:
-            trial = replace(trial, images=trial.images[torch.isin(chosen, able).to(labels.device)])
-        adaptation = self._decide(visual, untouched, labels[able.to(labels.device)], task, able, trial)
+        visual, untouched = self._count(task, labels, chosen, on_progress)
+        adaptation = self._decide(visual, untouched, labels[chosen.to(labels.device)], task, chosen, trial)
         fused = {"temperature": self._fusion.temperature, "text_weight": self._fusion.text_weight}
         if adaptation is not None and not adaptation.kept:
             made = replace(made, epochs=0, loss=None, gap_after=made.gap_before, drift_after=made.drift_before)
@@ -169,22 +172,11 @@ class Gapstream:
             on_progress(Progress("train", task.number, drift=watch.drift(watch.before), budget=self._budget))
         return watch, found
 
-    def _held_back(self, task: TaskData, labels: Tensor, chosen: Tensor) -> Tensor:
-        """Choose the images that judge the task's adapters, int64 [n]: the first of `chosen` that can be left out of
-        their class. None where nothing is adapted, as there is no budget, nothing to tell apart or too
-        little to judge by."""
-        if not self._budget or len(task.classes) < 2:
-            return chosen[:0]
-        images = self._statistics.counts + labels.bincount(minlength=len(self._classes))
-        able = (images[labels] > 1).cpu()
-        held = chosen[able[chosen]][: int(HELD_SHARE * int(able.sum()))]
-        return held if len(held) >= LEAST_HELD else held[:0]
-
     def _adapt(self, task: TaskData, chosen: Tensor, held: Tensor, watch: GapWatch, on_progress: OnProgress) -> Trial:
         """Train the adapters on the images that are not held back; the last state inside the budget is what stays."""
         student, scale = self._student, self._clip.logit_scale
         others = torch.ones(len(task), dtype=torch.bool).index_fill_(0, held, False).nonzero().squeeze(1)
-        part = TaskData(task.number, task.classes, task.labels[others], Part(task.tokens, others))
+        part = TaskData(task.number, task.classes, task.labels[others], TokensAt(task.tokens, others))
         labels, ids = part.labels.to(self._clip.device), self._clip.tokenize(task.classes)
         training = Training(
             part,
@@ -198,8 +190,8 @@ class Gapstream:
             on_progress=on_progress,
             budget=self._budget,
         )
-        images = self._embed(task, chosen)
-        trial = Trial(self._adapted, student.tensors(), self._class_names(), images, held, training)
+        before = self._embed(task, chosen) if self._adapted else None
+        trial = Trial(self._adapted, student.tensors(), self._class_names(), before, held, training)
         self._adapted, self._names = True, self._names[:0]
         for epoch in range(training.epochs):
             for index in training.batches(epoch):
@@ -215,13 +207,11 @@ class Gapstream:
         return torch.cat([self.encode_tokens(task.tokens.batch(part)) for part in index.split(BATCH)])
 
     @torch.no_grad()
-    def _count(
-        self, task: TaskData, labels: Tensor, chosen: Tensor, on_progress: OnProgress
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _count(self, task: TaskData, labels: Tensor, chosen: Tensor, on_progress: OnProgress) -> tuple[Tensor, Tensor]:
         """Count all images of the task into the statistics.
 
-        Of the chosen ones, int64 [n] in ascending order, those that can be left out of their class are scored so: gives
-        the discriminant's scores [m, C], the untouched embeddings [m, D] and which ones they are, [m].
+        The chosen ones, int64 [n] in ascending order, are scored each left out of its class: gives the discriminant's
+        scores [n, C], and the untouched embeddings [n, D].
         """
         among = torch.zeros(len(task), dtype=torch.bool)
         among[chosen] = True
@@ -236,9 +226,8 @@ class Gapstream:
             embeddings.append(embedding[here])
         self._solved = self._statistics.solve(self._prior)
         truth = labels[chosen.to(labels.device)]
-        able = self._statistics.counts[truth] > 1
-        visual = leave_one_out(self._solved, torch.cat(kept)[able], truth[able], self._statistics.counts)
-        return visual, torch.cat(embeddings)[able], chosen[able.cpu()]
+        visual = leave_one_out(self._solved, torch.cat(kept), truth, self._statistics.counts)
+        return visual, torch.cat(embeddings)
 
     def _features(self, task: TaskData, index: Tensor, on_progress: OnProgress) -> tuple[Tensor, Tensor]:
         """Compute random features float32 [n, M] and untouched embeddings [n, D] of some images, in batches of few
@@ -259,17 +248,19 @@ class Gapstream:
 
     @torch.no_grad()
     def _decide(
-        self, visual: Tensor, untouched: Tensor, labels: Tensor, task: TaskData, able: Tensor, trial: Trial | None
+        self, visual: Tensor, untouched: Tensor, labels: Tensor, task: TaskData, chosen: Tensor, trial: Trial | None
     ) -> Adaptation | None:
         """Fit the fusion, and decide whether a trial's adapters stay: where the images held back, each left out of the
         discriminant in its turn, win by more than their standard error.
 
-        visual [m, C], untouched [m, D] and able [m] are as `_count` gives them, labels [m] of the same images.
+        visual [n, C] and untouched [n, D] are as `_count` gives them, labels [n] and chosen [n] of the same images.
         """
         scale = self._clip.logit_scale
-        images, names = (trial.images, trial.names) if trial else (untouched, self._class_names())
-        if trial is None and self._adapted:
-            images = self._embed(task, able)
+        images, names = untouched, trial.names if trial else self._class_names()
+        if trial is not None and trial.images is not None:
+            images = trial.images
+        elif trial is None and self._adapted and len(labels):
+            images = self._embed(task, chosen)
         if len(self._classes) > 1 and len(labels):
             # By the texts as they were before they adapted to these very names: after it they are right on this task
             # more often than on any other, and would weigh too much. Fitted to adapted texts, CIFAR-10 of two classes
@@ -277,7 +268,7 @@ class Gapstream:
             self._fusion = self._fusion.fitted(visual, scale * images @ names.T, labels)
         if trial is None:
             return None
-        judges = torch.isin(able, trial.held)
+        judges = torch.isin(chosen, trial.held)
         drift = trial.training.drifts[-1]
         decided = Adaptation(
             kept=False,
@@ -288,7 +279,7 @@ class Gapstream:
         )
         if trial.training.kept:
             here = judges.to(labels.device)
-            adapted = scale * self._embed(task, able[judges]) @ self._class_names().T
+            adapted = scale * self._embed(task, chosen[judges]) @ self._class_names().T
             before = self._fusion.losses(visual[here], scale * images[here] @ names.T, labels[here])
             gains = before - self._fusion.losses(visual[here], adapted, labels[here])
             gain, error = gains.mean().item(), (gains.std() / math.sqrt(len(gains))).item()
@@ -371,23 +362,8 @@ class Trial:
     adapters: Mapping[str, Tensor]
     names: Tensor
     """Features of all learned names, the task's among them, [C, D]."""
-    images: Tensor
-    """Embeddings of the chosen images, [n, D], by ascending place in the task."""
+    images: Tensor | None
+    """Embeddings of the chosen images, [n, D], by ascending place in the task; None for the untouched ones."""
     held: Tensor
     """Places in the task of the images that judge, int64; the adapters were not trained on them."""
     training: Training
-
-
-class Part:
-    """It is some images of a task, as Tokens."""
-
-    def __init__(self, tokens: Tokens, which: Tensor) -> None:
-        self._tokens = tokens
-        self._which = which
-
-    def __len__(self) -> int:
-        return len(self._which)
-
-    def batch(self, index: Tensor) -> Tensor:
-        """Fetch as `Tokens.batch` does."""
-        return self._tokens.batch(self._which[index.cpu()])

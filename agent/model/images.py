@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -74,10 +75,17 @@ class StoredTokens:
         return self._tensor[index.to(self._tensor.device)].to(self._device, non_blocking=True)
 
 
+class Batches(Protocol):
+    """It fetches tokens, as StoredTokens does."""
+
+    def batch(self, index: Tensor) -> Tensor:
+        """See StoredTokens.batch."""
+
+
 class TokensAt:
     """It has some rows of other tokens, in the order of `rows` (int64 [N])."""
 
-    def __init__(self, tokens: StoredTokens, rows: Tensor) -> None:
+    def __init__(self, tokens: Batches, rows: Tensor) -> None:
         self._tokens = tokens
         self._rows = rows
 
