@@ -96,7 +96,7 @@ class Gapstream(Section):
     features: int = Field(5000, ge=16)
     """An image has this number of random features (at least 16). What is kept between tasks grows with their square
     (5000: 50 MB, and 20 MB per 1000 classes), as does what an update computes; 5000 take it 0.5 GB of memory."""
-    prior_images: float = Field(1000, gt=0)
+    prior_images: float = Field(300, gt=0)
     """The scatter that was measured is mixed with a sphere that weighs as much as this number of images. More is
     steadier where images are few, less is sharper where they are many."""
 

@@ -329,8 +329,7 @@ class Gapstream:
 
     def load_state(self, state: LearnerState) -> None:
         tensors = {name: tensor.to(self._clip.device) for name, tensor in state.tensors.items()}
-        self._random.tokens.copy_(tensors["random.tokens"])
-        self._random.embedding.copy_(tensors["random.embedding"])
+        self._random.load(tensors["random.tokens"], tensors["random.embedding"])
         self._statistics.counts, self._statistics.means = tensors["counts"].clone(), tensors["means"].clone()
         unpack(tensors["scatter"], self._statistics.scatter)
         self._names = tensors["names"].clone()
