@@ -45,5 +45,6 @@ def _forward(
     batch, length, width = query.shape
     joined = F.linear(query, self.in_proj_weight, self.in_proj_bias)
     heads = joined.reshape(batch, length, 3, self.num_heads, width // self.num_heads).permute(2, 0, 3, 1, 4)
-    mixed = F.scaled_dot_product_attention(*heads.unbind(0), attn_mask=attn_mask)
+    queries, keys, values = heads.unbind(0)
+    mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=attn_mask)
     return self.out_proj(mixed.transpose(1, 2).reshape(batch, length, width)), None

@@ -32,7 +32,8 @@ def _is_choice(gather: ir.Node) -> bool:
     data, index = gather.inputs
     if data is None or index is None or _rank(data) != _RANK or gather.attributes.get_int("axis", 0) != _TOKENS:
         return False
-    return index.const_value is not None and index.const_value.shape.rank() == 0
+    scalar = index.const_value is not None and index.const_value.shape.rank() == 0
+    return scalar and not gather.outputs[0].is_graph_output()  # whose name must stay
 
 
 def _move(graph: ir.Graph, gather: ir.Node) -> None:
@@ -56,18 +57,18 @@ def _move(graph: ir.Graph, gather: ir.Node) -> None:
     taken: dict[ir.Value, ir.Value] = {}
     for node, places in moved.items():
         for place in places:
-            value = node.inputs[place]
-            assert value is not None
-            source = value.producer()
+            all_tokens = node.inputs[place]
+            assert all_tokens is not None
+            source = all_tokens.producer()
             assert source is not None
             if source in moved:
                 continue
-            if value not in taken:
-                early = ir.node("Gather", [value, index], {"axis": _TOKENS}, name=f"{gather.name}_{len(taken)}")
+            if all_tokens not in taken:
+                early = ir.node("Gather", [all_tokens, index], {"axis": _TOKENS}, name=f"{gather.name}_{len(taken)}")
                 early.outputs[0].name = f"{gather.outputs[0].name}_{len(taken)}"
                 graph.insert_after(source, early)
-                taken[value] = early.outputs[0]
-            node.replace_input_with(place, taken[value])
+                taken[all_tokens] = early.outputs[0]
+            node.replace_input_with(place, taken[all_tokens])
         for output in node.outputs:
             output.shape = None
     ir.convenience.replace_all_uses_with(gather.outputs[0], data)
@@ -84,11 +85,15 @@ def _with_tokens(node: ir.Node, length: object) -> list[int] | None:
     for place, value in enumerate(node.inputs):
         if value is None:
             continue
-        rank = _rank(value)
-        if rank == _RANK and value.shape is not None and value.shape[_TOKENS] == length and value.producer() is not None:
+        rank, shape = _rank(value), value.shape
+        weights = node.op_type == "MatMul" and place == 1
+        if weights and rank == _RANK - 1:
+            continue
+        if rank is None or shape is None or weights:
+            return None
+        if rank == _RANK and shape[_TOKENS] == length and value.producer() is not None:
             places.append(place)
-        # Numbers alike for all tokens: of no dimension or one, and the weights of a product.
-        elif rank is None or rank > 1 and not (node.op_type == "MatMul" and place == 1 and rank == _RANK - 1):
+        elif rank > 1:  # not alike for all tokens, as positions are
             return None
     return places
 
