@@ -85,7 +85,8 @@ def speed(models: Sequence[str], rounds: int, threads: int) -> None:
     for name in models:
         clip = load_clip(model(name))
         with tempfile.TemporaryDirectory() as scratch:
-            module, made = release(OnnxExporter(max_batch=16, traces=user_cache()), clip, 100, Path(scratch) / "release")
+            exporter = OnnxExporter(max_batch=16, threads=threads, traces=user_cache())
+            module, made = release(exporter, clip, 100, Path(scratch) / "release")
             session = Session(made.model, device="cpu", threads=threads)
             for batch in (1, 16):
                 size = clip.preprocess.size
