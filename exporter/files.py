@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,6 +20,18 @@ MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 """What opening raises when the file is not there; every other OSError is the disk's doing."""
 
 _T = TypeVar("_T")
+
+
+def cache_folder(name: str, env: Mapping[str, str] = os.environ) -> Path | None:
+    """Give the folder `name` in this user's cache, `gapstream` in XDG_CACHE_HOME or else in ~/.cache; None without a
+    home. It need not be there."""
+    try:
+        above = Path(env.get("XDG_CACHE_HOME", ""))
+        # As the XDG base directory specification has it: a path that is not absolute is as good as none.
+        above = above if above.is_absolute() else Path.home() / ".cache"
+    except RuntimeError:  # there is no home
+        return None
+    return above / "gapstream" / name
 
 
 def patiently(read: Callable[[], _T]) -> _T:

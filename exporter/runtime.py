@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import onnxruntime
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -23,6 +24,7 @@ from exporter import release as releases
 from exporter.fastest import Chooser
 from exporter.precision import AUTO, FP32
 from exporter.preprocess import Preprocess, planes, upright_rgb
+from exporter.providers import Providers
 from exporter.release import Release, ReleaseError
 from exporter.session import Device, open_session
 from exporter.text import NameEmbeddings
@@ -52,14 +54,24 @@ class Answers(NamedTuple):
 class Session:
     """A session is a model file opened by onnxruntime. `run` may be called from several threads at once."""
 
-    def __init__(self, model: Path, *, device: Device = "auto", threads: int = 0) -> None:
+    def __init__(
+        self,
+        model: Path,
+        *,
+        device: Device = "auto",
+        threads: int = 0,
+        opened: onnxruntime.InferenceSession | None = None,
+    ) -> None:
         """`device`: `auto` is CUDA when it is usable; `cuda` where it is not falls back to the CPU with a warning.
-        `threads`: CPU threads of one call, 0 for all cores. Raises what onnxruntime raises."""
-        self._session = open_session(model, device, threads)
+        `threads`: CPU threads of one call, 0 for all cores. `opened`: the model opened before (exporter.providers),
+        which is then taken. Raises what onnxruntime raises."""
+        self._session = open_session(model, device, threads) if opened is None else opened
         self.provider: str = self._session.get_providers()[0]
         """The execution provider that answers."""
+        self.passed_over: tuple[str, ...] = ()
+        """Providers that were asked for before this one and do not answer, each with the reason."""
         # onnxruntime itself says nothing when it cannot load CUDA's libraries, and answers on the CPU.
-        if device == "cuda" and self.provider != "CUDAExecutionProvider":
+        if opened is None and device == "cuda" and self.provider != "CUDAExecutionProvider":
             log.warning("CUDA was asked for and cannot be used, %s answers", self.provider)
 
     def run(self, images: NDArray[np.float32]) -> Answers:
@@ -148,6 +160,7 @@ class Classifier:
         threads: int = 0,
         *,
         device: Device = "auto",
+        providers: Sequence[str] = (),
         precision: str = FP32,
         max_batch: int = 64,
         max_pixels: int = 50_000_000,
@@ -155,6 +168,7 @@ class Classifier:
         max_name_chars: int = 200,
     ) -> None:
         """`path`: a release or a state folder. `threads`: CPU threads of onnxruntime for one batch, 0 for all cores.
+        `providers`: those of onnxruntime that are tried before `device`, for the model of images (exporter.providers).
         `precision`: the one that answers; a release without it is served in fp32, since the newest model matters more.
         With `auto` it is the one that is fastest here, measured before a release with several forms answers, and not
         again for later ones of the same structure (exporter.fastest).
@@ -166,6 +180,7 @@ class Classifier:
         self._path = path
         self._threads = threads
         self._device: Device = device
+        self._providers = Providers(providers, max_batch, threads)
         self._precision = precision
         self._chooser = Chooser(max_batch)
         self._max_batch = max_batch
@@ -193,6 +208,11 @@ class Classifier:
     def provider(self) -> str:
         """The onnxruntime execution provider that answers, such as `CPUExecutionProvider`."""
         return self._served.session.provider
+
+    @property
+    def passed_over(self) -> tuple[str, ...]:
+        """The providers that were asked for before the one that answers and do not, each with the reason."""
+        return self._served.session.passed_over
 
     @property
     def behind_s(self) -> float:
@@ -372,9 +392,17 @@ class Classifier:
         return _OpenRelease(release, precision, session, names)
 
     def _tested(self, release: Release, precision: str) -> Session:
-        """Open a form of the release. Raises ReleaseError, and what onnxruntime raises."""
-        session = Session(release.model_in(precision), device=self._device, threads=self._threads)
-        _self_test(release, precision, session)
+        """Open a form of the release on the first provider that can be used and answers right, else on the device.
+        Raises ReleaseError, and what onnxruntime raises."""
+
+        def tested(opened: onnxruntime.InferenceSession | None = None) -> Session:
+            session = Session(release.model_in(precision), device=self._device, threads=self._threads, opened=opened)
+            _self_test(release, precision, session)
+            return session
+
+        first, passed_over = self._providers.first(release, precision, tested)
+        session = first or tested()
+        session.passed_over = passed_over
         return session
 
 

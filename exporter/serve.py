@@ -104,6 +104,7 @@ class Server:
         port: int = 0,
         precision: str = FP32,
         device: Device = "auto",
+        providers: Sequence[str] = (),
         threads: int = 0,
         max_batch: int = 64,
         max_images: int = 64,
@@ -122,6 +123,7 @@ class Server:
             path,
             threads,
             device=device,
+            providers=providers,
             precision=precision,
             max_batch=max_batch,
             max_pixels=max_pixels,
@@ -403,6 +405,7 @@ class Server:
             warnings.append(
                 f"release {classifier.release.id} was last found to be current {classifier.behind_s:.0f} s ago: {why}"
             )
+        warnings += classifier.passed_over if classifier is not None else ()
         return health(reasons, warnings=warnings)
 
     async def _on_metrics(self, request: Request) -> Response:

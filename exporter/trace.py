@@ -16,8 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from exporter import attention, pooling
 from exporter.release import ParityError, ReleaseError
-from exporter.trace_cache import TraceCache, key_of
+from exporter.trace_cache import TraceCache, digest_of, key_of
 
 log = logging.getLogger(__name__)
 
@@ -111,13 +112,15 @@ class Trace:
         """Give all that a graph depends on but the module itself, JSON-able."""
         shapes = [[name, shape, str(kind), free] for name, shape, kind, free in _shapes(tensors, frozenset(varying))]
         example_of = [str(example.dtype), example.shape[1:]]
-        return [self._opset, self._source, list(self._outputs), list(varying), longest, example_of, shapes]
+        rewritten = [digest_of(str(part.__file__)) for part in (attention, pooling)]
+        return [rewritten, self._opset, self._source, list(self._outputs), list(varying), longest, example_of, shapes]
 
     def _traced(self, module: Any, varying: Sequence[str], example: NDArray[Any], longest: int) -> ir.Model:
         dimensions = {0: torch.export.Dim("batch", min=1)}
         if longest:
             dimensions[1] = torch.export.Dim("length", min=2, max=longest)
         module = copy.deepcopy(module).cpu().eval()
+        attention.plain(module)
         tensors = [getattr(module, name) for name in varying]
         tensors = [tensor[torch.arange(_EXAMPLE_CLASSES) % len(tensor)] for tensor in tensors]
         classes = torch.export.Dim("classes", min=1)
@@ -196,6 +199,7 @@ def _without_weights(model: ir.Model) -> ir.Model:
     # norms into convolutions (a convolutional trunk took 2.4 times as long for an image).
     with _silenced("onnxscript", "onnx_ir"):
         onnxscript.optimizer.optimize(model)
+    pooling.take_early(model)
     for node in graph.all_nodes():
         node.metadata_props.clear()  # stack traces, with this machine's paths
         for value in node.outputs:

@@ -28,6 +28,8 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+from exporter.files import cache_folder
+
 log = logging.getLogger(__name__)
 
 MAX_ENTRIES = 64
@@ -62,13 +64,8 @@ class _Unknowable(Exception):
 
 def user_cache(env: Mapping[str, str] = os.environ) -> TraceCache | None:
     """Give the cache of this user: `gapstream/traces` in XDG_CACHE_HOME, or else in ~/.cache; None without a home."""
-    try:
-        above = Path(env.get("XDG_CACHE_HOME", ""))
-        # As the XDG base directory specification has it: a path that is not absolute is as good as none.
-        above = above if above.is_absolute() else Path.home() / ".cache"
-    except RuntimeError:  # there is no home
-        return None
-    return TraceCache(above / "gapstream" / "traces")
+    folder = cache_folder("traces", env)
+    return None if folder is None else TraceCache(folder)
 
 
 def key_of(module: nn.Module, asked: object, tracer: str) -> str | None:

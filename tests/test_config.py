@@ -214,6 +214,13 @@ def test_a_precision_that_is_not_known_is_refused_with_those_that_are():
     ]
 
 
+def test_providers_are_tensorrt_and_openvino_with_its_device():
+    kept = load(None, {}, {"serve.providers": "tensorrt, openvino:GPU.1, openvino"}).serve.providers
+    assert kept == ("tensorrt", "openvino:GPU.1", "openvino")
+    expected = "expected: 'tensorrt', 'openvino' or, say, 'openvino:GPU'; CUDA and the CPU are serve.device"
+    assert mistakes_of(None, {}, {"serve.providers": "cuda"}) == [f"serve.providers (--set): got 'cuda', {expected}"]
+
+
 def test_credentials_inside_urls_are_shown_to_nobody(capsys):
     url = "https://me:s3cret@idp.example.com/token"
     env = {

@@ -380,6 +380,14 @@ def test_pixels_in_flight_are_bounded(state):
         assert status == 503 and "come again" in answer["error"]
 
 
+def test_a_provider_that_was_asked_for_and_does_not_answer_is_a_warning_and_the_one_that_does_a_label(state):
+    with serving(state.path, providers=["openvino"], device="cpu") as server:
+        wait_for(lambda: server.classifier is not None)
+        status, told = ask(server, "/readyz")
+        assert status == 200 and told["warnings"][0].startswith("openvino does not answer release ")
+        assert 'provider="CPUExecutionProvider"' in ask(server, "/metrics")[1]
+
+
 def test_an_image_that_outlasts_its_limits_is_answered_with_its_error(state, monkeypatch):
     monkeypatch.setattr("exporter.decoder.CPU_S", 0.2)
     monkeypatch.setattr("exporter.decoder.CPU_S_PER_PIXEL", 0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -24,6 +25,14 @@ def _one_slot(prompt: str) -> str:
     if prompt.count("{}") != 1:
         raise ValueError(f"got {prompt!r}, expected exactly one {{}} where the class name goes")
     return prompt
+
+
+def _provider(value: str) -> str:
+    """Accept a provider of exporter.providers, with the device that OpenVINO's may have."""
+    if not re.fullmatch(r"tensorrt|openvino(:[A-Z][A-Z0-9_.,:]*)?", value):
+        expected = "'tensorrt', 'openvino' or, say, 'openvino:GPU'; CUDA and the CPU are serve.device"
+        raise ValueError(f"got {value!r}, expected: {expected}")
+    return value
 
 
 def _one_of(*names: str) -> BeforeValidator:
@@ -300,6 +309,9 @@ class Serve(Section):
     )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` is CUDA when onnxruntime can use it and else the CPU; `cuda` says so in the log when it cannot."""
+    providers: tuple[Annotated[str, AfterValidator(_provider)], ...] = ()
+    """Images are answered on the first of these that onnxruntime has and that passes the release's own test, else on
+    `device`, with a warning: `tensorrt`, or `openvino` with or without one of its devices, like `openvino:GPU`."""
     threads: int = Field(0, ge=0)
     """A batch is computed with this number of CPU threads; 0 takes all cores."""
     max_batch: int = Field(64, ge=1)
