@@ -222,7 +222,7 @@ class TaskBuffer:
         # One class for all spellings: `Cat` and `cat` as two would compete for the same images.
         label = self._spelling.setdefault(record.label.casefold(), record.label)
         if label != record.label:
-            record = replace(record, label=label)
+            record = record._replace(label=label)
         if label not in self._classes:
             new = label not in self._known
             if new and 0 < self._rule.new_classes <= self._new_classes:
@@ -235,8 +235,11 @@ class TaskBuffer:
         self._image_bytes += len(record.image)
         self._samples_held += 1
         now = self._clock()
-        made_s = now if record.timestamp_s is None else min(record.timestamp_s, now)
-        self._oldest_s = min(self._oldest_s, made_s if now - made_s < self._rule.kept_s else now)
+        made_s = record.timestamp_s
+        if made_s is None or made_s > now or now - made_s >= self._rule.kept_s:
+            made_s = now
+        if made_s < self._oldest_s:
+            self._oldest_s = made_s
 
     def _end_task(self, reason: str) -> None:
         # The trainer is another process: it must find every byte. And a segment of this task alone goes when it does.
