@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import math
 import threading
@@ -117,12 +118,23 @@ def run_agent(
                 stop=stop,
             )
         )
+        _spare_collector(parts)
         commit = pipeline.run()
         if not stop.is_set():
             # Else Prometheus sees neither the last commit of an archive nor why nobody answers from now on.
             metrics.state("ended")
             scrapes.wait_for_next(stop, lambda: metrics.heartbeat("pipeline", time.time()))
         return commit
+
+
+def _spare_collector(parts: contextlib.ExitStack) -> None:
+    """Keep the garbage collector from what is there now, which stays to the end.
+
+    Else it goes through all of it after some ten thousand records, and small ones are read a sixth slower.
+    """
+    gc.collect()
+    gc.freeze()
+    parts.callback(gc.unfreeze)
 
 
 def _rules(config: Config) -> Rules:

@@ -1,4 +1,4 @@
-"""What was worked out for one message and holds for the next ones too: most messages of a topic have the same headers."""
+"""What was worked out for one message and holds for others too: most messages of a topic have the same headers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ them a memo takes 10 MB at most, whatever producers send."""
 
 
 class Memo(dict[Key, Value]):
-    """A dictionary of what a function gave for its argument, bounded. Look with `get`, and `keep` what was not there."""
+    """A bounded dictionary of what a function gave for its argument: `get` looks, `keep` adds what was not there."""
 
     def keep(self, key: Key, value: Value, size: int) -> Value:
         """Remember `value` for `key`, which has `size` bytes, where it is small; gives `value` back."""

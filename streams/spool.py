@@ -53,7 +53,8 @@ class Spool:
         self._segments: dict[Path, _Segment] = {}
         self._open: _Segment | None = None
         self._number = 0
-        self._bytes = 0
+        self.bytes = 0
+        """The bytes of all segments that still hold a sample, each sample counted for LEAST at least."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for left in folder.glob("*.segment"):  # no others: the folder may be somebody's own
@@ -62,14 +63,9 @@ class Spool:
             raise self._error(error) from error
 
     @property
-    def bytes(self) -> int:
-        """The bytes of all segments that still hold a sample, each sample counted for LEAST at least."""
-        return self._bytes
-
-    @property
     def full(self) -> bool:
         """Whether the bound is reached."""
-        return self._bytes >= self.max_bytes
+        return self.bytes >= self.max_bytes
 
     def append(self, record: Record) -> Sample:
         """Keep the record's image (and what a late dead letter needs of the message around it).
@@ -93,7 +89,7 @@ class Spool:
         segment.bytes += stored
         segment.counted += counted
         segment.samples += 1
-        self._bytes += counted
+        self.bytes += counted
         return sample
 
     def end_segment(self) -> None:
@@ -138,7 +134,7 @@ class Spool:
         if segment is self._open:
             self.end_segment()
         del self._segments[segment.path]
-        self._bytes -= segment.counted
+        self.bytes -= segment.counted
         try:
             segment.path.unlink(missing_ok=True)
         except OSError as error:
@@ -184,7 +180,9 @@ _THE_IMAGE = _LENGTH.pack(-2)
 
 
 def _pack(raw: Raw, image: bytes) -> bytes:
-    packed = _field(raw.key) + (_THE_IMAGE if raw.value == image else _field(raw.value))
+    key = raw.key
+    packed = _NULL if key is None else _LENGTH.pack(len(key)) + key
+    packed += _THE_IMAGE if raw.value == image else _field(raw.value)
     headers = _PACKED.get(raw.headers)
     if headers is None:
         # Whatever stands in a header name, the letter repeats it.

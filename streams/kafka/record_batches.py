@@ -47,18 +47,9 @@ class Message(NamedTuple):
     offset: int
     timestamp_ms: int
     """When it was produced, or appended where the topic says so; -1 when it has no time."""
-    key: bytes | None
-    value: bytes | None
-    headers: tuple[tuple[str, bytes | None], ...]
-    dropped: str = ""
-    """What was not read because it is beyond a bound, as a text for people; see streams.record.Raw."""
+    raw: Raw
     epoch: int = -1
     """The leader epoch that it was written in; -1 where it is not known."""
-
-    @property
-    def raw(self) -> Raw:
-        """The message without its place."""
-        return Raw(self.key, self.value, self.headers, self.dropped)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +127,7 @@ class PartitionRecords(Fetcher.PartitionRecords):
         for record in batch:
             self.next_fetch_offset = record.offset + 1
             yield Message(
-                record.offset, -1 if record.timestamp is None else record.timestamp, record.key, record.value, ()
+                record.offset, -1 if record.timestamp is None else record.timestamp, Raw(record.key, record.value)
             )
 
 
@@ -173,7 +164,7 @@ def messages(batch: Any) -> Iterator[Message]:
         buffer = inflate(batch.compression_type, buffer)
     base_offset, base_ms, epoch = batch.base_offset, batch.first_timestamp, batch.leader_epoch
     appended_ms = batch.max_timestamp if batch.timestamp_type == batch.LOG_APPEND_TIME else None
-    end = 0
+    new, end = tuple.__new__, 0  # as Raw(...) and Message(...) do by a call more: 0.4 us for both
     for _ in range(batch.records_count):
         length, start = decode_varint(buffer, end)
         end = start + length
@@ -190,7 +181,8 @@ def messages(batch: Any) -> Iterator[Message]:
         if headers is None:
             headers, dropped = _read_headers(written, end - pos)
         timestamp_ms = base_ms + elapsed_ms if appended_ms is None else appended_ms
-        yield Message(base_offset + offset, timestamp_ms, key, value, headers, dropped, epoch)
+        raw = new(Raw, (key, value, headers, dropped))
+        yield new(Message, (base_offset + offset, timestamp_ms, raw, epoch))
 
 
 _COUNT_BYTES = 10
