@@ -118,8 +118,7 @@ def run_agent(
                 stop=stop,
             )
         )
-        _spare_collector(parts)
-        commit = pipeline.run()
+        commit = _run(pipeline)
         if not stop.is_set():
             # Else Prometheus sees neither the last commit of an archive nor why nobody answers from now on.
             metrics.state("ended")
@@ -127,14 +126,17 @@ def run_agent(
         return commit
 
 
-def _spare_collector(parts: contextlib.ExitStack) -> None:
-    """Keep the garbage collector from what is there now, which stays to the end.
+def _run(pipeline: Pipeline) -> Commit | None:
+    """Run the pipeline, and keep the garbage collector from what is there before, which stays to the end.
 
-    Else it goes through all of it after some ten thousand records, and small ones are read a sixth slower.
+    Else it goes through all of that after some ten thousand records, and small ones are read a sixth slower.
     """
     gc.collect()
     gc.freeze()
-    parts.callback(gc.unfreeze)
+    try:
+        return pipeline.run()
+    finally:
+        gc.unfreeze()
 
 
 def _rules(config: Config) -> Rules:
