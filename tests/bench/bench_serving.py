@@ -13,7 +13,6 @@ import argparse
 import http.client
 import io
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -28,7 +27,7 @@ from PIL import Image
 
 from exporter.runtime import Classifier
 from tests.bench.bench_inference import MODELS, load_clip, two_releases
-from tests.processes import free_port, gapstream, get, running
+from tests.processes import free_port, gapstream, get, running, until
 
 ADDRESS = "127.0.0.1"
 
@@ -75,6 +74,7 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--images", type=int, default=600)
     parser.add_argument("--threads", type=int, default=1, help="threads of onnxruntime, in the loop and the server")
+    parser.add_argument("--state", type=Path, metavar="FOLDER", help="use its release instead of one of its own")
     parser.add_argument("--ask", type=int, metavar="PORT", help="be the clients")
     options = parser.parse_args()
     image = photo()
@@ -82,7 +82,7 @@ def main() -> int:
         ask(options.ask, image, options.clients, options.images)
         return 0
     with tempfile.TemporaryDirectory() as scratch:
-        state = Path(os.environ.get("GAPSTREAM_BENCH_STATE") or scratch)
+        state = options.state or Path(scratch)
         if not (state / "CURRENT").exists():
             two_releases(load_clip(MODELS["tinyclip"]), state)
         classifier = Classifier(state, options.threads, device="cpu")
@@ -92,8 +92,7 @@ def main() -> int:
         )
         rows = []
         with running(serving, Path(scratch) / "log") as process:
-            while not get(f"http://{ADDRESS}:{port}/readyz"):
-                time.sleep(0.1)
+            until(lambda: get(f"http://{ADDRESS}:{port}/readyz"), "ready", Path(scratch) / "log")
             watched = psutil.Process(process.pid)
             asking = [sys.executable, "-m", "tests.bench.bench_serving", "--ask", str(port)]
             asking += ["--clients", str(options.clients), "--images", str(options.images)]
