@@ -13,12 +13,11 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from importlib import metadata
 from typing import Any, NamedTuple
 
 import argcomplete
 
-from agent.config import ConfigError
+from agent.errors import ConfigError
 from agent.process import is_ours
 from exporter.masking import masked
 
@@ -112,6 +111,16 @@ class _CommandParser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
 
+class _Version(argparse.Action):
+    """It prints the version, which is looked up only here, as that takes 20 ms."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from importlib import metadata
+
+        print(f"gapstream {metadata.version('gapstream')}")
+        parser.exit()
+
+
 def parser() -> argparse.ArgumentParser:
     """Build the parser of the whole command line; a command's own arguments are known once it is chosen."""
     top = argparse.ArgumentParser(
@@ -122,8 +131,7 @@ def parser() -> argparse.ArgumentParser:
         'options in bash and zsh after: eval "$(register-python-argcomplete gapstream)"',
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    version = f"gapstream {metadata.version('gapstream')}"
-    top.add_argument("--version", action="version", version=version, help="print the version and exit")
+    top.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     # Suppressed, since the description lists them by group; `prog`, or the usage above would stand before every name.
     commands = top.add_subparsers(
         prog="gapstream", metavar="COMMAND", required=True, parser_class=_CommandParser, help=argparse.SUPPRESS

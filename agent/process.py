@@ -9,10 +9,12 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from agent.config import Config
 from exporter.masking import masked
+
+if TYPE_CHECKING:
+    from agent.config import Config
 
 LOG_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
 """The same for agent and trainer, whose lines come out mixed on one standard error; the name tells them apart."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import math
 import threading
@@ -117,12 +118,25 @@ def run_agent(
                 stop=stop,
             )
         )
-        commit = pipeline.run()
+        commit = _run(pipeline)
         if not stop.is_set():
             # Else Prometheus sees neither the last commit of an archive nor why nobody answers from now on.
             metrics.state("ended")
             scrapes.wait_for_next(stop, lambda: metrics.heartbeat("pipeline", time.time()))
         return commit
+
+
+def _run(pipeline: Pipeline) -> Commit | None:
+    """Run the pipeline, and keep the garbage collector from what is there before, which stays to the end.
+
+    Else it goes through all of that after some ten thousand records, and small ones are read a sixth slower.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        return pipeline.run()
+    finally:
+        gc.unfreeze()
 
 
 def _rules(config: Config) -> Rules:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
-from streams.record import Control, ControlKind, Item, Offsets, Partition, Record, Rejected
+from streams.record import ControlKind, Item, Offsets, Partition, Record, Rejected
 from streams.spool import Sample, Spool
 
 _QUIET_S = 10.0
@@ -152,24 +152,26 @@ class TaskBuffer:
 
         Raises SpoolError.
         """
-        if item.offset < self._next_offsets.get(item.partition, 0):
+        partition, offset = item.partition, item.offset
+        if offset < self._next_offsets.get(partition, 0):
             return
         self._quiet_since = None
         # Before its offset counts: a record that begins the next task must not be among what this one has passed.
         if isinstance(item, Record):
             self._add_sample(item)
-        self._next_offsets[item.partition] = item.offset + 1
+        self._next_offsets[partition] = offset + 1
         self._records += 1
-        if isinstance(item, Rejected):
+        if isinstance(item, Record):
+            rule = self._rule
+            if rule.samples and len(self._samples) >= rule.samples:
+                self._end_task("samples")
+            # A task that fills the spool alone is cut too: nothing else could ever free room.
+            elif (rule.bytes and self._image_bytes >= rule.bytes) or self._spool_bytes >= self._spool.max_bytes:
+                self._end_task("bytes")
+        elif isinstance(item, Rejected):
             self._rejected[str(item.reason)] += 1
-        elif isinstance(item, Control):
-            if self._samples and (self._rule.boundaries or item.kind is ControlKind.FLUSH):
-                self._end_task("boundary")
-        elif self._rule.samples and len(self._samples) >= self._rule.samples:
-            self._end_task("samples")
-        # A task that fills the spool alone is cut too: nothing else could ever free room.
-        elif (self._rule.bytes and self._image_bytes >= self._rule.bytes) or self._spool_bytes >= self._spool.max_bytes:
-            self._end_task("bytes")
+        elif self._samples and (self._rule.boundaries or item.kind is ControlKind.FLUSH):
+            self._end_task("boundary")
 
     def cut(self, now: float) -> Task | None:
         """The oldest task not handed out yet, or None. `now`: seconds of a monotonic clock, for idle and age alone."""
@@ -222,7 +224,7 @@ class TaskBuffer:
         # One class for all spellings: `Cat` and `cat` as two would compete for the same images.
         label = self._spelling.setdefault(record.label.casefold(), record.label)
         if label != record.label:
-            record = replace(record, label=label)
+            record = record._replace(label=label)
         if label not in self._classes:
             new = label not in self._known
             if new and 0 < self._rule.new_classes <= self._new_classes:
@@ -235,8 +237,11 @@ class TaskBuffer:
         self._image_bytes += len(record.image)
         self._samples_held += 1
         now = self._clock()
-        made_s = now if record.timestamp_s is None else min(record.timestamp_s, now)
-        self._oldest_s = min(self._oldest_s, made_s if now - made_s < self._rule.kept_s else now)
+        made_s = record.timestamp_s
+        if made_s is None or made_s > now or now - made_s >= self._rule.kept_s:
+            made_s = now
+        if made_s < self._oldest_s:
+            self._oldest_s = made_s
 
     def _end_task(self, reason: str) -> None:
         # The trainer is another process: it must find every byte. And a segment of this task alone goes when it does.

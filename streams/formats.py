@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from streams.memo import Memo
 from streams.record import (
     MAX_HEADER_BYTES,
     MAX_HEADERS,
@@ -46,10 +47,6 @@ LABEL, CE_LABEL = "label", "ce_label"
 CONTENT_TYPE = "content-type"
 CE_VERSION = "ce_specversion"
 IMAGE_URL, IMAGE_SHA256, IMAGE_SIZE = "image-url", "image-sha256", "image-size"
-
-COMMON_HEADERS = (LABEL, CONTENT_TYPE, "ce_id", "ce_type", "ce_time")
-"""Names that most messages have: who reads thousands of messages decodes these once. A name that is not here only costs
-time."""
 
 JSON, CLOUDEVENTS, OCTETS = "application/json", "application/cloudevents+json", "application/octet-stream"
 """Values of the header `content-type` that are understood, beside `image/...`."""
@@ -112,11 +109,18 @@ class Codec:
         self._max_pixels = max_image_pixels
         self._max_label = max_label_chars
         self._labelled = labelled
+        self._image_labels: Memo[tuple[tuple[str, bytes | None], ...], str] = Memo()
+        """Class names, by headers that say all but the image: that it is the value, and the name."""
 
     def decode(self, partition: Partition, offset: int, raw: Raw, timestamp_s: float | None) -> Item | Claim:
         """Decode the item a message stands for; of an image only the first bytes are looked at (see `check_image`)."""
         try:
             self._check_bounds(raw)
+            image = raw.value or b""
+            label = self._image_labels.get(raw.headers)
+            if label is not None:
+                check_image(image, self._max_bytes, self._max_pixels)
+                return Record(partition, offset, label, image, timestamp_s, raw)
             headers = dict(raw.headers)  # of a repeated header the last one counts, as Kafka's lastHeader has it
             if CONTROL in headers:
                 return Control(partition, offset, _control(headers[CONTROL]))
@@ -125,9 +129,10 @@ class Codec:
                 return self._claim(partition, offset, self._label(headers, None), fields, timestamp_s, raw)
             if self._is_image(headers, raw.value):
                 label = self._label(headers, None)
-                image = raw.value or b""
+                if CONTENT_TYPE in headers:  # or else what begins with { is none
+                    self._image_labels.keep(raw.headers, label, raw.header_bytes)
             else:
-                envelope = self._envelope(headers, raw.value or b"")
+                envelope = self._envelope(headers, image)
                 if "control" in envelope:
                     return Control(partition, offset, _control(envelope["control"]))
                 label = self._label(headers, envelope)

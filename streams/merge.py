@@ -64,11 +64,11 @@ class Merge(Generic[Entry]):
         """
         latest = int(arrived_ms + AHEAD_S * 1000)
         waiting = self._waiting[partition]
-        for timestamp, entry in entries:
-            if timestamp > latest:
-                timestamp = latest
+        for entry in entries:
+            if entry[0] > latest:
+                entry = latest, entry[1]
                 self.clamped[partition.topic] += 1
-            waiting.append((timestamp, entry))
+            waiting.append(entry)
         self._unknown_s[partition] = 0
 
     def quiet(self, partition: Partition, time_ms: float) -> None:

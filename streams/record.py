@@ -73,9 +73,10 @@ MAX_KEY_BYTES = 64 * 2**10
 dozen as a rule."""
 
 
-@dataclass(frozen=True, slots=True)
-class Raw:
+class Raw(NamedTuple):
     """The message as it came, kept so that a dead letter can carry it unchanged."""
+
+    # This and a record are tuples, as one of each is made for every message: in half the time of a frozen dataclass.
 
     key: bytes | None
     value: bytes | None
@@ -84,18 +85,21 @@ class Raw:
     """What was not read because it is beyond a bound, as a text for people; such a message is never a record."""
 
     @property
+    def header_bytes(self) -> int:
+        """The bytes of the headers' names (in characters) and values."""
+        size = 0
+        for name, value in self.headers:
+            size += len(name) + len(value or b"")
+        return size
+
+    @property
     def memory_bytes(self) -> int:
         """The bytes that the message takes in memory, about: what it carries, and the objects around it."""
-        return (
-            MESSAGE_OVERHEAD
-            + len(self.key or b"")
-            + len(self.value or b"")
-            + sum(len(name) + len(value or b"") + _HEADER_OVERHEAD for name, value in self.headers)
-        )
+        around = MESSAGE_OVERHEAD + _HEADER_OVERHEAD * len(self.headers) + self.header_bytes
+        return around + len(self.key or b"") + len(self.value or b"")
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(NamedTuple):
     """A record is one labelled image with its position; `image` is still encoded (JPEG, PNG, ...)."""
 
     partition: Partition
@@ -220,7 +224,7 @@ def check_image(data: bytes, max_bytes: int, max_pixels: int) -> None:
     if len(data) > max_bytes:
         raise Unusable(Reason.TOO_LARGE, f"{len(data)} bytes, at most {max_bytes}")
     try:
-        width, height = _dimensions(data)
+        width, height, frame = _dimensions(data)
     except _OUTSIDE:
         raise Unusable(Reason.TRUNCATED, f"{len(data)} bytes end inside the image's header") from None
     if width <= 0 or height <= 0 or max(width, height) > MAX_ASPECT * min(width, height):
@@ -228,7 +232,7 @@ def check_image(data: bytes, max_bytes: int, max_pixels: int) -> None:
         raise Unusable(Reason.BAD_DIMENSIONS, detail)
     if width * height > max_pixels:
         raise Unusable(Reason.BOMB, f"{width} x {height} pixels, at most {max_pixels} in all")
-    _check_cost(data, width * height, max_pixels)
+    _check_cost(data, width * height, frame, max_pixels)
 
 
 MAX_SCANS = 64
@@ -249,14 +253,18 @@ _SPARE_BYTES = 64 * 2**20
 _JPEG_PROGRESSIVE = frozenset({0xC2, 0xC6, 0xCA, 0xCE})
 """Markers of the frames that are refined scan by scan."""
 
+_JPEG_SEGMENT = frozenset(0xFF00 | marker for marker in {*range(0xC0, 0xD0), *range(0xD9, 0xFF)})
+"""Markers of a JPEG that the length of a segment follows, and the one of its end."""
+
 _JPEG_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 """A marker of a JPEG that ends a scan: neither a stuffed zero nor a restart."""
 
 
-def _check_cost(data: bytes, pixels: int, max_pixels: int) -> None:
-    """Raise Unusable with BOMB for an image that takes far more work or memory than others of its size."""
-    if data.startswith(b"\xff\xd8"):
-        if _jpeg_scans(data) > MAX_SCANS:
+def _check_cost(data: bytes, pixels: int, frame: int, max_pixels: int) -> None:
+    """Raise Unusable with BOMB for an image that takes far more work or memory than others of its size. `frame` is
+    where the frame header of a JPEG begins, or 0 where its scans are no matter."""
+    if frame:
+        if _jpeg_scans(data, frame) > MAX_SCANS:
             raise Unusable(Reason.BOMB, f"JPEG of more than {MAX_SCANS} scans")
         return
     slow = data[:2] in (b"P1", b"P2", b"P3") or (data[:2] == b"BM" and data[30:34] in (b"\1\0\0\0", b"\2\0\0\0"))
@@ -268,14 +276,25 @@ def _check_cost(data: bytes, pixels: int, max_pixels: int) -> None:
         raise Unusable(Reason.BOMB, detail)
 
 
-def _jpeg_scans(data: bytes) -> int:
-    """Scans of a JPEG that are decoded, or MAX_SCANS + 1 if there are more, or too many segments to tell."""
-    at, scans, components, progressive = 2, 0, 0, False
+def _jpeg_scans(data: bytes, at: int) -> int:
+    """Scans that are decoded of a JPEG whose frame header is at `at`, or MAX_SCANS + 1 if there are more, or too many
+    segments to tell."""
+    scans, components, progressive = 0, 0, False
+    last = len(data) - 10
     for _ in range(_JPEG_SEGMENTS):
-        found = _JPEG_MARKER.search(data, at)
-        if found is None or found.end() + 8 > len(data):
-            return scans
-        marker, at = data[found.start() + 1], found.end()
+        # As a rule one segment follows upon the other, and nothing has to be searched.
+        marker, length = _JPEG_HEAD.unpack_from(data, at) if at <= last else (0, 0)
+        if marker in _JPEG_TABLES:
+            at += 2 + length
+            continue
+        if marker in _JPEG_SEGMENT:
+            at += 2
+            marker &= 0xFF
+        else:
+            found = _JPEG_MARKER.search(data, at)
+            if found is None or found.end() + 8 > len(data):
+                return scans
+            marker, at = data[found.start() + 1], found.end()
         if marker in _JPEG_FRAMES:
             components, progressive = data[at + 7], marker in _JPEG_PROGRESSIVE
         elif marker == 0xDA:
@@ -296,6 +315,23 @@ def _jpeg_scans(data: bytes) -> int:
 _PNG = b"\x89PNG\r\n\x1a\n"
 """First bytes of a PNG."""
 
+_JPEG_TABLES = frozenset(0xFF00 | marker for marker in {0xC4, 0xC8, 0xCC, *range(0xDB, 0xFF), *range(0x02, 0xC0)})
+"""Markers of a JPEG's segments before its frame header: tables, comments, EXIF."""
+
+_JPEG_HEAD = struct.Struct(">HH")
+"""A marker and the length of its segment; also the height and width of a JPEG."""
+
+_USUAL_JPEG = re.compile(
+    rb"\xff\xd8(?:\xff\xe0\x00\x10.{14})?"  # JFIF
+    rb"(?:\xff\xdb(?:\x00\x43.{65}|\x00\x84.{130})){1,4}+"  # tables of quantization, one or two in a segment
+    rb"\xff[\xc0\xc1]\x00\x11.(.{4})\x03.{9}"  # sequential frame of three components: height, width
+    rb"(?:\xff\xc4(?:\x00\x1f.{29}|\x00\xb5.{179}|\x01\xa2.{416})){1,4}+"  # the Huffman tables of the standard
+    rb"\xff\xda\x00\x0c\x03",  # one scan of all components
+    re.DOTALL,
+)
+"""The beginning of a JPEG as most encoders write it where nobody asks for more. What it says is what `_jpeg_frame` and
+`_jpeg_scans` would find, in a fifth of the time: 0.4 instead of 1.9 us for every record."""
+
 _OUTSIDE = (struct.error, IndexError, OverflowError)
 """What reading outside of the data raises; the last for places beyond 64 bits."""
 
@@ -303,13 +339,26 @@ _JPEG_FRAMES = frozenset({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})
 """Markers of a JPEG's frame headers (SOF0 to SOF15); the three left out are tables and extensions among them."""
 
 
-def _dimensions(data: bytes) -> tuple[int, int]:
-    """Give the width and height from the header. What is in _OUTSIDE means that the data ends too early."""
+def _dimensions(data: bytes) -> tuple[int, int, int]:
+    """Give the width and height from the header, and where the frame header of a JPEG begins whose scans are not known
+    to be one (0 for all others).
+
+    What is in _OUTSIDE means that the data ends too early.
+    """
+    if usual := _USUAL_JPEG.match(data):
+        height, width = _JPEG_HEAD.unpack_from(data, usual.start(1))
+        return width, height, 0
+    if data.startswith(b"\xff\xd8\xff"):
+        frame = _jpeg_frame(data)
+        height, width = _JPEG_HEAD.unpack_from(data, frame + 5)
+        return width, height, frame
+    return *_other_dimensions(data), 0
+
+
+def _other_dimensions(data: bytes) -> tuple[int, int]:
     # By hand, as this is done for every record: one or two microseconds, where Pillow takes 12 (PNG) to 100 (WEBP),
     # and up to seconds for what is made to be slow. exporter.image_header, which cannot be imported here, has the same
     # rules; a test compares the two.
-    if data.startswith(b"\xff\xd8\xff"):
-        return _jpeg_dimensions(data)
     if data.startswith(_PNG):
         kind, width, height = struct.unpack_from(">4sII", data, 12)
         if kind != b"IHDR":
@@ -334,23 +383,25 @@ def _dimensions(data: bytes) -> tuple[int, int]:
     raise Unusable(Reason.UNSUPPORTED_FORMAT, f"{found}; expected JPEG, PNG, WEBP, GIF, BMP, TIFF, PPM or AVIF")
 
 
-def _jpeg_dimensions(data: bytes) -> tuple[int, int]:
+def _jpeg_frame(data: bytes) -> int:
+    """Find where the frame header of a JPEG begins, with its marker."""
     at = 2
     for _ in range(_JPEG_SEGMENTS):
-        if data[at] != 0xFF:
+        marker, length = _JPEG_HEAD.unpack_from(data, at)
+        if marker in _JPEG_TABLES:
+            at += 2 + length
+            continue
+        if marker >> 8 != 0xFF:
             raise Unusable(Reason.UNDECODABLE, f"JPEG has no marker at byte {at}")
-        marker = data[at + 1]
+        marker &= 0xFF
         if marker in _JPEG_FRAMES:
-            height, width = struct.unpack_from(">HH", data, at + 5)
-            return width, height
+            return at
         if marker == 0xFF:  # a fill byte
             at += 1
-        elif marker == 0x01 or 0xD0 <= marker <= 0xD8:  # markers without a segment
-            at += 2
         elif marker in (0x00, 0xD9, 0xDA):
             raise Unusable(Reason.UNDECODABLE, "JPEG has no frame header before its pixels")
-        else:  # a table, a comment, EXIF
-            at += 2 + (data[at + 2] << 8 | data[at + 3])
+        else:  # markers without a segment
+            at += 2
     raise Unusable(Reason.UNDECODABLE, f"JPEG has no frame header in its first {_JPEG_SEGMENTS} segments")
 
 

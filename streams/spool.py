@@ -12,8 +12,9 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
+from streams.memo import Memo
 from streams.record import Partition, Raw, Record
 from streams.source import SpoolError
 
@@ -22,8 +23,7 @@ LEAST = 4096
 so that 2 GiB of images of 40 bytes would be 4 GB of it; counted like this it is a 27th of `max_bytes` at most."""
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
+class Sample(NamedTuple):
     """A sample is one record of a task; its image waits in a segment of the spool."""
 
     label: str
@@ -53,7 +53,8 @@ class Spool:
         self._segments: dict[Path, _Segment] = {}
         self._open: _Segment | None = None
         self._number = 0
-        self._bytes = 0
+        self.bytes = 0
+        """The bytes of all segments that still hold a sample, each sample counted for LEAST at least."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for left in folder.glob("*.segment"):  # no others: the folder may be somebody's own
@@ -62,14 +63,9 @@ class Spool:
             raise self._error(error) from error
 
     @property
-    def bytes(self) -> int:
-        """The bytes of all segments that still hold a sample, each sample counted for LEAST at least."""
-        return self._bytes
-
-    @property
     def full(self) -> bool:
         """Whether the bound is reached."""
-        return self._bytes >= self.max_bytes
+        return self.bytes >= self.max_bytes
 
     def append(self, record: Record) -> Sample:
         """Keep the record's image (and what a late dead letter needs of the message around it).
@@ -89,10 +85,11 @@ class Spool:
         length = len(record.image)
         sample = Sample(record.label, record.partition, record.offset, segment.path, segment.bytes, length)
         stored = length + len(around)
+        counted = stored if stored > LEAST else LEAST
         segment.bytes += stored
-        segment.counted += max(stored, LEAST)
+        segment.counted += counted
         segment.samples += 1
-        self._bytes += max(stored, LEAST)
+        self.bytes += counted
         return sample
 
     def end_segment(self) -> None:
@@ -137,7 +134,7 @@ class Spool:
         if segment is self._open:
             self.end_segment()
         del self._segments[segment.path]
-        self._bytes -= segment.counted
+        self.bytes -= segment.counted
         try:
             segment.path.unlink(missing_ok=True)
         except OSError as error:
@@ -183,18 +180,24 @@ _THE_IMAGE = _LENGTH.pack(-2)
 
 
 def _pack(raw: Raw, image: bytes) -> bytes:
-    size = _LENGTH.pack
-    parts = [_NULL] if raw.key is None else [size(len(raw.key)), raw.key]
-    if raw.value == image:
-        parts.append(_THE_IMAGE)
-    else:
-        parts += [_NULL] if raw.value is None else [size(len(raw.value)), raw.value]
-    for name, value in raw.headers:
-        text = name.encode("utf-8", "surrogateescape")  # whatever stands in a header name, the letter repeats it
-        parts += [size(len(text)), text]
-        parts += [_NULL] if value is None else [size(len(value)), value]
-    packed = b"".join(parts)
-    return size(len(packed)) + packed
+    key = raw.key
+    packed = _NULL if key is None else _LENGTH.pack(len(key)) + key
+    packed += _THE_IMAGE if raw.value == image else _field(raw.value)
+    headers = _PACKED.get(raw.headers)
+    if headers is None:
+        # Whatever stands in a header name, the letter repeats it.
+        pairs = ((name.encode("utf-8", "surrogateescape"), value) for name, value in raw.headers)
+        headers = b"".join(_field(part) for pair in pairs for part in pair)
+        _PACKED.keep(raw.headers, headers, len(headers))
+    return _LENGTH.pack(len(packed) + len(headers)) + packed + headers
+
+
+_PACKED: Memo[tuple[tuple[str, bytes | None], ...], bytes] = Memo()
+"""Headers of messages as they are written."""
+
+
+def _field(content: bytes | None) -> bytes:
+    return _NULL if content is None else _LENGTH.pack(len(content)) + content
 
 
 def _unpack(packed: bytes, image: bytes) -> Raw:

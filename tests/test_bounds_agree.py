@@ -42,7 +42,7 @@ def test_the_size_that_an_image_claims_is_read_alike():
             header = image_header._read(data)
             sizes.append((header.width, header.height))
         with suppress(Unusable, struct.error, IndexError, OverflowError):
-            sizes.append(record._dimensions(data))
+            sizes.append(record._dimensions(data)[:2])
         assert len(set(sizes)) <= 1, data[:100]
 
 

@@ -144,7 +144,7 @@ def test_in_a_quiet_stream_the_age_of_records_counts_also_over_restarts(buffer):
     # given an agent that has just been started, and reads again what an earlier one read long ago
     clock = [10_000.0]
     buffered = buffer(CutRule(age_s=100), clock=lambda: clock[0])
-    old = [replace(item, timestamp_s=9_920.0 + item.offset) for item in stream("a b c")]
+    old = [item._replace(timestamp_s=9_920.0 + item.offset) for item in stream("a b c")]
     for item in old[:2]:
         buffered.add(item)
     assert buffered.cut(now=0) is None and buffered.age_s == 80
@@ -163,7 +163,7 @@ def test_in_a_quiet_stream_the_age_of_records_counts_also_over_restarts(buffer):
 @pytest.mark.parametrize(("made_s", "age_s"), [(0.0, 0.0), (9_800.0, 0.0), (9_800.1, 199.9), (1.7e9, 0.0)])
 def test_a_time_by_which_the_stream_would_have_deleted_the_record_is_not_believed(buffer, made_s, age_s):
     buffered = buffer(CutRule(age_s=100, kept_s=200), clock=lambda: 10_000.0)
-    buffered.add(replace(stream("a")[0], timestamp_s=made_s))
+    buffered.add(stream("a")[0]._replace(timestamp_s=made_s))
     assert buffered.age_s == pytest.approx(age_s)
     assert buffered.cut(now=0) is None
     assert (buffered.cut(now=10) is None) == (age_s < 100)
@@ -175,7 +175,7 @@ def test_the_age_is_that_of_the_oldest_sample_in_no_commit(buffer):
     assert buffered.age_s == 0
     times = (None, 700.0, 2000.0, 400.0, 950.0)
     for item, made in zip(stream("a b c d e"), times, strict=True):
-        buffered.add(replace(item, timestamp_s=made))
+        buffered.add(item._replace(timestamp_s=made))
     assert buffered.age_s == 600
     first, second = buffered.cut(0), buffered.cut(0)
     # a task may be committed in parts
@@ -242,7 +242,7 @@ def random_stream(draw: random.Random) -> list[Item]:
 def plain(tasks: Sequence[Task]) -> list[Task]:
     """Everything about tasks but where their images are."""
     return [
-        replace(task, samples=tuple(replace(sample, path=Path(), start=0) for sample in task.samples)) for task in tasks
+        replace(task, samples=tuple(sample._replace(path=Path(), start=0) for sample in task.samples)) for task in tasks
     ]
 
 

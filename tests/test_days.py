@@ -40,7 +40,7 @@ from streams.dead_letters import FileDeadLetters
 from streams.kafka.connection import Connection
 from streams.kafka.record_batches import Message
 from streams.kafka.source import KafkaSource
-from streams.record import Partition, Reason
+from streams.record import Partition, Raw, Reason
 from tests.bad_images import encoded, picture
 from tests.fakes import InlineWorker, pipeline, write_release
 from tests.kafka.fake_client import FakeClient
@@ -84,9 +84,8 @@ class Feed(FakeClient):
                 value = JPEG + b"late"
             case 9 if number % 20 == 0:
                 value = JPEG + b"raise"
-        return Message(
-            offset, self.began_ms + number * RECORD_S * 1000, b"k", value, tuple(headers), "", offset // 1000
-        )
+        raw = Raw(b"k", value, tuple(headers))
+        return Message(offset, self.began_ms + number * RECORD_S * 1000, raw, offset // 1000)
 
     def describe(self, topics: Iterable[str]) -> list[dict[str, Any]]:
         counts = {topic: [part.number for part in PARTITIONS if part.topic == topic] for topic in topics}

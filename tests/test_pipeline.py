@@ -3,7 +3,6 @@
 import json
 import threading
 import time
-from dataclasses import replace
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -319,7 +318,7 @@ def test_how_near_retention_is_to_what_is_in_no_commit_can_be_watched(tmp_path):
             super().waiting(age_s, retention_s)
             stop.set()
 
-    source = ListSource([replace(records("a")[0], timestamp_s=time.time() - 40)], live=True)
+    source = ListSource([records("a")[0]._replace(timestamp_s=time.time() - 40)], live=True)
     source.retention_s = 100
     agent = pipeline(tmp_path, source, stop=stop)
     registry = CollectorRegistry()

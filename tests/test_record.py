@@ -9,6 +9,7 @@ import timeit
 import pytest
 from PIL import Image
 
+from streams import record
 from streams.record import (
     LABEL_BYTES_PER_CHAR,
     MAX_DETAIL_CHARS,
@@ -152,6 +153,27 @@ def test_a_jpeg_may_have_scans_up_to_their_bound_and_no_more():
     # what only looks like scans, in a comment or behind the image, counts for nothing
     plain = encoded(picture(), "JPEG", comment=b"\xff\xda" * 100)
     assert not bomb(plain + b"\xff\xda\0\2" * 100, MAX_PIXELS)
+
+
+def test_a_jpeg_as_most_encoders_write_it_is_known_without_a_walk_and_says_the_same():
+    draw = random.Random(0)
+    jpegs = [encoded(picture(mode), "JPEG", **options) for mode in ("RGB", "L", "CMYK") for options in FORMS_OF_JPEG]
+    known = 0
+    for jpeg in jpegs:
+        for _ in range(200):
+            data = bytearray(jpeg)
+            for _ in range(draw.randrange(3)):
+                data[draw.randrange(len(data) // 2)] = draw.randrange(256)
+            if record._USUAL_JPEG.match(bytes(data)):
+                known += 1
+                frame = record._jpeg_frame(bytes(data))
+                height, width = struct.unpack_from(">HH", data, frame + 5)
+                assert record._dimensions(bytes(data)) == (width, height, 0)
+                assert record._jpeg_scans(bytes(data), frame) == 1
+    assert known > 200
+
+
+FORMS_OF_JPEG = ({}, {"optimize": True}, {"progressive": True}, {"subsampling": 0}, {"comment": b"x" * 70})
 
 
 def test_what_takes_more_memory_to_decode_than_others_may_have_fewer_pixels():

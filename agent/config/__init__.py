@@ -4,7 +4,6 @@ Components take their own section or plain arguments, never the whole configurat
 command starts and handed to `load`; nothing below asks it again.
 """
 
-from agent.config.base import ConfigError
 from agent.config.kafka import Kafka, KafkaImages, KafkaSecurity, ServeKafka
 from agent.config.loading import load, resolved, to_toml
 from agent.config.methods import Finetune, Gapstream, Lora, Method, MgClip, Seca, VrLwf
@@ -23,6 +22,7 @@ from agent.config.sections import (
     Task,
     Triton,
 )
+from agent.errors import ConfigError
 
 __all__ = [
     "Agent", "Archive", "Config", "ConfigError", "Evaluation", "Finetune", "Gapstream", "Http", "Kafka", "KafkaImages",

@@ -20,8 +20,9 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
-from agent.config.base import MAYBE_PATH, ConfigError
+from agent.config.base import MAYBE_PATH, explanations
 from agent.config.sections import Config
+from agent.errors import ConfigError
 from exporter.masking import masked
 
 ENV_PREFIX = "GAPSTREAM_"
@@ -71,12 +72,13 @@ def to_toml(config: Config, documented: bool = False) -> str:
 
     def write(section: type[BaseModel], values: Mapping[str, Any], prefix: str) -> None:
         fields = section.model_fields
+        explained = explanations(section) if documented else {}
         if prefix:
             lines.extend(["", *(_comment(section.__doc__) if documented else []), f"[{prefix}]"])
         for name, field in fields.items():
             if not _is_section(field):
                 if documented:
-                    lines.extend(_comment(field.description, field))
+                    lines.extend(_comment(explained[name], field))
                 lines.append(f"{name} = {_toml_value(values[name])}")
         # After the keys, as whatever follows a [heading] in TOML belongs to it.
         for name, field in fields.items():

@@ -15,6 +15,7 @@ from kafka.errors import KafkaError
 from streams.kafka.connection import METADATA_MS, PARTITION_BYTES, REQUEST_MS, Connection, describe_error
 from streams.kafka.epochs import ends_of
 from streams.kafka.record_batches import Message, Unreadable, guard
+from streams.kafka.transport import take_large_pieces
 from streams.record import Offsets, Partition
 
 log = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ class Client:
 
     def __init__(self, connection: Connection, group: str, fetch_bytes: int) -> None:
         """`group`: where commits are copied to; empty for nowhere. `fetch_bytes`: what one fetch may bring, about."""
+        take_large_pieces()
         settings = connection.settings()
         # No deserializers: what one raises makes every later poll of kafka-python 3.0 spin for ever.
         self._consumer = KafkaConsumer(

@@ -51,6 +51,7 @@ from streams.kafka.connection import (
 )
 from streams.kafka.record_batches import Unreadable, guard, rejections
 from streams.kafka.topics import named
+from streams.kafka.transport import take_large_pieces
 from streams.record import Item, Partition, Raw
 from streams.source import NotThere, StreamError
 
@@ -251,6 +252,7 @@ class Exchange:
 
     def _connect(self) -> None:
         self._assigned.clear()
+        take_large_pieces()
         with self._admin() as admin:
             self.max_reply_bytes = longest_message(admin, self._output)
         with connecting(self._connection):

@@ -28,8 +28,8 @@ from kafka.protocol.consumer import IsolationLevel
 from kafka.record.default_records import DefaultRecordBatch
 from kafka.record.util import decode_varint
 
-from streams.formats import COMMON_HEADERS
 from streams.kafka.connection import describe_error
+from streams.memo import Memo
 from streams.record import MAX_HEADER_BYTES, MAX_HEADERS, Partition, Raw, Reason, Rejected
 
 MAX_INFLATED = 128 * 2**20
@@ -47,18 +47,9 @@ class Message(NamedTuple):
     offset: int
     timestamp_ms: int
     """When it was produced, or appended where the topic says so; -1 when it has no time."""
-    key: bytes | None
-    value: bytes | None
-    headers: tuple[tuple[str, bytes | None], ...]
-    dropped: str = ""
-    """What was not read because it is beyond a bound, as a text for people; see streams.record.Raw."""
+    raw: Raw
     epoch: int = -1
     """The leader epoch that it was written in; -1 where it is not known."""
-
-    @property
-    def raw(self) -> Raw:
-        """The message without its place."""
-        return Raw(self.key, self.value, self.headers, self.dropped)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +127,7 @@ class PartitionRecords(Fetcher.PartitionRecords):
         for record in batch:
             self.next_fetch_offset = record.offset + 1
             yield Message(
-                record.offset, -1 if record.timestamp is None else record.timestamp, record.key, record.value, ()
+                record.offset, -1 if record.timestamp is None else record.timestamp, Raw(record.key, record.value)
             )
 
 
@@ -173,7 +164,7 @@ def messages(batch: Any) -> Iterator[Message]:
         buffer = inflate(batch.compression_type, buffer)
     base_offset, base_ms, epoch = batch.base_offset, batch.first_timestamp, batch.leader_epoch
     appended_ms = batch.max_timestamp if batch.timestamp_type == batch.LOG_APPEND_TIME else None
-    end = 0
+    new, end = tuple.__new__, 0  # as Raw(...) and Message(...) do by a call more: 0.4 us for both
     for _ in range(batch.records_count):
         length, start = decode_varint(buffer, end)
         end = start + length
@@ -181,29 +172,41 @@ def messages(batch: Any) -> Iterator[Message]:
         offset, pos = decode_varint(buffer, pos)
         key, pos = _field(buffer, pos)
         value, pos = _field(buffer, pos)
-        count, pos = decode_varint(buffer, pos)
-        headers: list[tuple[str, bytes | None]] = []
+        if not pos < end <= len(buffer):
+            raise CorruptRecordError(f"record at byte {start} says it ends at {end} of {len(buffer)}, and is at {pos}")
+        # As they are written: most records of a topic have the same headers.
+        written = buffer[pos : min(end, pos + MAX_HEADER_BYTES + _COUNT_BYTES)]
+        headers = _HEADERS.get(written)
         dropped = ""
-        # Both are known before a header is read: 3 million empty ones lie in 1 MB, and take 1.6 GB once they are read.
-        if count > MAX_HEADERS or end - pos > MAX_HEADER_BYTES:
-            dropped = f"{count} headers of {end - pos} bytes"
-            count, pos = 0, end
-        for _ in range(count):
-            name, pos = _field(buffer, pos)
-            content, pos = _field(buffer, pos)
-            headers.append((_NAMES.get(name) or _escaped(name), content))
-        if pos != end or end > len(buffer):
-            raise CorruptRecordError(f"record at byte {start} says it ends at {end} and ends at {pos} of {len(buffer)}")
+        if headers is None:
+            headers, dropped = _read_headers(written, end - pos)
         timestamp_ms = base_ms + elapsed_ms if appended_ms is None else appended_ms
-        yield Message(base_offset + offset, timestamp_ms, key, value, tuple(headers), dropped, epoch)
+        raw = new(Raw, (key, value, headers, dropped))
+        yield new(Message, (base_offset + offset, timestamp_ms, raw, epoch))
 
 
-_NAMES: dict[bytes | None, str] = {name.encode(): name for name in COMMON_HEADERS}
-"""The names of most headers, decoded once."""
+_COUNT_BYTES = 10
+"""Longest varint that is read: of the number of headers, which stands before them."""
+
+_HEADERS: Memo[bytes, tuple[tuple[str, bytes | None], ...]] = Memo()
+"""Headers, by how they are written in a record."""
 
 
-def _escaped(name: bytes | None) -> str:
-    return (name or b"").decode("utf-8", "backslashreplace")
+def _read_headers(written: bytes, size: int) -> tuple[tuple[tuple[str, bytes | None], ...], str]:
+    """Read the headers of a record, which take `size` bytes; none where they are beyond a bound, and then what they
+    are. Raises CorruptRecordError."""
+    count, pos = decode_varint(written)
+    # Both are known before a header is read: 3 million empty ones lie in 1 MB, and take 1.6 GB once they are read.
+    if count > MAX_HEADERS or size - pos > MAX_HEADER_BYTES:
+        return (), f"{count} headers of {size - pos} bytes"
+    headers = []
+    for _ in range(count):
+        name, pos = _field(written, pos)
+        content, pos = _field(written, pos)
+        headers.append(((name or b"").decode("utf-8", "backslashreplace"), content))
+    if pos != size:
+        raise CorruptRecordError(f"a record has headers of {size} bytes that end at byte {pos}")
+    return _HEADERS.keep(written, tuple(headers), size), ""
 
 
 def _field(buffer: bytes, pos: int) -> tuple[bytes | None, int]:

@@ -312,8 +312,12 @@ class KafkaSource:
         decode = self._codec.decode
         entries: list[tuple[int, tuple[Item | Claim, int]]] = []
         total = 0
+        # Messages of one epoch without a gap between them are a run, noted as a whole.
+        first, following, epoch = -1, -1, -1
         for message in messages:
             if isinstance(message, Unreadable):
+                self._passed(partition, first, following, epoch)
+                first = following = message.next_offset
                 place = (partition, message.offset)
                 if place not in self._fetched_again:  # once it may have been the network
                     self._fetched_again.add(place)
@@ -326,24 +330,31 @@ class KafkaSource:
                 # Without a time of its own a record goes before all others: nothing waits for it.
                 entries += [(0, (rejected, MESSAGE_OVERHEAD)) for rejected in lost]
                 total += MESSAGE_OVERHEAD * len(lost)
-                # Epochs before gaps: a commit behind a gap asks for the epoch there.
-                self._epochs.read(partition, message.next_offset, -1)
-                self._gaps.read(partition, message.offset, message.next_offset)
-                self._positions[partition] = message.next_offset
+                self._passed(partition, message.offset, message.next_offset, -1)
                 continue
             offset, timestamp_ms, raw = message.offset, message.timestamp_ms, message.raw
+            if offset != following or message.epoch != epoch:
+                self._passed(partition, first, following, epoch)
+                first, epoch = offset, message.epoch
+            following = offset + 1
             size = raw.memory_bytes
             total += size
             item = decode(partition, offset, raw, timestamp_ms / 1000 if timestamp_ms >= 0 else None)
             entries.append((timestamp_ms, (item, size)))
-            self._epochs.read(partition, offset + 1, message.epoch)
-            self._gaps.read(partition, offset, offset + 1)
-            self._positions[partition] = offset + 1
+        self._passed(partition, first, following, epoch)
         self._merging_bytes[partition] += total
         self._merge.add(partition, entries, time.time() * 1000)
         end = self._client.end(partition)
         if end is not None:
             self._ends[partition] = end
+
+    def _passed(self, partition: Partition, first: int, following: int, epoch: int) -> None:
+        """Note that all from `first` up to `following` was read, all of one epoch; an empty run says nothing."""
+        if first < following:
+            # Epochs before gaps: a commit behind a gap asks for the epoch there.
+            self._epochs.read(partition, following, epoch)
+            self._gaps.read(partition, first, following)
+            self._positions[partition] = following
 
     def _pass_marks(self) -> None:
         """Move behind what holds no record, where the client has: no message will ever say so."""
@@ -385,16 +396,17 @@ class KafkaSource:
                 self._merging_bytes[item.partition] -= size
         else:
             self._merging_bytes.clear()
-        if any(isinstance(item, Claim) for item, _ in entries):
+        items, sizes = zip(*entries, strict=True)
+        if Claim in map(type, items):
             for item, size in self._claimed_images.resolved(entries):
                 self._put([item], size)
         else:
-            self._put([item for item, _ in entries if not isinstance(item, Claim)], sum(size for _, size in entries))
+            self._put(list(items), sum(sizes))
 
     def _put(self, items: list[Item], size: int) -> None:
         """Give items to `poll`, once there is room for them."""
         self._handover.put(items, size)
-        if self._breaker.saw(len(items), sum(type(item) is Rejected for item in items)):
+        if self._breaker.saw(len(items), [*map(type, items)].count(Rejected)):
             self._hold()
 
     def _hold_back(self, why: str) -> None:

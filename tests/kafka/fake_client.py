@@ -9,14 +9,14 @@ from typing import Any
 
 from streams.kafka.connection import Connection
 from streams.kafka.record_batches import Message
-from streams.record import Partition
+from streams.record import Partition, Raw
 from tests.kafka.records import JPEG
 
 HERE = Partition("t", 0)
 
 
 def message(offset: int, label: str = "cat", epoch: int = -1) -> Message:
-    return Message(offset, 1000 + offset, None, JPEG, (("label", label.encode()),), epoch=epoch)
+    return Message(offset, 1000 + offset, Raw(None, JPEG, (("label", label.encode()),)), epoch)
 
 
 class FakeClient:

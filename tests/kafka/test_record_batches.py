@@ -31,7 +31,7 @@ def batches(*images: bytes) -> bytearray:
 def test_messages_are_unpacked_with_all_they_have() -> None:
     records = PartitionRecords(1, TopicPartition("t", 0), MemoryRecords(bytes(batches(b"a", b"b", b"c"))))
     assert records.take() == [
-        Message(offset, 7, b"k", value, (("label", b"cat"), ("none", None)), epoch=0)
+        Message(offset, 7, Raw(b"k", value, (("label", b"cat"), ("none", None))), 0)
         for offset, value in ((1, b"b"), (2, b"c"))
     ]
     assert records.next_fetch_offset == 3 and not records
@@ -48,12 +48,12 @@ def batch_with(headers: list[tuple[str, bytes | None]]) -> list[Message]:
 
 def test_headers_up_to_their_bounds_are_read_and_no_more() -> None:
     for most in ([("a", b"")] * MAX_HEADERS, [("a", bytes(MAX_HEADER_BYTES - 5))]):
-        assert batch_with(most)[1] == Message(1, 7, b"k", b"b", tuple(most), epoch=0)
+        assert batch_with(most)[1] == Message(1, 7, Raw(b"k", b"b", tuple(most)), 0)
     for more in ([("a", b"")] * (MAX_HEADERS + 1), [("a", bytes(MAX_HEADER_BYTES - 4))]):
         before, over, after = batch_with(more)
-        assert (before.value, after.value) == (b"a", b"c") and not before.dropped
-        assert over.headers == () and over.dropped.startswith(f"{len(more)} headers of ")
-        assert over.raw == Raw(b"k", b"b", (), over.dropped)
+        assert (before.raw.value, after.raw.value) == (b"a", b"c") and not before.raw.dropped
+        assert over.raw.headers == () and over.raw.dropped.startswith(f"{len(more)} headers of ")
+        assert over.raw == Raw(b"k", b"b", (), over.raw.dropped)
 
 
 def test_a_million_empty_headers_take_no_memory() -> None:
@@ -65,7 +65,7 @@ def test_a_million_empty_headers_take_no_memory() -> None:
     (message,) = records.take()
     assert tracemalloc.get_traced_memory()[1] < 10 * 2**20
     tracemalloc.stop()
-    assert message.dropped == "1000000 headers of 2000000 bytes"
+    assert message.raw.dropped == "1000000 headers of 2000000 bytes"
 
 
 def test_a_batch_with_a_wrong_checksum_or_length_costs_only_itself() -> None:
@@ -74,7 +74,7 @@ def test_a_batch_with_a_wrong_checksum_or_length_costs_only_itself() -> None:
     data[size + 70] ^= 1
     records = PartitionRecords(0, TopicPartition("t", 0), MemoryRecords(bytes(data)))
     first, lost, last = records.take()
-    assert (first.value, last.value) == (b"a", b"c")
+    assert (first.raw.value, last.raw.value) == (b"a", b"c")
     assert (lost.offset, lost.next_offset) == (1, 2) and "checksum" in str(lost.error)
 
     unchecked = PartitionRecords(0, TopicPartition("t", 0), MemoryRecords(bytes(data)), check_crcs=False)
@@ -95,8 +95,8 @@ def test_what_a_broken_batch_says_of_its_length_is_not_believed(field: int, says
     if last:
         del data[2 * size :]
     first, lost, *others = PartitionRecords(0, TopicPartition("t", 0), MemoryRecords(bytes(data))).take()
-    assert first.value == b"a" and (lost.offset, lost.next_offset) == (1, 2)
-    assert [message.value for message in others] == ([] if last else [b"c"])
+    assert first.raw.value == b"a" and (lost.offset, lost.next_offset) == (1, 2)
+    assert [message.raw.value for message in others] == ([] if last else [b"c"])
 
 
 def test_header_names_that_are_not_text_do_not_stop_the_stream(

@@ -21,7 +21,7 @@ from streams.kafka.breaker import Breaker
 from streams.kafka.connection import Connection
 from streams.kafka.record_batches import Message, Unreadable
 from streams.kafka.source import KafkaSource
-from streams.record import Control, ControlKind, Partition, Reason, Record, Rejected, Unreachable
+from streams.record import Control, ControlKind, Partition, Raw, Reason, Record, Rejected, Unreachable
 from streams.source import StreamError
 from tests.kafka.agents import wait_until
 from tests.kafka.broker import start_broker
@@ -192,7 +192,7 @@ def test_images_elsewhere_come_in_their_place_with_the_right_reasons(
 
     def claim(offset: int, url: str) -> Message:
         headers = (("label", b"far"), ("image-url", url.encode()), ("image-sha256", digest))
-        return Message(offset, 7, b"k", None, headers)
+        return Message(offset, 7, Raw(b"k", None, headers))
 
     urls = [f"file://{tmp_path}/{name}" for name in ("a.jpg", "b.jpg", "none.jpg")]
     steps = [message(0), claim(1, urls[0]), claim(2, urls[1]), claim(3, urls[2]), claim(4, "file:///etc/hostname")]
@@ -225,7 +225,7 @@ def test_a_store_of_images_that_is_away_is_waited_for_and_rejects_nothing(
             return JPEG
 
     headers = (("image-url", b"https://x/a"), ("image-sha256", hashlib.sha256(JPEG).hexdigest().encode()))
-    claims = [Message(offset, 7, b"k", None, (("label", b"far"), *headers)) for offset in (1, 2)]
+    claims = [Message(offset, 7, Raw(b"k", None, (("label", b"far"), *headers))) for offset in (1, 2)]
     source, _ = scripted([message(0), *claims, message(3)], images=Store(), stall_s=1.0)
 
     # when it is away for longer than the reader may be silent
@@ -243,13 +243,13 @@ def test_a_store_of_images_that_is_away_is_waited_for_and_rejects_nothing(
 
 
 def test_messages_without_a_value_fill_the_memory_too(scripted: Callable[..., Any]) -> None:
-    empty = [[Message(offset, 7, None, None, ()) for offset in range(at, at + 10)] for at in range(0, 500, 10)]
+    empty = [[Message(offset, 7, Raw(None, None)) for offset in range(at, at + 10)] for at in range(0, 500, 10)]
     source, _ = scripted(*empty, fetch_bytes=10_000)
     wait_until(lambda: source._handover.bytes >= 10_000, 10)
     assert sum(len(items) for items, _ in source._handover._ready) <= 20
     assert offsets(read(source, 500)) == list(range(500)) and source._handover.bytes == 0
 
-    heavy = Message(0, 7, b"k" * 3000, JPEG, (("label", b"cat"), ("note", bytes(4000))))
+    heavy = Message(0, 7, Raw(b"k" * 3000, JPEG, (("label", b"cat"), ("note", bytes(4000)))))
     full, _ = scripted([heavy], [message(1)], fetch_bytes=7000)
     wait_until(lambda: full._handover._ready, 10)
     assert full._handover.bytes > 7000

@@ -188,7 +188,7 @@ class Stream:
             took = time.thread_time() - began
             kind = item.reason if isinstance(item, Rejected) else type(item).__name__.lower()
             if took > self.slowest[0]:
-                self.slowest = took, f"{kind} of {len(read.value or b'')} bytes"
+                self.slowest = took, f"{kind} of {len(read.raw.value or b'')} bytes"
             if took > SECONDS:
                 raise Failed(f"a {kind} took {took:.1f} s: {str(read)[:300]}")
             self.counted[kind] += 1
