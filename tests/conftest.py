@@ -1,10 +1,26 @@
-"""What holds for every test: graphs that are traced are kept in build/, so that a checkout traces each only once.
+"""What holds for every test: in how many processes all of them run, and where traced graphs are kept.
 
-Tests of the tracing itself make exporters without a cache, and trace.
+Graphs that are traced are kept in build/, so that a checkout traces each only once, and what one process has traced the
+others need not. Tests of the tracing itself make exporters without a cache, and trace.
 """
 
 import os
 from pathlib import Path
 
+import pytest
+
 # Not the user's own: its newest graphs would be those of toys. Processes that tests start have it too.
 os.environ["XDG_CACHE_HOME"] = str(Path(__file__).parent.parent / "build" / "cache")
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Before torch is imported: it would take all cores in each of the processes, and they would wait for each other.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """All tests run in a process for each core and one more, since some wait; 0: those that are named run in this one,
+    which begins sooner and shows what they print."""
+    everything = [Path(part).resolve() for part in config.args] == [Path(__file__).parent]
+    if not everything or config.option.keyword:
+        return 0
+    return len(os.sched_getaffinity(0)) + 1

@@ -279,7 +279,7 @@ def test_the_same_stream_gives_the_same_tasks_however_it_is_polled_and_from_ever
     samples = [(s.partition, s.offset) for task in whole for s in task.samples]
     assert samples == [(item.partition, item.offset) for item in items if isinstance(item, Record)]
     for task in whole:
-        passed = samples[: samples.index((task.samples[-1].partition, task.samples[-1].offset)) + 1]
+        passed = {*samples[: samples.index((task.samples[-1].partition, task.samples[-1].offset)) + 1]}
         assert all((p, o) in passed or o >= task.next_offsets.get(p, 0) for p, o in samples)
         assert all(o < task.next_offsets[p] for p, o in passed)
 
