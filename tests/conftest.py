@@ -6,11 +6,15 @@ others need not. Tests of the tracing itself make exporters without a cache, and
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadFileScheduling
+
+HERE = Path(__file__).parent
 
 # Not the user's own: its newest graphs would be those of toys. Processes that tests start have it too.
-os.environ["XDG_CACHE_HOME"] = str(Path(__file__).parent.parent / "build" / "cache")
+os.environ["XDG_CACHE_HOME"] = str(HERE.parent / "build" / "cache")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Before torch is imported: it would take all cores in each of the processes, and they would wait for each other.
@@ -20,7 +24,16 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """All tests run in a process for each core and one more, since some wait; 0: those that are named run in this one,
     which begins sooner and shows what they print."""
-    everything = [Path(part).resolve() for part in config.args] == [Path(__file__).parent]
-    if not everything or config.option.keyword:
-        return 0
-    return len(os.sched_getaffinity(0)) + 1
+    everything = [Path(part).resolve() for part in config.args] == [HERE]
+    return len(os.sched_getaffinity(0)) + 1 if everything and not config.option.keyword else 0
+
+
+class Scheduling(LoadFileScheduling):
+    """The tests of a file stay in one process, for what they share; those of Kafka do all together, for the brokers."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "tests/kafka" if nodeid.startswith("tests/kafka/") else super()._split_scope(nodeid)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Scheduling:
+    return Scheduling(config, log)
