@@ -13,6 +13,12 @@ from xdist.scheduler import LoadFileScheduling
 
 HERE = Path(__file__).parent
 
+LONG = (
+    *("tests/kafka/", "tests/monkey/", "tests/test_trainer.py", "tests/test_method_contract.py"),
+    *("tests/test_simulated_cuda.py", "tests/test_watched.py", "tests/test_merge_command.py", "tests/test_bench.py"),
+)
+"""What takes half a minute and more is begun first, so that no process works on one alone in the end."""
+
 # Not the user's own: its newest graphs would be those of toys. Processes that tests start have it too.
 os.environ["XDG_CACHE_HOME"] = str(HERE.parent / "build" / "cache")
 
@@ -26,6 +32,11 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     which begins sooner and shows what they print."""
     everything = [Path(part).resolve() for part in config.args] == [HERE]
     return len(os.sched_getaffinity(0)) + 1 if everything and not config.option.keyword else 0
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: not item.nodeid.startswith(LONG))
 
 
 class Scheduling(LoadFileScheduling):
