@@ -18,6 +18,8 @@ from typing import ClassVar
 
 import pytest
 
+from tests.processes import free_port
+
 KAFKA_VERSION = "4.3.1"
 LOG4J_VERSION = "2.25.1"
 USER, PASSWORD = "gapstream", "p4ss-word"
@@ -76,12 +78,6 @@ def jars() -> Path:
         )
     staging.rename(folder)
     return folder
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Broker:
