@@ -15,7 +15,7 @@ test: .venv/test.stamp system-packages
 	$(BIN)/pytest
 
 test-slow: .venv/test.stamp system-packages
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -n 0 -m slow
 
 # Fails without a GPU, and where no test is found.
 test-gpu: .venv/test.stamp

@@ -11,6 +11,7 @@ import io
 import random
 import struct
 import zlib
+from functools import cache
 from typing import Any, Literal, NamedTuple
 
 from PIL import Image
@@ -33,17 +34,21 @@ class OddImage(NamedTuple):
 
 def picture(mode: str = "RGB", size: tuple[int, int] = (48, 32), seed: int = 0) -> Image.Image:
     """Noise over a gradient: nothing in it compresses away. `size` is (width, height)."""
-    noise = random.Random(seed)
-    width, height = size
-    places = ((x, y, c) for y in range(height) for x in range(width) for c in range(3))
-    pixels = bytes((x * 5 + y * 3 + c * 60 + noise.randrange(32)) % 256 for x, y, c in places)
-    image = Image.frombytes("RGB", size, pixels)
+    image = Image.frombytes("RGB", size, _pixels(size, seed))
     if mode == "I;16":
         grey = [value * 257 for value in image.convert("L").tobytes()]
         return Image.frombytes("I;16", size, struct.pack(f"<{len(grey)}H", *grey))
     if mode in ("RGBA", "LA"):
         image.putalpha(image.convert("L").point(lambda value: 255 - value))
     return image.convert(mode)
+
+
+@cache
+def _pixels(size: tuple[int, int], seed: int) -> bytes:
+    noise = random.Random(seed)
+    width, height = size
+    places = ((x, y, c) for y in range(height) for x in range(width) for c in range(3))
+    return bytes((x * 5 + y * 3 + c * 60 + noise.randrange(32)) % 256 for x, y, c in places)
 
 
 def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:

@@ -62,7 +62,7 @@ def server() -> Iterator[tuple[str, list[tuple[str, str | None]]]]:
         seen: list[tuple[str, str | None]] = []  # noqa: RUF012
 
     http = ThreadingHTTPServer(("127.0.0.1", 0), Own)
-    threading.Thread(target=http.serve_forever, daemon=True).start()
+    threading.Thread(target=http.serve_forever, args=(0.01,), daemon=True).start()
     yield f"http://127.0.0.1:{http.server_port}", Own.seen
     http.shutdown()
     http.server_close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -114,6 +113,7 @@ def test_a_picture_is_small_upright_and_shows_what_is_there(two):
 def test_an_image_that_takes_too_long_is_a_bomb_and_its_neighbours_are_decoded(two, monkeypatch):
     monkeypatch.setattr(decoder, "CPU_S", 0.3)
     monkeypatch.setattr(decoder, "CPU_S_PER_PIXEL", 0.0)
+    monkeypatch.setattr(decoder, "WALL_TIMES", 100)  # whatever else the machine has to do
     images = [GOOD] * 10 + [slow()] + [GOOD] * 10
     found = list(two.pixels(images, PREPROCESS))
     bomb = found.pop(10)
@@ -172,18 +172,21 @@ def test_an_image_that_ends_its_process_again_and_again_is_rejected_alone(two, m
 
 
 def test_processes_killed_from_outside_cost_no_image(two):
-    stop = threading.Event()
+    stop, killed = threading.Event(), []
 
     def kill() -> None:
-        while not stop.wait(0.7):
-            for pid in pids(two)[:1]:
-                os.kill(pid, signal.SIGKILL)
+        while not stop.wait(0.2):
+            # One that has answered: three that are killed before they are up are a fault of the machine.
+            for one in [one for one in tuple(two._decoders) if one._images][:1]:
+                one._process.kill()
+                killed.append(one)
 
     killer = threading.Thread(target=kill)
     killer.start()
     try:
-        until = time.monotonic() + 4
-        while time.monotonic() < until:
+        until = time.monotonic() + 60
+        while len(killed) < 6:
+            assert time.monotonic() < until
             assert all(isinstance(one, np.ndarray) for one in two.pixels([GOOD] * 40, PREPROCESS))
     finally:
         stop.set()
@@ -239,6 +242,7 @@ def test_what_is_cancelled_is_never_decoded(monkeypatch):
             return super().decode(orders)
 
     monkeypatch.setattr(decoders, "Decoder", Counting)
+    monkeypatch.setattr(decoder, "WALL_TIMES", 100)  # whatever else the machine has to do
     with closing(Decoders(MAX_PIXELS, workers=1)) as pool:
         first = futures(pool, slow())
         wait_for(lambda: begun)

@@ -336,7 +336,10 @@ def test_a_cluster_that_does_not_come_ends_it_with_a_clear_message(capsys, monke
 def test_it_waits_for_a_cluster_until_it_is_told_to_stop(tmp_path):
     settings = {"serve__port": 0, "serve__kafka__topics": "images", "source__kafka__bootstrap_servers": "127.0.0.1:1"}
     log = tmp_path / "log"
-    with running([*gapstream("serve", **settings), "--kafka"], log) as process:
+    hasty = "import sys; from streams.kafka import connection; connection.CONNECT_S = 1; "
+    hasty += "from agent.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", hasty, *gapstream("serve", **settings)[3:], "--kafka"]
+    with running(command, log) as process:
         until(lambda: "cannot connect to 127.0.0.1:1" in log.read_text(), "a warning", log)
         assert process.poll() is None
         process.terminate()

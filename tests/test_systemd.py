@@ -41,7 +41,7 @@ def systemd(tmp_path):
     """systemd's end of the socket."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as end:
         end.bind(str(tmp_path / "notify"))
-        end.settimeout(10)
+        end.settimeout(60)
         yield end
 
 

@@ -91,6 +91,7 @@ def answered(port: int) -> bool:
 def test_a_request_that_drips_is_ended_at_its_deadline(sent, monkeypatch):
     monkeypatch.setattr(web, "HEAD_S", 0.3)
     monkeypatch.setattr(web, "BODY_S", 0.3)
+    monkeypatch.setattr(web, "_LOOK_S", 0.1)
     with serving() as port, connect(port, sent) as client:
         began = time.monotonic()
         with pytest.raises(OSError):
@@ -147,9 +148,13 @@ def test_requests_that_wait_for_no_answer_are_answered_in_their_order_but_not_wi
 
 
 def test_an_answer_that_nobody_takes_is_given_up(monkeypatch):
+    given_up = threading.Event()
+    give_up = web.Connection.give_up
     monkeypatch.setattr(web, "BODY_S", 0.3)
+    monkeypatch.setattr(web, "_LOOK_S", 0.1)
+    monkeypatch.setattr(web.Connection, "give_up", lambda connection: (give_up(connection), given_up.set()))
     with serving() as port, connect(port, GET.replace(b"/ ", b"/?large ")) as client:
-        time.sleep(3)
+        assert given_up.wait(20)
         got = 0
         try:
             while data := client.recv(2**16):

@@ -14,8 +14,11 @@ import socket
 import subprocess
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
+
+from tests.processes import free_port
 
 KAFKA_VERSION = "4.3.1"
 LOG4J_VERSION = "2.25.1"
@@ -77,14 +80,11 @@ def jars() -> Path:
     return folder
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 class Broker:
     """One node. `start`, `stop` (clean), `kill` (SIGKILL) and `start` again on the same data and ports."""
+
+    _formatted: ClassVar[Path | None] = None
+    """What the first one of this process began with: the others begin with a copy, which needs no Java."""
 
     def __init__(self, folder: Path, **overrides: str) -> None:
         """`overrides`: server properties with `_` for `.`."""
@@ -138,11 +138,18 @@ class Broker:
         self._properties = folder / "server.properties"
         self._properties.write_text("".join(f"{key}={value}\n" for key, value in properties.items()))
         (folder / "log4j2.xml").write_text(_LOG4J)
+        self._format(folder / "data")
+
+    def _format(self, data: Path) -> None:
+        if Broker._formatted is not None:
+            shutil.copytree(Broker._formatted, data)
+            return
         cluster = base64.urlsafe_b64encode(os.urandom(16)).decode().rstrip("=")
         if cluster.startswith("-"):
             cluster = "A" + cluster[1:]
         scram = f"SCRAM-SHA-512=[name={USER},password={PASSWORD}]"
         self._run_tool("format", "-t", cluster, "-c", str(self._properties), "-S", scram)
+        Broker._formatted = shutil.copytree(data, self._folder / "formatted")
 
     def _java(self, *args: str) -> list[str]:
         return [
@@ -211,10 +218,11 @@ class Broker:
         self._process = None
 
 
-def start_broker(folder: Path, **overrides: str) -> Broker:
-    """A started broker; skips the test where none can be had, unless CI is set."""
+def start_broker(folder: Path, start: bool = True) -> Broker:
+    """A broker, started or to be started; skips the test where none can be had, unless CI is set."""
     try:
-        return Broker(folder, **overrides).start()
+        broker = Broker(folder)
+        return broker.start() if start else broker
     except BrokerUnavailable as why:
         if os.environ.get("CI"):
             raise

@@ -1,4 +1,4 @@
-"""Fixtures of the tests that need a broker: a session-wide one, topics of their own, and what a test sends."""
+"""Fixtures of the tests that need a broker: one for all of them, topics of their own, and what a test sends."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from tests.kafka.fake_client import FakeClient
 from tests.kafka.records import CODEC, Open
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
-    """A real broker of this session, for tests that need its secure listener or its own files."""
+    """A real broker while these tests run, for those that need its secure listener or its own files."""
     started = start_broker(tmp_path_factory.mktemp("kafka"))
     yield started
     started.kill()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def bootstrap(request: pytest.FixtureRequest) -> str:
-    """host:port of the cluster: KAFKA_BOOTSTRAP_SERVERS, or the broker started for this session."""
+    """host:port of the cluster: KAFKA_BOOTSTRAP_SERVERS, or the broker started for these tests."""
     given = os.environ.get("KAFKA_BOOTSTRAP_SERVERS")
     return given or request.getfixturevalue("broker").bootstrap
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def admin(bootstrap: str) -> Iterator[KafkaAdminClient]:
     client = KafkaAdminClient(bootstrap_servers=bootstrap)
     yield client

@@ -95,7 +95,10 @@ def test_other_ways_to_log_in(mechanism: str, broker: Broker, new_topic: Any, tm
     source.close()
 
 
-def test_a_wrong_password_and_an_unknown_certificate_are_said(broker: Broker, new_topic: Any) -> None:
+def test_a_wrong_password_and_an_unknown_certificate_are_said(
+    broker: Broker, new_topic: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("streams.kafka.connection.CONNECT_S", 6)
     topic = new_topic()
     wrong = secured(broker, "SCRAM-SHA-512", username=USER, password="wrong")
     with pytest.raises(StreamError, match=r"(?i)authentication") as refused:

@@ -76,7 +76,10 @@ def test_the_rate_is_kept_and_a_stop_is_heard(bootstrap: str, new_topic: Any, tm
     assert 20 <= played.records <= 70
 
 
-def test_a_topic_is_created_once_and_a_missing_one_is_said(bootstrap: str, new_topic: Any) -> None:
+def test_a_topic_is_created_once_and_a_missing_one_is_said(
+    bootstrap: str, new_topic: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("streams.kafka.produce.CONNECT_S", 1)
     topic = new_topic() + "-more"
     where = Connection([bootstrap])
     with pytest.raises(StreamError, match="no topic"):

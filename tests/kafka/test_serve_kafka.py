@@ -165,8 +165,7 @@ def test_images_go_in_and_predictions_come_out_of_the_newest_release(
 
 def test_started_before_the_broker_and_the_topic_it_answers_once_they_are_there(state, tmp_path) -> None:
     # given a process and a producer that are started first, as in a compose file
-    broker = start_broker(tmp_path / "broker")
-    broker.kill()
+    broker = start_broker(tmp_path / "broker", start=False)
     log = tmp_path / "producer"
     producing = [sys.executable, "-m", "agent", "produce", "bundled", "--topic", "images", "--create", "2"]
     try:
