@@ -68,16 +68,30 @@ class InferenceModule(nn.Module):
 
     `forward(images)` takes float32 [B, 3, H, W], preprocessed, and gives `embedding` [B, D] (L2-normalised), `logits`
     [B, C] and `probabilities` [B, C] (rows sum to 1), float32, C = learned classes in `classes`. The prediction for one
-    image never depends on the others in the batch. `from_tokens` is the same from the frozen part's output on.
+    image never depends on the others in the batch. `from_tokens` is the same from the frozen part's output on, in two
+    halves: `encode` hangs on the towers, `answer` on the classes as well, so that images whose towers have not changed
+    need not be encoded again when classes come.
     """
 
     classes: tuple[str, ...]
     class_tensors: tuple[str, ...]
     """Names of the buffers whose first dimension is C: with other classes only these change shape."""
 
+    def encoder(self) -> Mapping[str, Tensor]:
+        """Give every tensor that `encode` reads, by name: while they are equal, so is what it gives."""
+        raise NotImplementedError
+
+    def encode(self, tokens: Tensor) -> tuple[Tensor, ...]:
+        """Encode the frozen part's output [B, tokens, width] to what `answer` takes, each [B, some width]."""
+        raise NotImplementedError
+
+    def answer(self, *encoded: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Answer from what `encode` gave: embedding, logits and probabilities."""
+        raise NotImplementedError
+
     def from_tokens(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Answer from the frozen part's output [B, tokens, width]: embedding, logits and probabilities."""
-        raise NotImplementedError
+        return self.answer(*self.encode(tokens))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Answer preprocessed images float32 [B, 3, H, W]: embedding, logits and probabilities."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,6 +14,9 @@ from agent.methods.base import InferenceModule
 
 class TowerWithHead(InferenceModule):
     """It is an image tower with a head of rows per class. Subclasses say how an embedding becomes probabilities."""
+
+    encodes: tuple[str, ...] = ("tower",)
+    """Names of the modules that `encode` goes through."""
 
     def __init__(self, tower: nn.Module, classes: tuple[str, ...]) -> None:
         super().__init__()
@@ -29,8 +33,16 @@ class TowerWithHead(InferenceModule):
         """Turn L2-normalised embeddings float32 [B, D] into probabilities [B, C] whose rows sum to 1."""
         raise NotImplementedError
 
-    def from_tokens(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        embedding = F.normalize(self.tower(tokens).float(), dim=-1)
+    def encoder(self) -> Mapping[str, Tensor]:
+        encoding = tuple(f"{name}." for name in self.encodes)
+        tensors = [*self.named_parameters(remove_duplicate=False), *self.named_buffers(remove_duplicate=False)]
+        return {name: tensor for name, tensor in tensors if name.startswith(encoding)}
+
+    def encode(self, tokens: Tensor) -> tuple[Tensor, ...]:
+        return (F.normalize(self.tower(tokens).float(), dim=-1),)
+
+    def answer(self, *encoded: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        [embedding] = encoded
         probabilities = self.score(embedding)
         # A probability that underflows to 0 would have a logit of minus infinity, which parity cannot compare.
         return embedding, probabilities.clamp_min(1e-12).log(), probabilities

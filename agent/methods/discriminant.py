@@ -183,6 +183,8 @@ class Discriminant(TowerWithHead):
     is that of the adapted tower where there is one.
     """
 
+    encodes = ("tower", "adapted", "random")
+
     rows: Tensor
     names: Tensor
     bias: Tensor
@@ -211,11 +213,14 @@ class Discriminant(TowerWithHead):
         self.register_buffer("centre", centre.clone())
         self.random = random
 
-    def from_tokens(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def encode(self, tokens: Tensor) -> tuple[Tensor, ...]:
         middle, untouched = self.tower.at_depth(tokens, self.depth)
         untouched = F.normalize(untouched.float(), dim=-1)
         embedding = untouched if self.adapted is None else F.normalize(self.adapted(tokens).float(), dim=-1)
-        features = self.random(middle, untouched) - self.centre
-        scores = features @ self.rows.T + self.bias + embedding @ self.names.T
+        return embedding, self.random(middle, untouched)
+
+    def answer(self, *encoded: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        embedding, features = encoded
+        scores = (features - self.centre) @ self.rows.T + self.bias + embedding @ self.names.T
         logits = torch.log_softmax(scores, dim=-1)
         return embedding, logits, logits.exp()
