@@ -3,7 +3,7 @@ import io
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,15 +80,17 @@ class FakeModule(InferenceModule):
         self.clip, self.classes, self.rows = clip, tuple(rows), torch.stack(list(rows.values()))
         self.towers = clip.towers.clone()
 
-    def encoder(self) -> dict[str, Tensor]:
+    parts = ("embedding",)
+
+    def encoder(self, part: str) -> dict[str, Tensor]:
         return {"towers": self.towers}
 
-    def encode(self, tokens: Tensor) -> tuple[Tensor, ...]:
+    def encode(self, tokens: Tensor, parts: Collection[str]) -> dict[str, Tensor]:
         self.clip.embedded += len(tokens)
-        return (self.clip.encode_tokens(tokens),)
+        return {"embedding": self.clip.encode_tokens(tokens)}
 
-    def answer(self, *encoded: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        [embedding] = encoded
+    def answer(self, encoded: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        embedding = encoded["embedding"]
         logits = 50 * embedding @ self.rows.T
         return embedding, logits, logits.softmax(-1)
 

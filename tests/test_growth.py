@@ -69,9 +69,9 @@ def test_scores_are_the_same_whatever_memory_there_is_for_what_was_encoded() -> 
         module = FakeModule(clip, right_names())
         for _ in range(2):
             decoded = clip.encoded
-            answers = [module.answer(*encoded)[2] for _, encoded in images.encoded(numbers, module)]
+            answers = [module.answer(encoded)[2] for _, encoded in images.encoded(numbers, module)]
         found[cache_bytes] = torch.cat(answers)
-        kept = sum(row.nbytes for rows in (images._tokens, images._encoded) for row in rows.values())
+        kept = sum(row.nbytes for rows in (images._tokens, *images._encoded.values()) for row in rows.values())
         # when they are asked for again, then nothing is decoded where memory reaches for what was encoded
         assert (clip.encoded == decoded) == (cache_bytes >= 12 * 16)
         assert kept <= cache_bytes and kept + images._free_bytes == cache_bytes

@@ -288,7 +288,7 @@ class Evaluator:
         right, right_untouched, answers = Counter[str](), Counter[str](), dict[int, Answer]()
         done = 0
         for part, encoded in self._images.encoded(numbers, module):
-            probabilities = module.answer(*encoded)[2].cpu()
+            probabilities = module.answer(encoded)[2].cpu()
             labels = [self._images.refs[number].label for number in part]
             truth = torch.tensor([index_of[label] for label in labels])
             untouched = (self._images.embeddings[part] @ text.T).argmax(1)

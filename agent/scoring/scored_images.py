@@ -64,10 +64,9 @@ class ScoredImages:
         self._decoders = decoders
         self._free_bytes = cache_bytes
         self._tokens: dict[int, Tensor] = {}
-        self._encoded: dict[int, Tensor] = {}
-        """What the current towers made of an image, its parts (of these `_widths`) in one row."""
-        self._widths: list[int] = []
-        self._same_towers = Unchanged()
+        self._encoded: dict[str, dict[int, Tensor]] = {}
+        """Part (see InferenceModule.parts) -> number -> what the current towers made of that image."""
+        self._same_towers: dict[str, Unchanged] = {}
 
     def add(self, refs: Sequence[ImageRef], tick: Callable[[], None]) -> list[int]:
         """Decode and embed new images, with a `tick` after each batch.
@@ -103,38 +102,39 @@ class ScoredImages:
             part = list(numbers[at : at + self._batch_size])
             yield part, self._tokens_of(part)
 
-    def encoded(
-        self, numbers: Sequence[int], module: InferenceModule
-    ) -> Iterator[tuple[list[int], tuple[Tensor, ...]]]:
-        """Give (numbers, what `module.encode` makes of them) of the images asked for, in order.
+    def encoded(self, numbers: Sequence[int], module: InferenceModule) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+        """Give (numbers, all parts that `module.encode` makes of them) of the images asked for, in order.
 
-        An image is encoded again only when the module's towers are not those of the call before, or when memory did not
-        reach. Raises EvaluationError as `batches` does.
+        A part of an image is made again only when the tensors that it hangs on are not those of the call before, or
+        when memory did not reach. Raises EvaluationError as `batches` does.
         """
-        if not self._same_towers(module.encoder()):
-            self._free_bytes += sum(row.nbytes for row in self._encoded.values())
-            self._encoded.clear()
+        for part in module.parts:
+            if not self._same_towers.setdefault(part, Unchanged())(module.encoder(part)):
+                self._free_bytes += sum(row.nbytes for row in self._encoded.get(part, {}).values())
+                self._encoded[part] = {}
         for at in range(0, len(numbers), self._batch_size):
-            part = list(numbers[at : at + self._batch_size])
-            fresh: dict[int, Tensor] = {}
-            if absent := [number for number in part if number not in self._encoded]:
+            here = list(numbers[at : at + self._batch_size])
+            known = {part: {n: rows[n] for n in here if n in rows} for part, rows in self._encoded.items()}
+            lacking: dict[tuple[str, ...], list[int]] = {}
+            for number in here:
+                lacking.setdefault(tuple(part for part in module.parts if number not in known[part]), []).append(number)
+            for parts, absent in lacking.items():
                 # In float32 whatever model.precision says: the module is scored as it is released.
-                made = module.encode(self._tokens_of(absent).float())
-                self._widths = [one.shape[1] for one in made]
-                fresh = dict(zip(absent, torch.cat(made, dim=1), strict=True))
-                self._keep(fresh)
-            rows = torch.stack([fresh[n] if n in fresh else self._encoded[n] for n in part])
-            yield part, rows.split(self._widths, dim=1)
+                made = module.encode(self._tokens_of(absent).float(), parts) if parts else {}
+                for part, rows in made.items():
+                    known[part] |= zip(absent, rows, strict=True)
+                    self._keep(part, absent, rows)
+            yield here, {part: torch.stack([known[part][n] for n in here]) for part in module.parts}
 
-    def _keep(self, rows: dict[int, Tensor]) -> None:
+    def _keep(self, part: str, numbers: Sequence[int], rows: Tensor) -> None:
         """Keep what was encoded, as far as there is room when the tokens taken in last have given way."""
-        for number, row in rows.items():
+        for number, row in zip(numbers, rows, strict=True):
             while row.nbytes > self._free_bytes and self._tokens:
                 self._free_bytes += self._tokens.popitem()[1].nbytes
             if row.nbytes > self._free_bytes:
                 return
             self._free_bytes -= row.nbytes
-            self._encoded[number] = row.clone()
+            self._encoded[part][number] = row.clone()
 
     def _tokens_of(self, part: Sequence[int]) -> Tensor:
         """Give the tokens [B, tokens, width] of some images; what is not in memory is decoded again."""
