@@ -28,13 +28,15 @@ def seal(folder: Path, before: Path | None = None) -> dict[str, tuple[int, str]]
         if not path.is_file():
             continue
         name = path.relative_to(folder).as_posix()
-        if before is not None and name in known and _same(path, before / name):
+        size = path.stat().st_size
+        # by its size too: one that was cut short since would not pass for what was committed
+        if before is not None and name in known and known[name][0] == size and _same(path, before / name):
             files[name] = known[name]
             continue
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             os.fsync(file.fileno())
-        files[name] = (path.stat().st_size, digest)
+        files[name] = (size, digest)
     sync_folders(folder)
     return files
 

@@ -80,9 +80,9 @@ class BeforeUpdate:
 class Evaluator:
     """Scores a method before and after every task on hold-out and test images, against the untouched model.
 
-    Test images are decoded once and their tokens kept as far as `cache_bytes` reaches (the others are decoded again
-    each time); the untouched model's embeddings are kept for all, so that zero-shot costs no second pass. Images that
-    cannot be decoded are left out with a warning. Used from one thread.
+    Test images are decoded once and go through the towers again only when these have changed, as far as `cache_bytes`
+    reaches for what is kept (see ScoredImages); the untouched model's embeddings are kept for all, so that zero-shot
+    costs no second pass. Images that cannot be decoded are left out with a warning. Used from one thread.
     """
 
     def __init__(
