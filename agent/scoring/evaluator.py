@@ -41,9 +41,9 @@ PREDICTED = 512
 """Training samples of a task that are predicted before they are learned: the standard error of an accuracy is then at
 most sqrt(0.25 / 512), 2.2 points. More only take longer; each is one pass through the towers."""
 
-SCORED = 20_000
+SCORED = 10_000
 """Held-out images at most that are scored after an update, of each class equally many: the standard error of an
-accuracy is then at most sqrt(0.25 / 20,000), 0.35 points. As each image is compared with every class, scoring all of
+accuracy is then at most sqrt(0.25 / 10,000), 0.5 points. As each image is compared with every class, scoring all of
 them grows with the square of the classes."""
 
 EXAMPLES = 12

@@ -6,8 +6,8 @@ Part one learns ten tasks of ten classes through the trainer, as the agent does,
 alone and with `mgclip`, and prints the seconds of every phase and the process's peak memory so far. Part two learns the
 first tasks again in one run with MG-CLIP as it is here and with a plain loop over the same adapters, the way the
 papers' code does it: every step decodes its images, runs both whole towers, encodes the names of all classes seen at
-the full context length; every pass of the visual stage encodes the images again. Ratios are what counts: absolute
-seconds depend on the machine.
+the full context length; every pass of the visual stage encodes the images again. Its seconds are the processor's.
+Ratios are what counts: absolute seconds depend on the machine.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import resource
 import sys
 import tempfile
@@ -122,18 +123,18 @@ def grow(tasks: Sequence[Images], title: str, method: dict[str, Any]) -> list[fl
 
 
 def against_plain(tasks: Sequence[Images], held: Sequence[Images]) -> bool:
-    print(f"\nThe same {len(tasks)} tasks with mgclip and with the plain loop, in the same process")
+    print(f"\nThe first {len(tasks)} tasks with mgclip and with the plain loop, seconds of the processor")
     clip = load_clip(Config().model)
     settings = Config().method
     ours, plain = MgClip(clip, settings), Plain(clip, Config())
     seconds = {"mgclip": 0.0, "plain loop": 0.0}
     for number, images in enumerate(tasks, 1):
-        started = time.perf_counter()
+        started = _processor_s()
         ours.update(_task(clip, number, images), lambda progress: None)
-        seconds["mgclip"] += time.perf_counter() - started
-        started = time.perf_counter()
+        seconds["mgclip"] += _processor_s() - started
+        started = _processor_s()
         plain.update(number, images)
-        seconds["plain loop"] += time.perf_counter() - started
+        seconds["plain loop"] += _processor_s() - started
     test = [pair for images in held for pair in images]
     accuracies = []
     for name, module in (("mgclip", ours.inference_module()), ("plain loop", plain.module())):
@@ -144,6 +145,11 @@ def against_plain(tasks: Sequence[Images], held: Sequence[Images]) -> bool:
     ratio = seconds["plain loop"] / seconds["mgclip"]
     fast = show(f"update of {len(tasks[0])} images: the published loop / mgclip, at equal accuracy", [ratio], least=3)
     return fast and abs(accuracies[0] - accuracies[1]) <= 0.01
+
+
+def _processor_s() -> float:
+    """Seconds of the processor of this process and of its decoders that have ended."""
+    return sum(os.times()[:4])
 
 
 class Plain:
