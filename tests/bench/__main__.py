@@ -112,6 +112,7 @@ STREAM = "--data {tiny-imagenet-stream.zip} --class-order {tiny-imagenet.json}"
 PROGRAMS = (
     Program("demo", "README", "demo"),
     Program("growth", "agent", "growth --classes 10 100 1000 --tasks 10 1000"),
+    Program("scoring", "agent", "scoring"),
     Program("update", "agent/methods", f"update {STREAM} --tasks 3 --plain-tasks 0"),
     Program("plain", "agent/methods", f"update {STREAM} --tasks 0 --plain-tasks 1 --per-class 200"),
     Program("export", "exporter", "export"),
