@@ -4,7 +4,7 @@
 
 600 images of the bundled archive and the bundled model with `gapstream` are scored both ways in turn, in seconds of the
 processor: while the towers stay as they are, and where the adapters of the image tower have moved. Exits with 1 where
-the two ways give other probabilities, or less than is gained by rights.
+the two ways give other probabilities, or the second saves less than 20 and 1.5 times.
 """
 
 from __future__ import annotations
