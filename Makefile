@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 UV := $(BIN)/uv pip
 
-.PHONY: demo install test test-slow test-gpu test-monkey lint lock dist system-packages clean
+.PHONY: demo install test test-slow test-gpu test-monkey bench lint lock dist system-packages clean
 
 demo: .venv/run.stamp
 	$(BIN)/gapstream demo
@@ -25,6 +25,10 @@ test-gpu: .venv/test.stamp
 test-monkey: .venv/test.stamp system-packages
 	$(BIN)/python -m tests.monkey --seed $(or $(SEED),1) $(if $(KILLS),--kills $(KILLS)) $(if $(BROKERS),--brokers $(BROKERS)) \
 	    $(if $(FAULTS),--faults $(FAULTS)) $(if $(RECORDS),--records $(RECORDS)) $(if $(IMAGES),--images $(IMAGES))
+
+# Writes the table of tests/bench/README.md: make bench ONLY=growth,export DATA=folder-of-archives
+bench: .venv/test.stamp
+	$(BIN)/python -m tests.bench $(if $(ONLY),--only $(ONLY)) $(if $(DATA),--data $(DATA))
 
 lint: .venv/test.stamp
 	$(BIN)/ruff check

@@ -109,23 +109,13 @@ class _Damaged(Exception):
     """A commit's folder cannot be trusted; the message says why."""
 
 
-def seal(folder: Path) -> dict[str, tuple[int, str]]:
-    """Hash every file below `folder` and force files and folders to the disk.
-
-    Returns relative path -> (size, sha256), ready for an Outcome. Raises StateError for anything that is neither a
-    file nor a folder, and OSError when the disk refuses.
-    """
-    files: dict[str, tuple[int, str]] = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_symlink() or not (path.is_file() or path.is_dir()):
-            raise StateError(f"{path} is neither a file nor a folder; a commit holds nothing else")
-        if path.is_file():
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-                os.fsync(file.fileno())
-            files[path.relative_to(folder).as_posix()] = (path.stat().st_size, digest)
-    sync_folders(folder)
-    return files
+def sealed(commit: Path) -> Files:
+    """Give the files that a commit's manifest names, none of them looked at; no file where the manifest is damaged."""
+    with contextlib.suppress(OSError, ValueError, AttributeError, TypeError, KeyError):
+        body = json.loads((commit / MANIFEST).read_bytes())
+        if body.pop("sha256") == _digest(body) and body["format"] == FORMAT:
+            return {name: (size, digest) for name, (size, digest) in body["files"].items()}
+    return {}
 
 
 @dataclass(frozen=True)

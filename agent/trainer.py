@@ -20,7 +20,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from agent import methods
-from agent.commits import seal
 from agent.config import Config
 from agent.layout import (
     LEARNER_TENSORS,
@@ -38,6 +37,7 @@ from agent.model.images import CroppedImages, LoadedImages, StoredTokens, Tokens
 from agent.scoring.evaluator import Evaluator
 from agent.scoring.holdout import EncodedImage, HoldOut
 from agent.scoring.report import LearnerIdentity, Merged, ModelIdentity, OldClasses, Origin, ReleaseSummary, Report
+from agent.sealing import seal
 from agent.values import Commit, LateRejection, OnProgress, Outcome, Progress, Update
 from agent.worker import TaskFault
 from exporter.decoders import Decoders
@@ -209,7 +209,7 @@ class Trainer:
         self._save(staging)
         self._holdout.write(staging, parent)
         report.write(staging / REPORT)
-        files = seal(staging)  # here, not in the agent: hashing and syncing may take seconds
+        files = seal(staging, parent)  # here, not in the agent: hashing and syncing may take seconds
         self._holdout.moved(staging.with_suffix(""))  # where the agent renames it to
         return Outcome(
             task=report.task,

@@ -23,6 +23,7 @@ from exporter.files import link_or_copy
 from exporter.precision import Tolerance
 from exporter.release import TEXT, TEXT_ROWS, TOKENIZER, ParityError, ReleaseError, TextPart, digest
 from exporter.session import Device
+from exporter.tensors import Unchanged
 from exporter.text import name_encoder
 from exporter.trace import EXAMPLE_BATCH, Trace, constant, filled, tensors_of
 from exporter.trace_cache import TraceCache
@@ -69,6 +70,10 @@ class TextExporter:
         self._frozen: tuple[object, tuple[int, str]] | None = None
         """The frozen tensors (names and addresses), and size and sha256 of the file they make: they are not read
         through again for every release."""
+        self._same_tower = Unchanged()
+        self._prompt = ""
+        self._rows: dict[tuple[str, ...], NDArray[np.float32]] = {}
+        """Names, _NAMES_AT_ONCE together -> the embeddings that this tower has given of them under this prompt."""
 
     def write(
         self, tower: TextToRelease, classes: Sequence[str], folder: Path, before: Path | None, device: Device
@@ -98,7 +103,7 @@ class TextExporter:
 
         try:
             tensors = tensors_of(module)
-            rows = _embeddings(module, classes)
+            rows = self._embeddings(module, tensors, classes)
             names = [*classes[-_CHECK_CLASSES:], *_CHECK_NAMES]
             expected = np.concatenate([rows[-_CHECK_CLASSES:], _embeddings(module, _CHECK_NAMES)])
             np.save(folder / TEXT_ROWS, rows)
@@ -116,6 +121,17 @@ class TextExporter:
             for file in (*folder.glob("text.*"), folder / TOKENIZER):
                 file.unlink(missing_ok=True)
         return TextPart(module.prompt, clean, module.scale, difference, cosine, self._tolerance.atol, refused)
+
+    def _embeddings(self, module: Any, tensors: Mapping[str, Tensor], classes: Sequence[str]) -> NDArray[np.float32]:
+        """Give the text module's own answers, float32 [n, D]. Classes come at the end, so that what was asked together
+        before is so again, and the answers are the same bits, whether or not they were kept."""
+        if not self._same_tower(tensors) or self._prompt != module.prompt:
+            self._rows, self._prompt = {}, module.prompt
+        parts = [tuple(classes[at : at + _NAMES_AT_ONCE]) for at in range(0, len(classes), _NAMES_AT_ONCE)]
+        self._rows = {
+            names: self._rows[names] if names in self._rows else _embeddings(module, names) for names in parts
+        }
+        return np.concatenate(list(self._rows.values()))
 
     def _write_graph(
         self,
@@ -169,10 +185,6 @@ def _share(path: Path, before: Path | None, wanted: tuple[int, str], pieces: Ite
 
 
 def _embeddings(module: Any, names: Sequence[str]) -> NDArray[np.float32]:
-    """Give the text module's own answers, float32 [n, D]."""
+    """Give the text module's own answers to a few names, float32 [n, D]."""
     with torch.no_grad():
-        parts = [
-            module(module.tokenize(names[start : start + _NAMES_AT_ONCE]))
-            for start in range(0, len(names), _NAMES_AT_ONCE)
-        ]
-    return torch.cat(parts).float().cpu().numpy()
+        return module(module.tokenize(names)).float().cpu().numpy()

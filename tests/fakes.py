@@ -20,10 +20,11 @@ from typing import Any
 from prometheus_client import CollectorRegistry
 from safetensors import SafetensorError
 
-from agent.commits import CommitStore, seal
+from agent.commits import CommitStore
 from agent.config import Config
 from agent.pipeline import Pipeline, Rules, resume
 from agent.scoring.report import Report, TaskReport
+from agent.sealing import seal
 from agent.values import Commit, LateRejection, OnProgress, Outcome, Progress
 from agent.worker import Learner, TaskFault, WorkerDied, _Failed
 from exporter import release

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from agent.commits import CommitStore, Provenance, StateError, StateLocked, _digest, seal
+from agent.commits import CommitStore, Provenance, StateError, StateLocked, _digest
 from agent.scoring.report import Report
+from agent.sealing import seal
 from agent.values import Commit, Outcome
 from tests.fakes import LIST, write_release
 

@@ -25,12 +25,12 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
-from agent.commits import seal
 from agent.config import Config
 from agent.layout import current_commit
 from agent.scoring.formulas import extended
 from agent.scoring.holdout import HoldOut
 from agent.scoring.report import HISTORY, LearnerIdentity, ModelIdentity, ReleaseSummary, Report, TaskReport
+from agent.sealing import seal
 from agent.values import Commit, LateRejection, OnProgress, Outcome
 from agent.worker import TaskFault
 from exporter.http import StatusServer

@@ -7,8 +7,8 @@ from prometheus_client import CollectorRegistry
 from rich.console import Console
 
 from agent.commands import demo
-from agent.commits import seal
 from agent.scoring.report import Adaptation, Report, TaskReport
+from agent.sealing import seal
 from agent.values import Commit, Outcome, Progress
 from exporter.metrics import Metrics
 from streams.record import Partition, Record

@@ -3,7 +3,7 @@ import io
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from agent.config import Evaluation
@@ -59,7 +59,8 @@ class FakeClip:
         self.device = torch.device("cpu")
         self.embed_dim = 3
         self.logit_scale = 20.0
-        self.encoded = 0
+        self.encoded = self.embedded = 0
+        self.towers = torch.zeros(1)
         self.names = {**right_names(), "lime": direction(0.0, 0.1, 0.9)}
 
     def prefix(self, images: Tensor) -> Tensor:
@@ -77,9 +78,19 @@ class FakeModule(InferenceModule):
     def __init__(self, clip: FakeClip, rows: dict[str, Tensor]) -> None:
         super().__init__()
         self.clip, self.classes, self.rows = clip, tuple(rows), torch.stack(list(rows.values()))
+        self.towers = clip.towers.clone()
 
-    def from_tokens(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        embedding = self.clip.encode_tokens(tokens)
+    parts = ("embedding",)
+
+    def encoder(self, part: str) -> dict[str, Tensor]:
+        return {"towers": self.towers}
+
+    def encode(self, tokens: Tensor, parts: Collection[str]) -> dict[str, Tensor]:
+        self.clip.embedded += len(tokens)
+        return {"embedding": self.clip.encode_tokens(tokens)}
+
+    def answer(self, encoded: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        embedding = encoded["embedding"]
         logits = 50 * embedding @ self.rows.T
         return embedding, logits, logits.softmax(-1)
 
@@ -91,12 +102,17 @@ class FakeMethod:
         self.clip = clip
         self.rows: dict[str, Tensor] = {}
         self.names = dict(clip.names)
+        self.asked: list[str] = []
+
+    def text_module(self) -> nn.Module:
+        return nn.ParameterList([torch.stack(list(self.names.values()))])
 
     @property
     def classes(self) -> tuple[str, ...]:
         return tuple(self.rows)
 
     def encode_names(self, names: Sequence[str]) -> Tensor:
+        self.asked += names
         return torch.stack([self.names[name] for name in names])
 
     def encode_tokens(self, tokens: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from agent.values import Progress, Update
 from exporter.decoders import Decoders
 from exporter.onnx import OnnxExporter
 from exporter.preprocess import Preprocess
+from exporter.tensors import Unchanged
 from exporter.text import name_encoder
 from exporter.text_export import TextToRelease
 from exporter.trace_cache import user_cache
@@ -241,6 +242,28 @@ def test_the_module_answers_the_same_for_images_and_for_their_tokens(clip, name)
     with torch.no_grad():
         for a, b in zip(module(images), module.from_tokens(clip.prefix(images)), strict=True):
             assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_parts_of_an_image_whose_tensors_have_not_changed_need_not_be_encoded_again(clip, name):
+    # given the parts that a module made of images
+    first = tiny_task(clip, 1, ["red", "green"])
+    method, tokens = built(clip, name), first.tokens.batch(torch.arange(6))
+    method.update(first, silent)
+    module = method.inference_module()
+    made = {part: module.encode(tokens, [part])[part] for part in module.parts}
+    same = {part: Unchanged() for part in module.parts}
+    assert not any(same[part](module.encoder(part)) for part in module.parts)
+    assert all(torch.equal(a, b) for a, b in zip(module.answer(made), module.from_tokens(tokens), strict=True))
+
+    # when a class comes
+    method.update(tiny_task(clip, 2, ["blue"]), silent)
+    module = method.inference_module()
+    kept = [part for part in module.parts if same[part](module.encoder(part))]
+
+    # then with those that are said to be the same the answers are, and with untouched towers they all are
+    now = {**module.encode(tokens, module.parts), **{part: made[part] for part in kept}}
+    assert all(torch.equal(a, b) for a, b in zip(module.answer(now), module.from_tokens(tokens), strict=True))
+    assert len(kept) == len(module.parts) or name not in UNTRAINED
 
 
 def test_what_it_encodes_with_is_normalised_and_for_any_name(clip, name):

@@ -177,7 +177,8 @@ class Evaluation(Section):
     """This share (0 to below 1) of the stream's images is held out: kept from training, to measure accuracy. A hash of
     the image chooses. 0 holds out none. A state folder's share can be lowered later, but not raised."""
     holdout_per_class: int = Field(50, ge=0)
-    """At most this number of images of each class is held out; what would come beyond it is trained on."""
+    """At most this number of images of each class is held out; what would come beyond it is trained on. Of more than
+    10,000 in all, fewer of each class are scored."""
     test_archive: Annotated[Literal["bundled"] | Path | None, Unset] = None
     """This folder or zip has test images of the stream's classes, which are scored beside those held out; `bundled` has
     those of the bundled stream, and empty means that there are none."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -68,16 +68,32 @@ class InferenceModule(nn.Module):
 
     `forward(images)` takes float32 [B, 3, H, W], preprocessed, and gives `embedding` [B, D] (L2-normalised), `logits`
     [B, C] and `probabilities` [B, C] (rows sum to 1), float32, C = learned classes in `classes`. The prediction for one
-    image never depends on the others in the batch. `from_tokens` is the same from the frozen part's output on.
+    image never depends on the others in the batch. `from_tokens` is the same from the frozen part's output on, in two
+    halves: `encode` hangs on the towers, and `answer` on the classes as well, so that images need not be encoded again
+    when classes come and the towers have not changed.
     """
 
+    parts: tuple[str, ...]
+    """Names of what `answer` takes of an image."""
     classes: tuple[str, ...]
     class_tensors: tuple[str, ...]
     """Names of the buffers whose first dimension is C: with other classes only these change shape."""
 
+    def encoder(self, part: str) -> Mapping[str, Tensor]:
+        """Give every tensor that one of the `parts` hangs on, by name: while these are equal, so is the part."""
+        raise NotImplementedError
+
+    def encode(self, tokens: Tensor, parts: Collection[str]) -> dict[str, Tensor]:
+        """Encode the frozen part's output [B, tokens, width] to some of the `parts`, by name, each [B, some width]."""
+        raise NotImplementedError
+
+    def answer(self, encoded: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Answer from all of the `parts`: embedding, logits and probabilities."""
+        raise NotImplementedError
+
     def from_tokens(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Answer from the frozen part's output [B, tokens, width]: embedding, logits and probabilities."""
-        raise NotImplementedError
+        return self.answer(self.encode(tokens, self.parts))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Answer preprocessed images float32 [B, 3, H, W]: embedding, logits and probabilities."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -11,8 +12,20 @@ from torch.nn import functional as F
 from agent.methods.base import InferenceModule
 
 
+def tensors_of(*modules: nn.Module) -> dict[str, Tensor]:
+    """Collect every parameter and buffer of some modules, named by the module's place and its own name."""
+    return {
+        f"{place}.{name}": tensor
+        for place, module in enumerate(modules)
+        for tensors in (module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
+        for name, tensor in tensors
+    }
+
+
 class TowerWithHead(InferenceModule):
     """It is an image tower with a head of rows per class. Subclasses say how an embedding becomes probabilities."""
+
+    parts: tuple[str, ...] = ("embedding",)
 
     def __init__(self, tower: nn.Module, classes: tuple[str, ...]) -> None:
         super().__init__()
@@ -29,8 +42,14 @@ class TowerWithHead(InferenceModule):
         """Turn L2-normalised embeddings float32 [B, D] into probabilities [B, C] whose rows sum to 1."""
         raise NotImplementedError
 
-    def from_tokens(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        embedding = F.normalize(self.tower(tokens).float(), dim=-1)
+    def encoder(self, part: str) -> Mapping[str, Tensor]:
+        return tensors_of(self.tower)
+
+    def encode(self, tokens: Tensor, parts: Collection[str]) -> dict[str, Tensor]:
+        return {"embedding": F.normalize(self.tower(tokens).float(), dim=-1)}
+
+    def answer(self, encoded: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        embedding = encoded["embedding"]
         probabilities = self.score(embedding)
         # A probability that underflows to 0 would have a logit of minus infinity, which parity cannot compare.
         return embedding, probabilities.clamp_min(1e-12).log(), probabilities

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from agent.methods.classifiers import TowerWithHead
+from agent.methods.classifiers import TowerWithHead, tensors_of
 from agent.model.clip import Clip
 from agent.model.lora import ADAPTED
 
@@ -194,6 +195,8 @@ class Discriminant(TowerWithHead):
     is that of the adapted tower where there is one.
     """
 
+    parts = ("embedding", "features")
+
     rows: Tensor
     names: Tensor
     bias: Tensor
@@ -222,11 +225,24 @@ class Discriminant(TowerWithHead):
         self.register_buffer("centre", centre.clone())
         self.random = random
 
-    def from_tokens(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        middle, untouched = self.tower.at_depth(tokens, self.depth)
-        untouched = F.normalize(untouched.float(), dim=-1)
-        embedding = untouched if self.adapted is None else F.normalize(self.adapted(tokens).float(), dim=-1)
-        features = self.random(middle, untouched) - self.centre
-        scores = features @ self.rows.T + self.bias + embedding @ self.names.T
+    def encoder(self, part: str) -> Mapping[str, Tensor]:
+        if part == "features":
+            return tensors_of(self.tower, self.random)
+        return tensors_of(self.tower if self.adapted is None else self.adapted)
+
+    def encode(self, tokens: Tensor, parts: Collection[str]) -> dict[str, Tensor]:
+        found = {}
+        if self.adapted is None or "features" in parts:
+            middle, untouched = self.tower.at_depth(tokens, self.depth)
+            embedding = F.normalize(untouched.float(), dim=-1)
+            if "features" in parts:
+                found["features"] = self.random(middle, embedding)
+        if self.adapted is not None and "embedding" in parts:
+            embedding = F.normalize(self.adapted(tokens).float(), dim=-1)
+        return {**found, "embedding": embedding} if "embedding" in parts else found
+
+    def answer(self, encoded: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        embedding, features = encoded["embedding"], encoded["features"]
+        scores = (features - self.centre) @ self.rows.T + self.bias + embedding @ self.names.T
         logits = torch.log_softmax(scores, dim=-1)
         return embedding, logits, logits.exp()

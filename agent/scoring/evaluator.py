@@ -35,10 +35,16 @@ from agent.scoring.report import (
 from agent.scoring.scored_images import ImageFolder, ScoredImages, image_refs
 from agent.values import OnProgress, Progress, Update
 from exporter.decoders import Decoders
+from exporter.tensors import Unchanged
 
 PREDICTED = 512
 """Training samples of a task that are predicted before they are learned: the standard error of an accuracy is then at
 most sqrt(0.25 / 512), 2.2 points. More only take longer; each is one pass through the towers."""
+
+SCORED = 10_000
+"""Held-out images at most that are scored after an update, of each class equally many: the standard error of an
+accuracy is then at most sqrt(0.25 / 10,000), 0.5 points. As each image is compared with every class, scoring all of
+them grows with the square of the classes."""
 
 EXAMPLES = 12
 """Examples in a report: chosen by hand, few enough to look at one by one. Each adds about 2 kB to every report.json."""
@@ -74,9 +80,9 @@ class BeforeUpdate:
 class Evaluator:
     """Scores a method before and after every task on hold-out and test images, against the untouched model.
 
-    Test images are decoded once and their tokens kept as far as `cache_bytes` reaches (the others are decoded again
-    each time); the untouched model's embeddings are kept for all, so that zero-shot costs no second pass. Images that
-    cannot be decoded are left out with a warning. Used from one thread.
+    Test images are decoded once and go through the towers again only when these have changed, as far as `cache_bytes`
+    reaches for what is kept (see ScoredImages); the untouched model's embeddings are kept for all, so that zero-shot
+    costs no second pass. Images that cannot be decoded are left out with a warning. Used from one thread.
     """
 
     def __init__(
@@ -100,6 +106,9 @@ class Evaluator:
         self._images = ScoredImages(clip, settings.batch_size, decoders, cache_bytes)
         self._names: dict[str, Tensor] = {}
         """Class name -> the untouched model's feature of it, float32 [D]."""
+        self._names_now: dict[str, Tensor] = {}
+        """Class name -> the method's feature of it, as long as its text tower does not change."""
+        self._same_text = Unchanged()
         self._opened: set[str] = set()
         """Class names whose test images have been taken in."""
         self._held: set[str] = set()
@@ -215,8 +224,12 @@ class Evaluator:
 
     def _admit(self, classes: Sequence[str], tick: Callable[[], None]) -> None:
         """Take in the test images of `classes` and the hold-out as it is now."""
-        refs = [ref for ref in self._holdout.images() if ref.key not in self._held]
-        self._held |= {ref.key for ref in refs}
+        refs, quota, admitted = [], _quota(len(set(classes))), Counter[str]()
+        for ref in self._holdout.images():
+            admitted[ref.label] += 1
+            if admitted[ref.label] <= quota and ref.key not in self._held:
+                refs.append(ref)
+                self._held.add(ref.key)
         for name in classes:
             if self._test is not None and name not in self._opened:
                 self._opened.add(name)
@@ -235,7 +248,7 @@ class Evaluator:
         """Give all names known with the task's, and a function from tokens to scores float32 [B, names] on the CPU."""
         learned = len(method.classes)
         names = [*method.classes, *(name for name in classes if name not in method.classes)]
-        text = method.encode_names(names) if len(names) > learned else None
+        text = self._current(method, names) if len(names) > learned else None
 
         @torch.no_grad()
         def answer(tokens: Tensor) -> Tensor:
@@ -270,12 +283,12 @@ class Evaluator:
             return {}, {}, {}
         text = self._untouched(names)
         index_of = {name: i for i, name in enumerate(names)}
-        numbers = [number for name in classes for number in self._by_class[name]]
+        numbers = [number for name in classes for number in self._scored(name, len(names))]
         # Counted by class: the tasks' columns of the matrix, and the old classes, are sums of these counts.
         right, right_untouched, answers = Counter[str](), Counter[str](), dict[int, Answer]()
         done = 0
-        for part, tokens in self._images.batches(numbers):
-            probabilities = module.from_tokens(tokens.float())[2].cpu()
+        for part, encoded in self._images.encoded(numbers, module):
+            probabilities = module.answer(encoded)[2].cpu()
             labels = [self._images.refs[number].label for number in part]
             truth = torch.tensor([index_of[label] for label in labels])
             untouched = (self._images.embeddings[part] @ text.T).argmax(1)
@@ -285,7 +298,7 @@ class Evaluator:
             answers |= zip((part[i] for i in shown), _best(probabilities[shown], names), strict=True)
             done += len(part)
             on_progress(Progress("evaluate", task, step=done, steps=len(numbers)))
-        images = {name: len(self._by_class[name]) for name in classes}
+        images = {name: len(self._scored(name, len(names))) for name in classes}
         return (
             {name: (right[name], images[name]) for name in classes},
             {name: (right_untouched[name], images[name]) for name in classes},
@@ -316,7 +329,7 @@ class Evaluator:
         index_of = {name: i for i, name in enumerate(names)}
         truth = torch.tensor([index_of[self._images.refs[number].label] for number in numbers])
         untouched = (self._images.embeddings[numbers] @ self._untouched(names).T).argmax(1)
-        text = method.encode_names(names)
+        text = self._current(method, names)
         now = []
         for _, tokens in self._images.batches(numbers):
             now.append((method.encode_tokens(tokens) @ text.T).argmax(1).cpu())
@@ -336,6 +349,26 @@ class Evaluator:
             part = missing[at : at + self._settings.batch_size]
             self._names |= zip(part, self._clip.encode_names(part).cpu(), strict=True)
         return torch.stack([self._names[name] for name in names])
+
+    def _current(self, method: Method, names: Sequence[str]) -> Tensor:
+        """Give the method's features of class names, float32 [n, D], computed once each while its text tower stays."""
+        text = method.text_module()
+        tensors = [*text.named_parameters(remove_duplicate=False), *text.named_buffers(remove_duplicate=False)]
+        if not self._same_text(dict(tensors)):
+            self._names_now.clear()
+        missing = [name for name in names if name not in self._names_now]
+        for at in range(0, len(missing), self._settings.batch_size):
+            part = missing[at : at + self._settings.batch_size]
+            self._names_now |= zip(part, method.encode_names(part), strict=True)
+        return torch.stack([self._names_now[name] for name in names])
+
+    def _scored(self, name: str, classes: int) -> list[int]:
+        """Give the numbers of a class's images that are scored among so many classes: all test images, and of those
+        held out the share of one class in SCORED."""
+        numbers, quota = self._by_class[name], _quota(classes)
+        held = [number for number in numbers if self._images.refs[number].key in self._held]
+        left_out = set(held[quota:])
+        return [number for number in numbers if number not in left_out]
 
     def _candidates(self, learned: Sequence[str], classes: Sequence[str]) -> list[int]:
         """Choose the candidates for examples: the task's classes and the others in turn, an image of each, then a
@@ -374,6 +407,11 @@ class Evaluator:
                 )
             )
         return tuple(examples)
+
+
+def _quota(classes: int) -> int:
+    """Give the number of held-out images that are scored of each of so many classes."""
+    return max(1, SCORED // max(1, classes))
 
 
 def _accuracy(scores: Iterable[Score]) -> float | None:

@@ -1,8 +1,8 @@
-"""Test images: where they are, the untouched model's embeddings of them, and their tokens as far as memory allows.
+"""Test images: where they are, the untouched model's embeddings of them, and more of them as far as memory allows.
 
 Scoring meets the same images after every task. Their embeddings by the untouched model never change and are small, so
-they are kept for all; tokens (the output of the tower's frozen part) are many times larger, and kept while there is
-room.
+they are kept for all. What a model's towers make of them is kept until the towers change, for which tokens (the output
+of the frozen part, many times larger) give way: with both at hand an image costs the classifier alone.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from agent.methods.base import InferenceModule
 from agent.model.clip import Clip
 from agent.model.images import LoadedImages, load_tokens
 from agent.scoring.holdout import ImageRef
 from exporter.decoders import Decoders
 from exporter.image_header import ImageError
+from exporter.tensors import Unchanged
 from streams.record import Unusable
 
 log = logging.getLogger(__name__)
@@ -51,7 +53,7 @@ class ImageFile(Protocol):
 
 
 class ScoredImages:
-    """It has test images by number: where they are, the untouched model's embeddings, and tokens as far as they fit."""
+    """It has test images by number: where they are, the untouched model's embeddings, and what else of them fits."""
 
     def __init__(self, clip: Clip, batch_size: int, decoders: Decoders, cache_bytes: int) -> None:
         self.refs: list[ImageRef] = []
@@ -62,6 +64,9 @@ class ScoredImages:
         self._decoders = decoders
         self._free_bytes = cache_bytes
         self._tokens: dict[int, Tensor] = {}
+        self._encoded: dict[str, dict[int, Tensor]] = {}
+        """Part (see InferenceModule.parts) -> number -> what the current towers made of that image."""
+        self._same_towers: dict[str, Unchanged] = {}
 
     def add(self, refs: Sequence[ImageRef], tick: Callable[[], None]) -> list[int]:
         """Decode and embed new images, with a `tick` after each batch.
@@ -82,7 +87,8 @@ class ScoredImages:
             embeddings.append(self._clip.encode_tokens(tokens).cpu())
             if tokens.nbytes <= self._free_bytes:
                 self._free_bytes -= tokens.nbytes
-                self._tokens |= enumerate(tokens, len(self.refs))
+                # Copies, each in memory of its own, so that giving one up gives its memory back.
+                self._tokens |= enumerate((one.clone() for one in tokens), len(self.refs))
             self.refs += [part[index] for index in loaded.kept]
         self.embeddings = torch.cat(embeddings)
         return list(range(first, len(self.refs)))
@@ -94,18 +100,55 @@ class ScoredImages:
         """
         for at in range(0, len(numbers), self._batch_size):
             part = list(numbers[at : at + self._batch_size])
-            # What did not fit into memory is decoded again: the embeddings tell only of the untouched towers.
-            absent = [number for number in part if number not in self._tokens]
-            again: dict[int, Tensor] = {}
-            if absent:
-                loaded = self._load([self.refs[number] for number in absent])
-                if loaded.failed:
-                    index, error = loaded.failed[0]
-                    raise EvaluationError(
-                        f"test image {self.refs[absent[index]].key} could be read before but not now: {error}"
-                    )
-                again = dict(zip(absent, loaded.tokens.batch(torch.arange(len(absent))), strict=True))
-            yield part, torch.stack([self._tokens[n] if n in self._tokens else again[n] for n in part])
+            yield part, self._tokens_of(part)
+
+    def encoded(self, numbers: Sequence[int], module: InferenceModule) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+        """Give (numbers, all parts that `module.encode` makes of them) of the images asked for, in order.
+
+        A part of an image is made again only when the tensors that it hangs on are not those of the call before, or
+        when memory did not reach. Raises EvaluationError as `batches` does.
+        """
+        for part in module.parts:
+            if not self._same_towers.setdefault(part, Unchanged())(module.encoder(part)):
+                self._free_bytes += sum(row.nbytes for row in self._encoded.get(part, {}).values())
+                self._encoded[part] = {}
+        for at in range(0, len(numbers), self._batch_size):
+            here = list(numbers[at : at + self._batch_size])
+            known = {part: {n: rows[n] for n in here if n in rows} for part, rows in self._encoded.items()}
+            lacking: dict[tuple[str, ...], list[int]] = {}
+            for number in here:
+                lacking.setdefault(tuple(part for part in module.parts if number not in known[part]), []).append(number)
+            for parts, absent in lacking.items():
+                # In float32 whatever model.precision says: the module is scored as it is released.
+                made = module.encode(self._tokens_of(absent).float(), parts) if parts else {}
+                for part, rows in made.items():
+                    known[part] |= zip(absent, rows, strict=True)
+                    self._keep(part, absent, rows)
+            yield here, {part: torch.stack([known[part][n] for n in here]) for part in module.parts}
+
+    def _keep(self, part: str, numbers: Sequence[int], rows: Tensor) -> None:
+        """Keep what was encoded, as far as there is room when the tokens taken in last have given way."""
+        for number, row in zip(numbers, rows, strict=True):
+            while row.nbytes > self._free_bytes and self._tokens:
+                self._free_bytes += self._tokens.popitem()[1].nbytes
+            if row.nbytes > self._free_bytes:
+                return
+            self._free_bytes -= row.nbytes
+            self._encoded[part][number] = row.clone()
+
+    def _tokens_of(self, part: Sequence[int]) -> Tensor:
+        """Give the tokens [B, tokens, width] of some images; what is not in memory is decoded again."""
+        absent = [number for number in part if number not in self._tokens]
+        again: dict[int, Tensor] = {}
+        if absent:
+            loaded = self._load([self.refs[number] for number in absent])
+            if loaded.failed:
+                index, error = loaded.failed[0]
+                raise EvaluationError(
+                    f"test image {self.refs[absent[index]].key} could be read before but not now: {error}"
+                )
+            again = dict(zip(absent, loaded.tokens.batch(torch.arange(len(absent))), strict=True))
+        return torch.stack([self._tokens[n] if n in self._tokens else again[n] for n in part])
 
     def _load(self, refs: Sequence[ImageRef], tick: Callable[[], None] = lambda: None) -> LoadedImages:
         return load_tokens(

@@ -27,6 +27,7 @@ from pathlib import Path
 from exporter.decoders import Decoders
 from exporter.preprocess import Preprocess, decode
 from tests.bad_images import encoded, picture
+from tests.bench.results import show
 
 PREPROCESS = Preprocess(224, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 MAX_PIXELS = 50_000_000
@@ -79,7 +80,7 @@ def main() -> int:
                     f"{statistics.median(ms['processes']):.3f} ms an image; ratio {statistics.median(ratios):.3f} "
                     f"({ratios[0]:.3f} to {ratios[-1]:.3f})"
                 )
-            good = good and statistics.median(ratios) <= limit
+            good &= show(f"{name}: decoded in processes / in threads", ratios, most=limit)
     decoders.close()
     return 0 if good else 1
 

@@ -1,6 +1,6 @@
 """The demo from nothing to its report: seconds, peak memory of all its processes, and what it learned.
 
-    .venv/bin/python tests/bench/bench_demo.py
+    .venv/bin/python -m tests.bench.bench_demo
 
 The bundled model's graphs are those that the installation left in the cache; with an empty XDG_CACHE_HOME it traces.
 Exits with 1 when it takes more than 150 s or 2.5 GB, or ends less than 15 points above the untouched model.
@@ -16,6 +16,8 @@ import time
 from pathlib import Path
 
 import psutil
+
+from tests.bench.results import show
 
 
 def main() -> int:
@@ -34,6 +36,7 @@ def main() -> int:
         f"peak memory, MB         {peak / 2**20:7.0f}   (at most 2500; resident, shared pages counted in each process)"
     )
     print(f"points above untouched  {gain:7.1f}   (at least 15)")
+    show("accuracy after the demo / of the untouched model", [report["last"] / report["zero_shot"]])
     return int(demo.returncode or seconds > 150 or peak > 2500 * 2**20 or gain < 15)
 
 

@@ -36,6 +36,7 @@ from agent.model.images import CHUNK, StoredTokens
 from exporter.preprocess import Preprocess, decode, planes
 from streams.archive_folder import ArchiveFolder
 from tests.bad_images import encoded
+from tests.bench.results import show
 
 MAX_PIXELS = 50_000_000
 SIZES = {"12 MP": (4000, 3000), "2 MP": (1632, 1224), "500 x 400": (500, 400)}
@@ -83,6 +84,7 @@ def compare_speed(scaled: Preprocess, rounds: int) -> None:
             f"{name}: full size / scaled {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}, "
             f"{rounds} pairs), scaled {1e3 * statistics.median(seconds[True]) / (10 if size[0] < 1000 else 1):.1f} ms"
         )
+        show(f"JPEG of {name}: decoded whole / scaled", ratios)
 
 
 def pixels_of(data: bytes, preprocess: Preprocess) -> NDArray[np.float32]:

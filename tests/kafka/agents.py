@@ -16,10 +16,11 @@ from typing import Any
 
 import psutil
 
-from agent.commits import CommitStore, seal
+from agent.commits import CommitStore
 from agent.config import Config
 from agent.layout import has_learned
 from agent.scoring.report import Report
+from agent.sealing import seal
 from agent.values import Commit, LateRejection, OnProgress, Outcome, Progress
 from exporter.preprocess import ImageError, decode
 from streams.buffer import Task
