@@ -36,7 +36,7 @@ SET_ASIDE = ("ok", "error", "removed")
 DECISIONS = ("kept", "refused", "undone")
 """What becomes of new adapters: `agent.scoring.report.Adaptation.decision`."""
 
-FAILURES = ("start", "error", "died", "silent")
+FAILURES = ("start", "error", "died", "silent", "rank")
 """How an update fails; the kinds of agent.worker.WorkerDied."""
 
 SCOPES = ("all", "new", "old", "zero_shot", "predict_before_learn")

@@ -82,7 +82,7 @@ def rank_process(rank: int, size: int, jobs: Any) -> None:
     while (job := jobs.recv()) is not None:
         port, function, arguments = job
         store = dist.TCPStore("127.0.0.1", port, size, timeout=timedelta(seconds=TIMEOUT_S), wait_for_workers=False)
-        with ranks.group(store, rank, size, TIMEOUT_S):
+        with ranks.group(store, rank, size, TIMEOUT_S, clip.device):
             jobs.send(function(clip, *arguments, rank, size))
 
 
@@ -107,7 +107,7 @@ class Group:
         store = dist.TCPStore("127.0.0.1", 0, self.size, is_master=True, timeout=timeout, wait_for_workers=False)
         for pipe in self._pipes:
             pipe.send((store.port, function, arguments))
-        with ranks.group(store, 0, self.size, TIMEOUT_S):
+        with ranks.group(store, 0, self.size, TIMEOUT_S, clip.device):
             own = function(clip, *arguments, 0, self.size)
             return [own, *(pipe.recv() for pipe in self._pipes)]
 

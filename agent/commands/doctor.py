@@ -22,7 +22,7 @@ from rich.markup import escape
 
 from agent.commands.arguments import add_config, config_from
 from agent.commits import CommitStore, StateError
-from agent.config import Config
+from agent.config import Config, Training
 from agent.layout import LOCK, SPOOL, has_learned
 from agent.parts import open_exchange, source_parts
 from agent.process import is_ours
@@ -218,7 +218,8 @@ def _learner(config: Config, commit: Commit | None) -> Iterator[Finding]:
     from agent.trainer import Trainer
 
     learned = commit.path if commit and has_learned(commit.path) else None
-    learner = Trainer(config, learned).identity
+    # Without its ranks: those of a running agent have the address, and the trainer is what is looked at here.
+    learner = Trainer(config.model_copy(update={"training": Training()}), learned).identity
     model = f"{learner.model.name} ({learner.model.pretrained})"
     yield Finding("learner", "ok", f"{learner.method} on {model}, device {learner.device}, torch {torch.__version__}")
     if learner.device == "cpu" and torch.cuda.is_available():

@@ -143,7 +143,8 @@ class TokensAt:
 class LoadedImages:
     """What became of the images that were asked for."""
 
-    tokens: StoredTokens
+    tokens: StoredTokens | TokensOfRank
+    """Of an update that several ranks share, those of this one."""
     kept: tuple[int, ...]
     """The index of each row of `tokens` in what was asked for."""
     failed: tuple[tuple[int, ImageError], ...]

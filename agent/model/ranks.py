@@ -22,6 +22,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+class RankGone(Exception):
+    """Another rank has ended, or has kept this one waiting for too long."""
+
+
 class Owned(Protocol):
     """It has the tokens of images, or those of them that this rank owns."""
 
@@ -44,14 +48,17 @@ def rank() -> int:
 
 
 @contextmanager
-def group(store: dist.Store, rank: int, size: int, timeout_s: float) -> Iterator[None]:
+def group(store: dist.Store, rank: int, size: int, timeout_s: float, device: torch.device) -> Iterator[None]:
     """Be one of `size` ranks for as long as the block runs; they find each other by `store`.
 
-    A collective in which another rank is missing for `timeout_s`, or has gone, raises RuntimeError. Tensors on CUDA
-    devices travel by NCCL, others by Gloo.
+    A collective in which another rank is missing for `timeout_s`, or has gone, raises RankGone. Tensors on `device`
+    travel by NCCL where it is a CUDA device, all others by Gloo.
     """
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s))
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.set_device(device)
+    backend, timeout = "cpu:gloo,cuda:nccl" if cuda else "gloo", timedelta(seconds=timeout_s)
+    _timed(dist.init_process_group, backend, store=store, rank=rank, world_size=size, timeout=timeout)
     try:
         yield
     finally:
@@ -73,7 +80,12 @@ def waited_s() -> float:
 def _timed(collective: Callable[..., Any], *arguments: Any, **options: Any) -> None:
     global _waited_s
     started = time.perf_counter()
-    collective(*arguments, **options)
+    try:
+        collective(*arguments, **options)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # torch has no class of its own for what Gloo says of a peer
+        raise RankGone(str(error)) from error
     _waited_s += time.perf_counter() - started
 
 
@@ -98,6 +110,43 @@ def from_first(tensor: Tensor) -> Tensor:
     if size() > 1:
         _timed(dist.broadcast, tensor, src=0)
     return tensor
+
+
+def told(data: bytes = b"") -> bytes:
+    """Give rank 0's `data` on every rank."""
+    length = from_first(torch.tensor(len(data)))
+    return _as_bytes(from_first(_as_tensor(data, int(length))), int(length))
+
+
+def told_by_all(data: bytes) -> list[bytes]:
+    """Give every rank's `data` on every rank, in their order."""
+    lengths = gathered(torch.tensor([len(data)]), torch.arange(size())).tolist()
+    rows = gathered(_as_tensor(data, max(lengths))[None], torch.arange(size()))
+    return [_as_bytes(row, length) for row, length in zip(rows, lengths, strict=True)]
+
+
+def send(to: int, data: bytes) -> None:
+    """Send `data` to one rank, which has to `receive` it now."""
+    _timed(dist.send, torch.tensor(len(data)), to)
+    _timed(dist.send, _as_tensor(data, len(data)), to)
+
+
+def receive() -> bytes:
+    """Receive what rank 0 sends to this one."""
+    length = torch.tensor(0)
+    _timed(dist.recv, length, 0)
+    data = _as_tensor(b"", int(length))
+    _timed(dist.recv, data, 0)
+    return _as_bytes(data, int(length))
+
+
+def _as_tensor(data: bytes, length: int) -> Tensor:
+    """Put bytes into a tensor of `length` and at least 1, uint8; what is missing is 0."""
+    return torch.frombuffer(bytearray(data.ljust(max(1, length), b"\0")), dtype=torch.uint8)
+
+
+def _as_bytes(tensor: Tensor, length: int) -> bytes:
+    return tensor[:length].numpy().tobytes()
 
 
 def dealt(count: int) -> Tensor | None:

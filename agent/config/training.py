@@ -1,0 +1,80 @@
+"""What can be set about an update that several processes share."""
+
+from __future__ import annotations
+
+import ipaddress
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, Field, model_validator
+
+from agent.config.base import Section, Unset
+
+SECRET_CHARS = 16
+"""A secret has at least this number of characters: chosen by hand, more than can be guessed over a network."""
+
+
+def parted(address: str) -> tuple[str, int]:
+    """Part an address into host and port. Raises ValueError."""
+    host, colon, port = address.rpartition(":")
+    if not (colon and host and port.isascii() and port.isdigit() and int(port) < 2**16):
+        raise ValueError(f"got {address!r}, expected HOST:PORT such as 10.0.0.5:29400")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def is_local(host: str) -> bool:
+    """Tell whether an address can only be reached from this machine."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name, which may lead anywhere
+        return False
+
+
+def _an_address(address: str) -> str:
+    if address:
+        parted(address)
+    return address
+
+
+class Training(Section):
+    """Several processes (ranks) can share an update, on this machine and on others: each computes with its part of the
+    images, and the model is the same but for rounding. The network between machines must be private: images and model
+    travel over it unencrypted."""
+
+    processes: int = Field(1, ge=1)
+    """This number of ranks is on this machine, the trainer counted: one for each CUDA device, or on a CPU each with its
+    share of the cores. `gapstream join` starts as many on its machine. With 1 the trainer learns alone."""
+    listen: Annotated[str, AfterValidator(_an_address)] = ""
+    """At this address, HOST:PORT, the trainer waits for the ranks of `gapstream join`; empty lets none join. An address
+    that other machines can reach asks for a `secret_file`."""
+    secret_file: Annotated[Path | None, Unset] = None
+    """This file holds the secret that trainer and ranks prove to each other that they know (at least 16 characters);
+    `gapstream join` needs the same."""
+    ranks: int = Field(0, ge=0)
+    """An update waits for this number of ranks, the trainer counted; with 0 it begins with those of this machine and
+    whoever has joined by then."""
+    join_s: float = Field(120, gt=0)
+    """It waits for ranks at most this number of seconds."""
+    fewer: bool = True
+    """When they have passed, the update begins with the ranks that are there (true), or the attempt has failed (false).
+    """
+    timeout_s: float = Field(300, gt=0)
+    """A rank for which another one has waited this number of seconds is lost. This ends the attempt, which begins anew
+    from the commit. It should be less than `agent.trainer_silent_s`, and more than the slowest rank needs to decode its
+    images."""
+
+    @model_validator(mode="after")
+    def _secret(self) -> Training:
+        if self.listen and not is_local(parted(self.listen)[0]) and self.secret_file is None:
+            raise ValueError(
+                f"listen is {self.listen!r}, which other machines can reach; expected a secret_file beside it, or an "
+                "address of this machine alone such as 127.0.0.1:29400"
+            )
+        return self
+
+    @property
+    def shared(self) -> bool:
+        """Whether there can be other ranks than the trainer."""
+        return self.processes > 1 or bool(self.listen)
