@@ -15,11 +15,11 @@ SECRET_CHARS = 16
 
 
 def parted(address: str) -> tuple[str, int]:
-    """Part an address into host and port. Raises ValueError."""
-    host, colon, port = address.rpartition(":")
-    if not (colon and host and port.isascii() and port.isdigit() and int(port) < 2**16):
+    """Part an address into host, a name or an IPv4 address, and port. Raises ValueError."""
+    host, _, port = address.partition(":")
+    if not (host and port.isascii() and port.isdigit() and int(port) < 2**16):
         raise ValueError(f"got {address!r}, expected HOST:PORT such as 10.0.0.5:29400")
-    return host.removeprefix("[").removesuffix("]"), int(port)
+    return host, int(port)
 
 
 def is_local(host: str) -> bool:

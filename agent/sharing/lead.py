@@ -158,6 +158,8 @@ class Sharing:
             port = listening.getsockname()[1]
             order = {"task": number, "rank": rank, "size": size, "port": port, "timeout_s": settings.timeout_s}
             member.connection.send(order | ({"interface": interface} if member.own else {}))
+        for member in self._with:  # one that has gone shows at once here, and only after its time in a collective
+            member.connection.receive(settings.timeout_s)
         use_interface(interface)
         timeout = timedelta(seconds=settings.timeout_s)
         port, handle = listening.getsockname()[1], listening.detach()

@@ -29,8 +29,8 @@ def device_of(config: Config, number: int) -> str:
         return wanted
     if ":" in wanted:
         raise SharingError(
-            f"model.device is {wanted}, but training.processes is {config.training.processes}, and each rank has its own"
-            " device; set model.device to cuda"
+            f"model.device is {wanted}, which only one rank can have, but training.processes is "
+            f"{config.training.processes}; set model.device to cuda"
         )
     if config.training.processes > count:
         raise SharingError(

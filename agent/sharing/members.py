@@ -224,7 +224,7 @@ class Members:
         hello = connection.receive(HANDSHAKE_S)
         theirs = str(hello.get("nonce"))
         # The rank goes first: a stranger learns nothing that the secret went into.
-        if not hmac.compare_digest(str(hello.get("proof")), _proof(self._secret, "rank", ours, theirs)):
+        if not _proves(hello, _proof(self._secret, "rank", ours, theirs)):
             raise self._refuse(connection, "its secret is not the one in training.secret_file of the trainer")
         connection.send({"proof": _proof(self._secret, "trainer", theirs, ours)})
         asked = connection.receive(HANDSHAKE_S)
@@ -255,7 +255,7 @@ def join(address: tuple[str, int], secret: bytes, terms: Mapping[str, str], fact
         theirs, ours = str(greeting.get("nonce")), secrets.token_hex(16)
         connection.send({"nonce": ours, "proof": _proof(secret, "rank", theirs, ours)})
         answer = _unless_refused(connection.receive(HANDSHAKE_S))
-        if not hmac.compare_digest(str(answer.get("proof")), _proof(secret, "trainer", ours, theirs)):
+        if not _proves(answer, _proof(secret, "trainer", ours, theirs)):
             raise Refused("whoever answers there does not know the secret in training.secret_file; check the address")
         connection.send({"terms": dict(terms), "facts": dict(facts)})
         _unless_refused(connection.receive(HANDSHAKE_S))
@@ -281,6 +281,10 @@ def _unless_refused(message: dict[str, Any]) -> dict[str, Any]:
     if "refused" in message:
         raise Refused(str(message["refused"]))
     return message
+
+
+def _proves(message: Mapping[str, Any], proof: str) -> bool:
+    return hmac.compare_digest(str(message.get("proof")).encode(), proof.encode())
 
 
 def _proof(secret: bytes, who: str, asked: str, own: str) -> str:

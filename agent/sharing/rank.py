@@ -64,6 +64,7 @@ class Rank:
 
     def _learn(self, connection: Connection, host: str, order: Mapping[str, Any]) -> None:
         """Take part in one update, step by step as agent.trainer takes it."""
+        connection.send({"task": order["task"]})
         rank, size, port, timeout_s = order["rank"], order["size"], order["port"], order["timeout_s"]
         use_interface(str(order.get("interface") or interface_of(connection.here)))
         store = dist.TCPStore(host, port, size, timeout=timedelta(seconds=timeout_s), wait_for_workers=False)
