@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,6 +33,12 @@ def tasks_of(bench: Bench) -> list[Task]:
     """Two tasks of the bundled stream, with an image that cannot be decoded on each rank."""
     broken = [("cat", image.data) for image in bad_images() if image.stage == "decode"][:3]
     return [bench.task([*images_of("cat", "ship"), *broken]), bench.task(images_of("dog", "truck", "cat", start=20))]
+
+
+def secret_in(folder: Path) -> Path:
+    file = folder / "secret"
+    file.write_text("as long as it has to be")
+    return file
 
 
 def trainer_of(bench: Bench, commit: Path | None = None) -> Trainer:
@@ -144,7 +152,7 @@ def test_a_rank_that_hangs_is_lost_after_its_time(tmp_path):
 
 
 def test_too_few_ranks_fail_the_attempt_or_begin_with_fewer_as_configured(tmp_path):
-    short = {"listen": "127.0.0.1:0", "ranks": 3, "join_s": 0.5}
+    short = {"listen": "127.0.0.1:0", "secret_file": secret_in(tmp_path), "ranks": 3, "join_s": 0.5}
     for fewer in (False, True):
         bench = Bench(tmp_path / str(fewer), training=short | {"fewer": fewer}, model=THREADS, method={"name": "ncm"})
         trainer = trainer_of(bench)
@@ -173,3 +181,43 @@ def test_a_rank_has_a_device_of_its_own(monkeypatch):
 
 def test_the_interface_of_an_address_is_found():
     assert interface_of("127.0.0.1") in ("lo", "lo0", "") and interface_of("203.0.113.7") == ""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_another_machine_joins_unless_its_configuration_differs(tmp_path):
+    # given
+    training = {"listen": "127.0.0.1:0", "secret_file": secret_in(tmp_path), "ranks": 2, "join_s": 120, "fewer": False}
+    bench = Bench(tmp_path / "agent", training=training, model=THREADS, method={"name": "ncm"})
+    trainer = trainer_of(bench)
+    address = f"127.0.0.1:{trainer._sharing._members.port}"
+    settings = {
+        "method.name": "ncm",
+        "model.threads": 1,
+        "training.secret_file": training["secret_file"],
+        "state.path": tmp_path / "rank",
+    }
+
+    def joining(**others: object) -> subprocess.Popen:
+        sets = [f"--set={key}={value}" for key, value in (settings | others).items()]
+        return subprocess.Popen(
+            [sys.executable, "-m", "agent", "join", address, *sets], stderr=subprocess.PIPE, text=True
+        )
+
+    # when, then
+    refused = joining(**{"method.seed": 1})
+    _, said = refused.communicate(timeout=120)
+    assert refused.returncode == 1
+    assert "method.seed is 1 for this rank and 0 for the trainer" in said
+
+    joined = joining()
+    first, _ = tasks_of(bench)
+    outcome, _ = bench.learn(trainer, first)
+    assert len(outcome.shares) == 2
+
+    # when it is ended, then its ranks are gone
+    joined.terminate()
+    assert joined.wait(30) == 0
+    assert not psutil.pid_exists(outcome.shares[1].process)
+    assert trainer._sharing._members.there() == []
+    trainer._sharing.close()

@@ -1,4 +1,4 @@
-"""`gapstream join HOST:PORT`: this machine's ranks take part in the updates of a trainer elsewhere."""
+"""`gapstream join HOST:PORT`: this machine's ranks take part in the updates of an agent on another one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import threading
 
 from agent.commands.arguments import add_config, config_from
 from agent.config import ConfigError
-from agent.config.training import is_local, parted
+from agent.config.training import parted
 from agent.process import log_to_stderr, stop_on_signals
 from agent.sharing.start import EXIT_REFUSED, RankProcess, secret_of
 
@@ -18,12 +18,12 @@ _LOOK_S = 0.5
 """Seconds between two looks at the ranks: chosen by hand, little beside the start of one."""
 
 _AGAIN_S = 2.0
-"""Seconds before a rank that has ended is started again: chosen by hand. Its start takes longer than that, so that a
-rank that dies every time costs no more than one that is always being started."""
+"""Seconds before a rank that has ended is started again: chosen by hand, little beside its start, which takes several
+seconds itself and so bounds what a rank costs that ends every time."""
 
 
 class JoinError(Exception):
-    """The trainer lets this machine's ranks not join."""
+    """The agent does not let this machine's ranks join."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,29 +39,29 @@ def run(arguments: argparse.Namespace) -> None:
     try:
         address = parted(arguments.address)
     except ValueError as error:
-        raise ConfigError(f"the trainer's address: {error}") from error
-    if config.training.secret_file is None and not is_local(address[0]):
-        raise ConfigError("training.secret_file is empty; expected a file with the secret that the trainer has")
+        raise ConfigError(f"the agent's address: {error}") from error
+    if config.training.secret_file is None:
+        raise ConfigError("training.secret_file is empty, expected a file with the same secret as the agent's")
     secret = secret_of(config.training)
+
+    def start(number: int) -> RankProcess:
+        return RankProcess(config, address, secret, number, own=False)
+
     stop = threading.Event()
-    started: dict[int, RankProcess] = {}
     with stop_on_signals(stop):
+        ranks = [start(number) for number in range(config.training.processes)]
         try:
-            while not stop.is_set():
-                for number in range(config.training.processes):
-                    rank = started.get(number)
-                    code = rank.ended() if rank is not None else None
+            while not stop.wait(_LOOK_S):
+                for number, rank in enumerate(ranks):
+                    code = rank.ended()
                     if code == EXIT_REFUSED:
-                        raise JoinError("a rank may not join, for the reason above")
-                    if rank is None or code is not None:
-                        if rank is not None:
-                            log.warning(
-                                "rank %d of this machine has ended (exit code %d) and is started again", number, code
-                            )
-                            rank.stop()
-                            stop.wait(_AGAIN_S)
-                        started[number] = RankProcess(config, address, secret, number, own=False)
-                stop.wait(_LOOK_S)
+                        raise JoinError("the ranks of this machine may not join, for the reason above")
+                    if code is not None and not stop.wait(_AGAIN_S):
+                        log.info(
+                            "rank %d of this machine has ended (exit code %d); another one is started", number, code
+                        )
+                        rank.stop()
+                        ranks[number] = start(number)
         finally:
-            for rank in started.values():
+            for rank in ranks:
                 rank.stop()

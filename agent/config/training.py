@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 from pathlib import Path
 from typing import Annotated
 
@@ -22,16 +21,6 @@ def parted(address: str) -> tuple[str, int]:
     return host, int(port)
 
 
-def is_local(host: str) -> bool:
-    """Tell whether an address can only be reached from this machine."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:  # a name, which may lead anywhere
-        return False
-
-
 def _an_address(address: str) -> str:
     if address:
         parted(address)
@@ -47,8 +36,8 @@ class Training(Section):
     """This number of ranks is on this machine, the trainer counted: one for each CUDA device, or on a CPU each with its
     share of the cores. `gapstream join` starts as many on its machine. With 1 the trainer learns alone."""
     listen: Annotated[str, AfterValidator(_an_address)] = ""
-    """At this address, HOST:PORT, the trainer waits for the ranks of `gapstream join`; empty lets none join. An address
-    that other machines can reach asks for a `secret_file`."""
+    """At this address, HOST:PORT, the trainer waits for the ranks of `gapstream join`, which asks for a `secret_file`.
+    Empty lets none join: ranks of this machine need no more than its own 127.0.0.1."""
     secret_file: Annotated[Path | None, Unset] = None
     """This file holds the secret that trainer and ranks prove to each other that they know (at least 16 characters);
     `gapstream join` needs the same."""
@@ -67,11 +56,8 @@ class Training(Section):
 
     @model_validator(mode="after")
     def _secret(self) -> Training:
-        if self.listen and not is_local(parted(self.listen)[0]) and self.secret_file is None:
-            raise ValueError(
-                f"listen is {self.listen!r}, which other machines can reach; expected a secret_file beside it, or an "
-                "address of this machine alone such as 127.0.0.1:29400"
-            )
+        if self.listen and self.secret_file is None:
+            raise ValueError(f"listen is {self.listen!r}, where anyone could join; expected a secret_file beside it")
         return self
 
     @property
