@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 
 from agent.config import Config
 from agent.layout import LEARNER_TENSORS
+from agent.sharing.lead import Sharing
 from agent.sharing.machine import SharingError, device_of, interface_of
 from agent.trainer import Trainer
 from agent.values import Progress
@@ -24,6 +26,7 @@ from agent.worker import RankLost
 from streams.buffer import Task
 from tests.bad_images import bad_images
 from tests.test_trainer import Bench, images_of, unreleased
+from tests.tiny import tiny_clip
 
 SHARED = {"processes": 2, "timeout_s": 60.0, "fewer": False}
 THREADS = {"threads": 1}
@@ -163,6 +166,35 @@ def test_too_few_ranks_fail_the_attempt_or_begin_with_fewer_as_configured(tmp_pa
             with pytest.raises(RankLost, match="are there, 1 in all; expected were 1 and 3"):
                 trainer.learn(first, bench.store.stage(), lambda progress: None)
         trainer._sharing.close()
+
+
+def test_an_address_that_cannot_be_had_is_said(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        settings = {"listen": address, "secret_file": secret_in(tmp_path)}
+        with pytest.raises(SharingError, match=f"training.listen: {address} cannot be listened on"):
+            Sharing(Config.model_validate({"training": settings}), tiny_clip())
+
+
+def test_a_rank_ends_with_the_process_that_started_it():
+    # given a rank that finds no trainer
+    code = """
+import time
+from agent.config import Config
+from agent.sharing.start import RankProcess
+rank = RankProcess(Config(), ("127.0.0.1", 1), b"0" * 16, 1, own=True)
+print(rank.pid, flush=True)
+time.sleep(60)
+"""
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    rank = psutil.Process(int(parent.stdout.readline()))
+
+    # when
+    parent.kill()
+    parent.wait()
+
+    # then
+    rank.wait(timeout=10)
 
 
 def test_a_rank_has_a_device_of_its_own(monkeypatch):

@@ -22,7 +22,7 @@ from agent.model.clip import Clip
 from agent.model.images import LoadedImages
 from agent.sharing import deal
 from agent.sharing.deal import Rows
-from agent.sharing.machine import device_of, interface_of, threads_of, use_interface
+from agent.sharing.machine import SharingError, device_of, interface_of, threads_of, use_interface
 from agent.sharing.members import Gone, Member, Members
 from agent.sharing.start import RankProcess, secret_of
 from agent.values import OnProgress, Progress, Share
@@ -42,7 +42,7 @@ class Sharing:
     """It shares updates with other ranks, where that is configured; else everything here gives what it was given."""
 
     def __init__(self, config: Config, clip: Clip) -> None:
-        """Begin to listen, and start this machine's other ranks. Raises ConfigError, SharingError, OSError."""
+        """Begin to listen, and start this machine's other ranks. Raises ConfigError, SharingError."""
         self._config = config
         self._settings = config.training
         self._clip = clip
@@ -55,7 +55,13 @@ class Sharing:
             device_of(config, 0)  # raises where there are fewer devices than ranks
             host, port = parted(self._settings.listen) if self._settings.listen else ("127.0.0.1", 0)
             self._secret = secret_of(self._settings)
-            self._members = Members(deal.terms(config, clip), self._secret, host, port)
+            try:
+                self._members = Members(deal.terms(config, clip), self._secret, host, port)
+            except OSError as error:
+                raise SharingError(
+                    f"training.listen: {host}:{port} cannot be listened on ({error.strerror or error}); set it to an "
+                    "address of this machine that is free"
+                ) from error
             self._start()
             if self._settings.listen:
                 log.info("ranks may join at %s:%d", host, self._members.port)

@@ -60,21 +60,25 @@ def main() -> int:
     parser.add_argument("--per-class", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
-    print(f"{CLASSES} classes, {CLASSES * arguments.per_class} images a task, {arguments.rounds} rounds in turn; load", end=" ")
+    print(
+        f"{CLASSES} classes, {CLASSES * arguments.per_class} images a task, {arguments.rounds} rounds in turn; load",
+        end=" ",
+    )
     print(f"{os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
     print("method      CPU s alone   of 2 ranks     longest/alone   sum/alone   waiting        wall: 2 ranks/alone")
     same = True
     for method in arguments.methods.split(","):
-        pairs = [(update(method, 1, arguments.per_class), update(method, 2, arguments.per_class)) for _ in range(arguments.rounds)]
+        pairs = [
+            (update(method, 1, arguments.per_class), update(method, 2, arguments.per_class))
+            for _ in range(arguments.rounds)
+        ]
         alone, both = zip(*pairs, strict=True)
         cpu = statistics.median(sum(one.cpu_s) for one in alone)
         ranks = [statistics.median(one.cpu_s[rank] for one in both) for rank in (0, 1)]
         waiting = [statistics.median(one.waiting[rank] for one in both) for rank in (0, 1)]
         wall = statistics.median(two.wall_s / one.wall_s for one, two in pairs)
-        print(
-            f"{method:<11} {cpu:>11.2f} {ranks[0]:>8.2f} {ranks[1]:>5.2f} {max(ranks) / cpu:>15.2f} {sum(ranks) / cpu:>11.2f}"
-            f" {waiting[0]:>9.0%} {waiting[1]:>4.0%} {wall:>16.2f}"
-        )
+        parts = f"{cpu:>11.2f} {ranks[0]:>8.2f} {ranks[1]:>5.2f} {max(ranks) / cpu:>15.2f} {sum(ranks) / cpu:>11.2f}"
+        print(f"{method:<11} {parts} {waiting[0]:>9.0%} {waiting[1]:>4.0%} {wall:>16.2f}")
         for one, two in pairs:
             for name, tensor in one.tensors.items():
                 if not torch.allclose(tensor, two.tensors[name], rtol=ROUNDING, atol=ROUNDING):
