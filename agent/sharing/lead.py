@@ -88,7 +88,7 @@ class Sharing:
             shares = [_share(own, {"seconds": wall, "waited_s": ranks.waited_s() - waited})]
             for member in self._with:
                 shares.append(_share(member.facts, member.connection.receive(self._settings.timeout_s)))
-        except (ranks.RankGone, Gone, TimeoutError) as error:
+        except (ranks.RankGone, dist.DistError, Gone, TimeoutError) as error:
             raise RankLost(self._whom(error)) from error
         finally:
             torch.set_num_threads(threads)
@@ -158,8 +158,7 @@ class Sharing:
         settings, size = self._settings, len(self._with) + 1
         # Bound by us: torch's own socket would listen on every address of this machine.
         listening = socket.create_server((self._members.host, 0))
-        here = next((m.connection.here for m in self._with if not m.own), self._members.host)
-        interface = interface_of(here)
+        interface = interface_of(next((m.connection.here for m in self._with if not m.own), "127.0.0.1"))
         for rank, member in enumerate(self._with, 1):
             port = listening.getsockname()[1]
             order = {"task": number, "rank": rank, "size": size, "port": port, "timeout_s": settings.timeout_s}
@@ -183,17 +182,18 @@ class Sharing:
 
     def _whom(self, error: Exception) -> str:
         """Say which ranks are lost, as far as that can be told."""
-        told = []
+        told, until = [], time.monotonic() + _LAST_WORDS_S
         for rank, member in enumerate(self._with, 1):
             try:
-                message = member.connection.receive(_LAST_WORDS_S)
+                failed = str(member.connection.receive(max(0.0, until - time.monotonic())).get("failed", ""))
             except TimeoutError:
                 continue
             except Gone:
                 told.append(f"rank {rank}, {member.name}, is gone")
             else:
-                if "failed" in message:
-                    told.append(f"rank {rank}, {member.name}, failed: {message['failed']}")
+                # What it says of a lost rank it says of another one.
+                if failed and not failed.startswith(ranks.RankGone.__name__):
+                    told.append(f"rank {rank}, {member.name}, failed: {failed}")
         text = " ".join(str(error).split())[:300]
         return "; ".join(told) or f"no rank is known to be gone, but one was not heard: {text}"
 
