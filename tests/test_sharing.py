@@ -217,7 +217,7 @@ def test_the_interface_of_an_address_is_found():
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_another_machine_joins_unless_its_configuration_differs(tmp_path):
+def test_another_machine_joins_unless_its_configuration_differs(tmp_path, request):
     # given
     training = {"listen": "127.0.0.1:0", "secret_file": secret_in(tmp_path), "ranks": 2, "join_s": 120, "fewer": False}
     bench = Bench(tmp_path / "agent", training=training, model=THREADS, method={"name": "ncm"})
@@ -232,9 +232,11 @@ def test_another_machine_joins_unless_its_configuration_differs(tmp_path):
 
     def joining(**others: object) -> subprocess.Popen:
         sets = [f"--set={key}={value}" for key, value in (settings | others).items()]
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-m", "agent", "join", address, *sets], stderr=subprocess.PIPE, text=True
         )
+        request.addfinalizer(process.kill)
+        return process
 
     # when, then
     refused = joining(**{"method.seed": 1})
