@@ -45,6 +45,11 @@ COMMANDS = {
         LEARN, "learn a stream until it ends or SIGTERM comes", "gapstream run --set source.archive.path=photos.zip"
     ),
     "demo": Command(LEARN, "learn the bundled stream and look at the result", "gapstream demo"),
+    "join": Command(
+        LEARN,
+        "take part in the updates of an agent on another machine",
+        "gapstream join 10.0.0.5:29400 --config gapstream.toml --set training.secret_file=secret",
+    ),
     "merge": Command(
         LEARN,
         "make one learner of several that learned apart, without their training images",

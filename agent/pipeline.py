@@ -32,6 +32,10 @@ ATTEMPTS = 2
 """A task that failed this number of times is given up. One repetition gets over what passes by itself, such as a kill
 when memory was short; what fails for the task's own sake fails again, and each attempt may take an hour."""
 
+RANK_ATTEMPTS = 10
+"""The same where the last of these failures is the loss of a rank, for which neither task nor trainer can help: chosen
+by hand. It bounds how often an update begins anew where a machine that joins it dies every time."""
+
 HALVINGS = 64
 """Times that a task which fails for its data is cut in two, it and its halves together: each guilty sample of n takes
 about log2(n), so these find four in a task of 65,536. Parts that fail after them are set aside whole. Chosen by hand: a
@@ -328,7 +332,7 @@ class Pipeline:
         if quarantined and task is not None and len(task.samples) > 1 and self._halvings < HALVINGS:
             self._halve(task)
             return None
-        if len(self._failures) < ATTEMPTS:
+        if len(self._failures) < (RANK_ATTEMPTS if died.kind == "rank" else ATTEMPTS):
             if task is None:
                 self.worker.start(self._learned)
             else:
@@ -336,7 +340,7 @@ class Pipeline:
                 self.worker.submit(task, self.commits.stage(), self._learned)
             return None
         if task is None:
-            raise AgentError(f"the trainer ended {ATTEMPTS} times before it was set up: {died}") from died
+            raise AgentError(f"the trainer ended {len(self._failures)} times before it was set up: {died}") from died
         if not quarantined:
             advice = (
                 "agent.on_task_failure = 'quarantine' would set aside the samples it fails for"
@@ -344,8 +348,8 @@ class Pipeline:
                 else "its samples are not known to be the reason, so none is set aside"
             )
             raise TaskFailed(
-                f"{_name(task)} failed {ATTEMPTS} times ({'; '.join(self._failures)}); stopping before it with nothing "
-                f"of it committed. The next start tries again; {advice}"
+                f"{_name(task)} failed {len(self._failures)} times ({'; '.join(self._failures)}); stopping before it "
+                f"with nothing of it committed. The next start tries again; {advice}"
             ) from died
         log.error("%s failed %d times and is set aside as dead letters", _name(task), ATTEMPTS)
         self.worker.start(self._learned)  # it is set up again while the dead letters go out

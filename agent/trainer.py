@@ -32,12 +32,14 @@ from agent.layout import (
 )
 from agent.methods.base import LearnerState, TaskData
 from agent.methods.merging import MergeError, adapted, images, merge, spellings
-from agent.model.clip import Clip, load_clip
-from agent.model.images import CroppedImages, LoadedImages, StoredTokens, TokensAt, load_tokens
+from agent.model.clip import load_clip
+from agent.model.images import LoadedImages, StoredTokens, load_tokens
 from agent.scoring.evaluator import Evaluator
 from agent.scoring.holdout import EncodedImage, HoldOut
 from agent.scoring.report import LearnerIdentity, Merged, ModelIdentity, OldClasses, Origin, ReleaseSummary, Report
 from agent.sealing import seal
+from agent.sharing.deal import Rows
+from agent.sharing.lead import Sharing
 from agent.values import Commit, LateRejection, OnProgress, Outcome, Progress, Update
 from agent.worker import TaskFault
 from exporter.decoders import Decoders
@@ -98,6 +100,8 @@ class Trainer:
         scored after it, and before the next one, is what was released."""
         self._decoders = Decoders(config.source.max_image_pixels)
         weakref.finalize(self, self._decoders.close)  # where a process has several trainers
+        self._sharing = Sharing(config, self._clip)
+        weakref.finalize(self, self._sharing.close)
         settings = config.evaluation
         self._holdout = HoldOut.load(commit, settings.holdout_fraction, settings.holdout_per_class)
         self._evaluator = Evaluator(
@@ -130,7 +134,7 @@ class Trainer:
         if parent is not None:  # commits that learned nothing may have taken the place of the one read from so far
             self._holdout.moved(parent)
         # Only up to the update: what fails after it fails for the model, the disk or the release, whatever was learned.
-        with _blaming_the_task():
+        with self._sharing.together(task, self._method, on_progress), _blaming_the_task():
             started = time.perf_counter()
             loaded = self._decode(task, on_progress)
             seconds = {"decode": time.perf_counter() - started}
@@ -138,8 +142,10 @@ class Trainer:
             # Split after decoding: an image that cannot be decoded must not be held out.
             good = [task.samples[i] for i in loaded.kept]
             choices = self._holdout.split(good)
-            rows = [i for i, choice in enumerate(choices) if choice == "train"]
-            data = _task_data(task, good, rows, loaded, self._clip, self._decoders)
+            kept = [i for i, choice in enumerate(choices) if choice == "train"]
+            rows = Rows.of(task.classes, [sample.label for sample in good], kept)
+            data = rows.data(task.number, loaded, [s.read for s in task.samples], self._clip, self._decoders)
+            self._sharing.go_on(rows, lambda: self._evaluator.admit(self._method, data, on_progress))
             before = self._evaluator.before(self._method, self._module, data, on_progress)
             update = self._update(data, on_progress)
         if update is not None:
@@ -155,6 +161,7 @@ class Trainer:
             next_offsets=task.next_offsets,
             update=update,
             rejected=tuple(_late(task.samples[i], error.reason, error.detail) for i, error in loaded.failed),
+            shares=self._sharing.shares,
         )
 
     def merge(self, commits: Mapping[str, Commit], stage: Callable[[], Path]) -> Outcome:
@@ -224,15 +231,17 @@ class Trainer:
 
     def _decode(self, task: Task, on_progress: OnProgress) -> LoadedImages:
         count = len(task.samples)
-        on_progress(Progress("decode", task.number, steps=count))
-        return load_tokens(
-            [sample.read for sample in task.samples],
+        own = self._sharing.own(count)
+        on_progress(Progress("decode", task.number, steps=len(own)))
+        loaded = load_tokens(
+            [task.samples[i].read for i in own],
             self._clip,
             decoders=self._decoders,
             cache_bytes=self._config.method.cache_bytes,
             scratch=self._config.state.path / SCRATCH,
-            advance=lambda done: on_progress(Progress("decode", task.number, step=done, steps=count)),
+            advance=lambda done: on_progress(Progress("decode", task.number, step=done, steps=len(own))),
         )
+        return self._sharing.joined(loaded, count)
 
     def _update(self, data: TaskData, on_progress: OnProgress) -> Update | None:
         if not len(data):
@@ -455,22 +464,6 @@ def _parent(staging: Path) -> Path | None:
 
 def _last_report(parent: Path | None) -> Report | None:
     return Report.read(parent / REPORT) if parent is not None and (parent / REPORT).exists() else None
-
-
-def _task_data(
-    task: Task, good: Sequence[Sample], rows: Sequence[int], loaded: LoadedImages, clip: Clip, decoders: Decoders
-) -> TaskData:
-    """Give the samples to train on, and the class names among them in order of first appearance.
-
-    good: the samples that could be decoded; rows: indices into it, and into the loaded tokens, of those to train on.
-    """
-    present = {good[i].label for i in rows}
-    classes = tuple(name for name in task.classes if name in present)
-    number = {name: i for i, name in enumerate(classes)}
-    labels = torch.tensor([number[good[i].label] for i in rows], dtype=torch.int64)
-    tokens = TokensAt(loaded.tokens, torch.tensor(rows, dtype=torch.int64))
-    cropped = CroppedImages([good[i].read for i in rows], clip, decoders)
-    return TaskData(task.number, classes, labels, tokens, cropped)
 
 
 def _late(sample: Sample, reason: str, detail: str) -> LateRejection:

@@ -104,6 +104,22 @@ class LateRejection:
 
 
 @dataclass(frozen=True, slots=True)
+class Share:
+    """It says what part a process (rank) had in an update that several shared."""
+
+    host: str
+    """The name of its machine."""
+    process: int
+    """Its process id there."""
+    device: str
+    """`cpu`, or a CUDA device."""
+    seconds: float
+    """Wall seconds from the first image it was sent to the end of the update."""
+    waited_s: float
+    """Of these, what it spent in collectives: moving data and waiting for other ranks, as far as the CPU waits."""
+
+
+@dataclass(frozen=True, slots=True)
 class Outcome:
     """It is the trainer's answer to a task: everything is in `staging`, fsynced, except the manifest."""
 
@@ -125,6 +141,8 @@ class Outcome:
     """Why no new release was made (parity, accuracy gate); None when `release/` is new."""
     rejected: tuple[LateRejection, ...] = ()
     """Samples of the task that could not be decoded."""
+    shares: tuple[Share, ...] = ()
+    """The ranks of the update, the trainer first; empty where it learned alone."""
 
 
 @dataclass(frozen=True, slots=True)

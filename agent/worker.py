@@ -43,9 +43,9 @@ _PROGRESS_EVERY_S = 0.1
 """Least time between two messages of the same epoch: chosen by hand, faster than anybody looks. More messages would
 only fill the pipe while this process is busy with a commit."""
 
-FailureKind = Literal["start", "error", "died", "silent"]
+FailureKind = Literal["start", "error", "died", "silent", "rank"]
 """How a learner ended. `start`: it could not be set up at all; `error`: it raised; `died`: it was killed or crashed;
-`silent`: it said nothing for agent.trainer_silent_s and was killed."""
+`silent`: it said nothing for agent.trainer_silent_s and was killed; `rank`: another process of its update was lost."""
 
 
 class Learner(Protocol):
@@ -65,6 +65,10 @@ class TaskFault(Exception):
     machine is the rule and the data are the exception, since a wrong "machine" costs a stop that somebody looks at, and
     a wrong "data" takes good samples out of the stream.
     """
+
+
+class RankLost(Exception):
+    """A learner raises this when one of the processes that share its update is gone or silent; see agent.sharing."""
 
 
 class WorkerDied(Exception):
@@ -131,12 +135,14 @@ class _Failed:
     details: str
     """Its traceback."""
     blames_task: bool
+    lost_rank: bool
 
     @classmethod
     def now(cls, error: Exception) -> _Failed:
         """Describe the exception being handled."""
         blames_task = isinstance(error, TaskFault)
-        return cls(_one_line(error.__cause__ or error if blames_task else error), traceback.format_exc(), blames_task)
+        told = _one_line(error.__cause__ or error if blames_task else error)
+        return cls(told, traceback.format_exc(), blames_task, isinstance(error, RankLost))
 
 
 @dataclass(frozen=True)
@@ -233,6 +239,8 @@ class ProcessWorker:
                         self.ready = True
                     case _Failed():
                         kind: FailureKind = "error" if self.ready else "start"
+                        if message.lost_rank:
+                            kind = "rank"
                         self._fail(kind, message.message, message.details, message.blames_task)
                     case _Gone():
                         self._child.process.join(timeout=1)  # the pipe closes a moment before the exit code is known

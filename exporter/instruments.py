@@ -36,7 +36,7 @@ SET_ASIDE = ("ok", "error", "removed")
 DECISIONS = ("kept", "refused", "undone")
 """What becomes of new adapters: `agent.scoring.report.Adaptation.decision`."""
 
-FAILURES = ("start", "error", "died", "silent")
+FAILURES = ("start", "error", "died", "silent", "rank")
 """How an update fails; the kinds of agent.worker.WorkerDied."""
 
 SCOPES = ("all", "new", "old", "zero_shot", "predict_before_learn")
@@ -116,6 +116,10 @@ class Instruments:
         )
         self._adaptations = make.counter(
             "adaptations", "Updates that trained new adapters, by what became of them", "decision", DECISIONS
+        )
+        self._ranks = make.gauge("ranks", "Processes that shared the last update, the trainer counted; 0 before it")
+        self._rank_waiting = make.gauge(
+            "rank_waiting_ratio", "Share of the last update that a rank spent in collectives", "rank", "device"
         )
         self._loss = make.measured("training_loss", "Newest training loss")
         self._epoch = make.gauge("update_epoch", "Epoch of the running update; 0 when none runs")

@@ -15,7 +15,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,7 @@ class Metrics(Instruments):
         self._lock = threading.Lock()
         self._started = time.time()
         self._status: dict[str, Any] = {"state": "starting", "progress": None, "commit": None, "report": None}
+        self._status["ranks"] = []
         self._spool = {"records": 0, "bytes": 0, "capacity_bytes": 0}
         self._lag: dict[str, int] = {}
         self._consumed = {"records": 0, "bytes": 0, "rejected": 0}
@@ -183,6 +184,7 @@ class Metrics(Instruments):
             self._set_gap(update.drift_after, update.budget)
             if update.adaptation is not None:
                 self._adaptations.labels(update.adaptation.decision).inc()
+        self._shared(outcome.shares)
         for phase, seconds in outcome.report.seconds.items():
             self._phase_seconds.labels(phase).observe(seconds)
         self._releases.labels("refused" if outcome.release_refused else "published").inc()
@@ -193,6 +195,20 @@ class Metrics(Instruments):
         with self._lock:
             self._status["progress"] = None
         self._go_on("consuming")
+
+    def _shared(self, shares: Sequence[Any]) -> None:
+        """Show which ranks the update had; there are none where the trainer learned alone."""
+        self._ranks.set(len(shares) or 1)
+        self._rank_waiting.clear()  # another update may have fewer
+        waiting = [share.waited_s / max(share.seconds, 1e-9) for share in shares]
+        for rank, (share, part) in enumerate(zip(shares, waiting, strict=True)):
+            self._rank_waiting.labels(str(rank), share.device).set(part)
+        told = [
+            {"host": share.host, "process": share.process, "device": share.device, "waiting": part}
+            for share, part in zip(shares, waiting, strict=True)
+        ]
+        with self._lock:
+            self._status["ranks"] = told
 
     def restored(self, commit: Any) -> None:
         """The agent continues from `commit`."""

@@ -26,7 +26,7 @@ from agent.pipeline import Pipeline, Rules, resume
 from agent.scoring.report import Report, TaskReport
 from agent.sealing import seal
 from agent.values import Commit, LateRejection, OnProgress, Outcome, Progress
-from agent.worker import Learner, TaskFault, WorkerDied, _Failed
+from agent.worker import Learner, RankLost, TaskFault, WorkerDied, _Failed
 from exporter import release
 from exporter.metrics import Metrics
 from exporter.preprocess import Preprocess
@@ -46,6 +46,7 @@ FAULTS = {
     "safetensors": SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
     "torch": RuntimeError("DefaultCPUAllocator: can't allocate memory"),
     "cuda": RuntimeError("CUDA error: an illegal memory access was encountered"),
+    "rank": RankLost("rank 1, there (process 7, cuda:0), is gone"),
 }
 """What a machine does to a learner, whatever the task."""
 LIST = Partition("list", 0)

@@ -150,3 +150,19 @@ def test_whatever_a_look_raises_is_a_finding():
     (found,) = doctor._looked_at("learner", "free some of it", broken)
 
     assert found == Finding("learner", "problem", "RuntimeError: CUDA error: out of memory", "free some of it")
+
+
+def test_ranks_that_cannot_be_had_are_a_problem_and_others_are_told(tmp_path, monkeypatch):
+    def about_ranks(**training: object) -> Finding:
+        return findings(settings(tmp_path / "state", training=training), "ranks")["ranks"]
+
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert about_ranks(processes=2).text.startswith("2 on this machine (cpu, cpu; ")
+    (tmp_path / "secret").write_text("as long as it has to be")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        assert about_ranks(listen=address, secret_file=tmp_path / "secret").level == "problem"
+    found = about_ranks(listen=address, secret_file=tmp_path / "secret")
+    assert found.level == "ok" and found.text.endswith(f"; others may join at {address}")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    assert "this machine has 1 CUDA device(s)" in about_ranks(processes=2).text

@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.openmetrics.exposition import generate_latest
 
 from agent.scoring.report import Adaptation, Report
-from agent.values import Commit, GapStatistics, LateRejection, Outcome, Progress, Update
+from agent.values import Commit, GapStatistics, LateRejection, Outcome, Progress, Share, Update
 from exporter.instruments import DECISIONS, REASONS, STATES
 from exporter.metrics import Metrics
 from exporter.preprocess import Preprocess
@@ -178,6 +178,26 @@ def test_what_became_of_new_adapters_is_counted_under_every_word_there_is_for_it
         metrics.committed(commit(tmp_path), replace(made, update=replace(made.update, adaptation=adaptation)))
     metrics.committed(commit(tmp_path), made)
     assert counted() == [1.0] * len(DECISIONS)
+
+
+def test_the_ranks_of_the_last_update_are_shown_with_the_time_they_waited(metrics, registry, tmp_path):
+    # given an update that three ranks shared, and one that two did
+    shares = tuple(Share(host, 7, "cpu", 10.0, waited_s) for host, waited_s in (("a", 1.0), ("b", 4.0), ("c", 2.0)))
+    metrics.committed(commit(tmp_path), replace(outcome(tmp_path), shares=shares))
+    metrics.committed(commit(tmp_path), replace(outcome(tmp_path), shares=shares[:2]))
+
+    # then what is shown is of the last one
+    waiting = {
+        str(rank): registry.get_sample_value("gapstream_rank_waiting_ratio", {"rank": str(rank), "device": "cpu"})
+        for rank in range(3)
+    }
+    assert waiting == {"0": 0.1, "1": 0.4, "2": None}
+    assert registry.get_sample_value("gapstream_ranks") == 2
+    assert [rank["host"] for rank in metrics.status()["ranks"]] == ["a", "b"]
+
+    # and a trainer that learns alone is one
+    metrics.committed(commit(tmp_path), outcome(tmp_path))
+    assert registry.get_sample_value("gapstream_ranks") == 1 and metrics.status()["ranks"] == []
 
 
 def test_a_record_rejected_after_its_intake_is_counted_and_remembered_once(metrics, registry, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from agent.commits import CommitStore, StateError
-from agent.pipeline import HALVINGS, AgentError, TaskFailed, resume
+from agent.pipeline import HALVINGS, RANK_ATTEMPTS, AgentError, TaskFailed, resume
 from agent.values import Progress
 from agent.worker import WorkerDied
 from exporter.metrics import Metrics
@@ -434,6 +434,18 @@ def test_a_trainer_that_is_killed_blames_no_task(tmp_path, kind):
     with pytest.raises(TaskFailed, match="SIGKILL"):
         agent.run()
     assert letters.acknowledged == letters.waiting == []
+
+
+def test_ranks_that_are_lost_end_more_attempts_than_other_faults_before_they_end_the_agent(tmp_path):
+    # given as many losses as may be, and one more
+    lost = WorkerDied("rank", "RankLost: rank 1, there (process 7, cuda:0), is gone")
+    few = DyingWorker(*[lost] * (RANK_ATTEMPTS - 1))
+    assert pipeline(tmp_path / "few", ListSource(records(*TEN)), few).run().offsets == {LIST: 10}
+
+    # when, then
+    agent = pipeline(tmp_path / "many", ListSource(records(*TEN)), DyingWorker(*[lost] * RANK_ATTEMPTS))
+    with pytest.raises(TaskFailed, match=f"failed {RANK_ATTEMPTS} times"):
+        agent.run()
 
 
 def test_a_first_task_can_be_quarantined(tmp_path):

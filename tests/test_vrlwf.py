@@ -312,8 +312,8 @@ def test_the_published_loop_crops_every_image_anew_and_leaves_out_what_is_not_fu
     read: list[torch.Tensor] = []
     batch = images.cropped.batch
 
-    def watched(index, generator):
-        tokens = batch(index, generator)
+    def watched(index, generator, part):
+        tokens = batch(index, generator, part)
         read.append(tokens)
         return tokens
 

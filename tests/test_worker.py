@@ -149,6 +149,15 @@ def test_an_error_arrives_as_one_line_and_a_traceback(tmp_path, make_worker):
     assert worker.idle and worker.pid is None
 
 
+def test_a_lost_rank_is_told_from_other_errors(tmp_path, make_worker):
+    worker = make_worker()
+    worker.submit(task_of(tmp_path / "spool", "break rank"), staging_in(tmp_path / "staging"), None)
+    with pytest.raises(WorkerDied) as died:
+        outcome_of(worker)
+    assert (died.value.kind, died.value.blames_task) == ("rank", False)
+    assert str(died.value) == "RankLost: rank 1, there (process 7, cuda:0), is gone"
+
+
 def test_a_killed_trainer_is_noticed_and_started_again_with_the_next_task(tmp_path, make_worker):
     # given
     worker = make_worker()

@@ -56,6 +56,8 @@ def _clip(model: torch.nn.Module, size: int, device: str, precision: str) -> Cli
 
 
 class PlainTokens:
+    owners = None
+
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
 

@@ -22,7 +22,8 @@ from rich.markup import escape
 
 from agent.commands.arguments import add_config, config_from
 from agent.commits import CommitStore, StateError
-from agent.config import Config
+from agent.config import Config, Training
+from agent.config.training import parted
 from agent.layout import LOCK, SPOOL, has_learned
 from agent.parts import open_exchange, source_parts
 from agent.process import is_ours
@@ -81,6 +82,9 @@ def examine(config: Config) -> Iterator[Finding]:
     yield from _looked_at("source", cure, lambda: _source(config, commit))
     cure = "check [serve.kafka], and that its topics can be read and written from here"
     yield from _looked_at("answers", cure, lambda: _answers(config))
+    if config.training.shared:
+        cure = "check [training] and model.device"
+        yield from _looked_at("ranks", cure, lambda: _ranks(config, running))
     cure = "check [model], [method] and the archives of [evaluation]"
     yield from _looked_at("learner", cure, lambda: _learner(config, commit))
     cure = "`gapstream rollback N` sends readers to an older one, see `gapstream releases`"
@@ -218,11 +222,29 @@ def _learner(config: Config, commit: Commit | None) -> Iterator[Finding]:
     from agent.trainer import Trainer
 
     learned = commit.path if commit and has_learned(commit.path) else None
-    learner = Trainer(config, learned).identity
+    # Without its ranks: those of a running agent have the address, and the trainer is what is looked at here.
+    learner = Trainer(config.model_copy(update={"training": Training()}), learned).identity
     model = f"{learner.model.name} ({learner.model.pretrained})"
     yield Finding("learner", "ok", f"{learner.method} on {model}, device {learner.device}, torch {torch.__version__}")
     if learner.device == "cpu" and torch.cuda.is_available():
         yield Finding("learner", "warning", f"{torch.cuda.get_device_name()} is not used", "set model.device to auto")
+
+
+def _ranks(config: Config, running: str) -> Iterator[Finding]:
+    """Look at the devices of this machine's ranks, and whether others can join."""
+    from agent.sharing.machine import device_of, threads_of
+    from agent.sharing.start import secret_of
+
+    settings = config.training
+    secret_of(settings)
+    devices = [device_of(config, number) for number in range(settings.processes)]
+    own = f"{settings.processes} on this machine ({', '.join(devices)}; {threads_of(config)} CPU thread(s) each)"
+    if not settings.listen:
+        yield Finding("ranks", "ok", own)
+        return
+    if not running:  # a running agent has the address itself
+        socket.create_server(parted(settings.listen)).close()
+    yield Finding("ranks", "ok", f"{own}; others may join at {settings.listen}")
 
 
 def _release(config: Config, commit: Commit | None) -> Iterator[Finding]:

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from agent.commands.arguments import add_config, config_from
 from agent.commits import CommitStore, Provenance, StateError
-from agent.config import Config, resolved
+from agent.config import Config, Training, resolved
 from agent.layout import COMMITS, LEARNER_TENSORS, LOCK, commit_number, current_commit
 from agent.values import Commit
 from exporter.release import digest
@@ -67,7 +67,8 @@ def merge_states(states: list[Path], out: Path, config: Config) -> Commit:
     commits = {str(state): _newest(state) for state in states}
     _check_apart(commits, states)
     _check_new(out)
-    config = config.model_copy(update={"state": config.state.model_copy(update={"path": out.absolute()})})
+    changed = {"state": config.state.model_copy(update={"path": out.absolute()}), "training": Training()}
+    config = config.model_copy(update=changed)  # nothing is trained, so nothing is shared with other ranks
     from agent.trainer import Trainer  # here, as --help waits for no torch
 
     trainer, store = Trainer(config, None), CommitStore(out, config.state.keep_commits)

@@ -22,10 +22,11 @@ from agent.config.sections import (
     Task,
     Triton,
 )
+from agent.config.training import Training
 from agent.errors import ConfigError
 
 __all__ = [
     "Agent", "Archive", "Config", "ConfigError", "Evaluation", "Finetune", "Gapstream", "Http", "Kafka", "KafkaImages",
     "KafkaSecurity", "Lora", "Method", "MgClip", "Model", "Release", "Seca", "Serve", "ServeKafka", "Source", "Spool",
-    "State", "Task", "Triton", "VrLwf", "load", "resolved", "to_toml",
+    "State", "Task", "Training", "Triton", "VrLwf", "load", "resolved", "to_toml",
 ]  # fmt: skip

@@ -17,6 +17,7 @@ from pydantic import (
 from agent.config.base import MAYBE_PATH, Section, SourceSection, Unset
 from agent.config.kafka import Kafka, ServeKafka
 from agent.config.methods import Method
+from agent.config.training import Training
 from exporter.precision import AUTO, FP32, MIN_GAIN, PRECISIONS
 
 
@@ -348,6 +349,7 @@ class Config(Section):
     task: Task = Task()
     spool: Spool = Spool()
     method: Method = Method()
+    training: Training = Training()
     evaluation: Evaluation = Evaluation()
     release: Release = Release()
     state: State = State()

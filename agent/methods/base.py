@@ -12,14 +12,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from agent.model.clip import Clip
+from agent.model.ranks import Part
 from agent.values import OnProgress, Update
 
 
 class Tokens(Protocol):
     """The output of the image tower's frozen part for every image of a task, computed once and kept.
 
-    It is in memory, or in a file without a name where it exceeds method.cache_bytes.
+    It is in memory, or in a file without a name where it exceeds method.cache_bytes. Where several processes share an
+    update, each has the tokens of some images (agent.model.ranks).
     """
+
+    @property
+    def owners(self) -> Tensor | None:
+        """The rank that has each image's tokens, int64 [N] on the CPU; None where this process has all of them."""
 
     def __len__(self) -> int: ...
 
@@ -30,9 +36,9 @@ class Tokens(Protocol):
 class Cropped(Protocol):
     """The images of a task, cropped and mirrored at random: what augments them cannot use tokens computed once."""
 
-    def batch(self, index: Tensor, generator: torch.Generator) -> Tensor:
+    def batch(self, index: Tensor, generator: torch.Generator, part: Part | None = None) -> Tensor:
         """Decode, crop, mirror and encode some images anew, like Tokens.batch; all that is random is drawn from
-        `generator`, which is on the CPU."""
+        `generator`, which is on the CPU. Where `index` is `part` of a batch, it is drawn for the whole batch."""
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from agent import config
 from agent.methods.base import InferenceModule, LearnerState, OnProgress, TaskData, TextModule, check_learned
 from agent.methods.classifiers import TextHead
 from agent.methods.training import ClassMeans, GapWatch, Training, cosine
+from agent.model import ranks
 from agent.model.clip import Clip
 from agent.model.lora import merged
 from agent.values import Update
@@ -66,7 +67,7 @@ class Bofa:
         return tuple(self._means.classes)
 
     def update(self, task: TaskData, on_progress: OnProgress) -> Update:
-        rows = torch.cat([self._features(task.tokens.batch(part)) for part in torch.arange(len(task)).split(256)])
+        rows = ranks.encoded(task.tokens, torch.arange(len(task)), self._features, 256)
         # The trained part begins at these features, as that of other methods does at tokens.
         task = replace(task, tokens=Features(rows))
         self._means.add(task, rows)
@@ -104,7 +105,7 @@ class Bofa:
                 visual = INERTIA * visual + (1 - INERTIA) * self._visual()
                 images = projection(task.tokens.batch(index))
                 loss = F.cross_entropy(scale * images @ self._mixed(names, visual).T, labels[index.to(labels.device)])
-                training.descend(loss, len(index))
+                training.descend(loss)
             if not training.keep():
                 break
         projection.directions = safe
@@ -181,6 +182,7 @@ class Features:
 
     def __init__(self, rows: Tensor) -> None:
         self.rows = rows
+        self.owners = ranks.dealt(len(rows))
 
     def __len__(self) -> int:
         return len(self.rows)

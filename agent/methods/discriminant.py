@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from agent.methods.classifiers import TowerWithHead, tensors_of
+from agent.model import ranks
 from agent.model.clip import Clip
 from agent.model.lora import ADAPTED
 
@@ -62,6 +63,24 @@ class Statistics:
         self.scatter.addmm_(spread.T, spread)
         self.means[present] += (counts / total)[:, None] * shift
         self.counts[present] = total
+
+    def clear(self) -> None:
+        """Count from zero again, with room for as many classes."""
+        for tensor in (self.counts, self.means, self.scatter):
+            tensor.zero_()
+
+    def sum(self) -> None:
+        """Become what all ranks have counted together, as if one had counted all (see `count`); nothing alone."""
+        if ranks.size() == 1:
+            return
+        counts = ranks.summed(self.counts.clone())
+        # in float64 the mean of a class that one rank alone has comes out as it went in
+        sums = ranks.summed(self.counts.double()[:, None] * self.means)
+        means = (sums / counts.clamp_min(1)[:, None]).float()
+        moved = self.counts.sqrt()[:, None] * (self.means - means)
+        self.scatter.addmm_(moved.T, moved)
+        self.counts, self.means = counts, means
+        ranks.summed(self.scatter)
 
     def solve(self, prior: float) -> Solved:
         """Solve for the discriminant: (scatter + prior)^-1 of the centred and shrunk means, by one Cholesky factor. The

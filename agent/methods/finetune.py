@@ -28,7 +28,7 @@ class Finetune(FineTuning):
                 images = self._student.encode_tokens(task.tokens.batch(index))
                 names = self._student.encode_ids(ids)
                 loss = local_loss(images, names, labels[index.to(labels.device)], scale, smoothing)
-                training.descend(loss, len(index))
+                training.descend(loss)
             if not training.keep():
                 break
         admit(self._classes, task)

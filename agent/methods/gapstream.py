@@ -46,6 +46,7 @@ from agent.methods.base import (
 from agent.methods.discriminant import Discriminant, Fusion, RandomFeatures, Solved, Statistics, leave_one_out
 from agent.methods.student import Student
 from agent.methods.training import GapWatch, Training, admit, cosine, local_loss, packed, unpack, untrained
+from agent.model import ranks
 from agent.model.clip import Clip
 from agent.model.gap import within_budget
 from agent.model.images import TokensAt
@@ -197,14 +198,14 @@ class Gapstream:
             for index in training.batches(epoch):
                 images = student.encode_tokens(part.tokens.batch(index))
                 names = student.encode_ids(ids)
-                training.descend(local_loss(images, names, labels[index.to(labels.device)], scale), len(index))
+                training.descend(local_loss(images, names, labels[index.to(labels.device)], scale))
             if not training.keep(lambda drifts: within_budget(drifts[-1], None, self._budget)):
                 break
         return trial
 
     def _embed(self, task: TaskData, index: Tensor) -> Tensor:
         """Encode some images of a task with the towers as they are now: float32 [n, D]."""
-        return torch.cat([self.encode_tokens(task.tokens.batch(part)) for part in index.split(BATCH)])
+        return ranks.encoded(task.tokens, index, self.encode_tokens, BATCH)
 
     @torch.no_grad()
     def _count(self, task: TaskData, labels: Tensor, chosen: Tensor, on_progress: OnProgress) -> tuple[Tensor, Tensor]:
@@ -216,24 +217,29 @@ class Gapstream:
         among = torch.zeros(len(task), dtype=torch.bool)
         among[chosen] = True
         kept, embeddings = [], []
+        mine = ranks.mine(task.tokens, torch.arange(len(task)))
+        if ranks.rank():  # what was counted before is in the sum over the ranks once
+            self._statistics.clear()
         # 16 batches at once, chosen by hand: each call of `count` updates the whole scatter [M, M], which costs less
         # for many images together; fewer at once only take longer, more need more memory.
-        for index in torch.arange(len(task)).split(16 * BATCH):
+        for index in mine.split(16 * BATCH):
             features, embedding = self._features(task, index, on_progress)
             self._statistics.count(features, labels[index.to(labels.device)])
             here = among[index].to(features.device)
             kept.append(features[here])
             embeddings.append(embedding[here])
+        self._statistics.sum()
         self._solved = self._statistics.solve(self._prior)
         truth = labels[chosen.to(labels.device)]
-        visual = leave_one_out(self._solved, torch.cat(kept), truth, self._statistics.counts)
-        return visual, torch.cat(embeddings)
+        features, embedding = (ranks.of_all(task.tokens, chosen, torch.cat(rows)) for rows in (kept, embeddings))
+        return leave_one_out(self._solved, features, truth, self._statistics.counts), embedding
 
     def _features(self, task: TaskData, index: Tensor, on_progress: OnProgress) -> tuple[Tensor, Tensor]:
         """Compute random features float32 [n, M] and untouched embeddings [n, D] of some images, in batches of few
         activations."""
         both = []
-        for part in index.split(BATCH):
+        # a rank that owns no image computes the shapes from one that does not count
+        for part in (index if len(index) else torch.zeros(1, dtype=torch.int64)).split(BATCH):
             with self._clip.autocast():
                 middle, embedding = self._clip.image.at_depth(
                     task.tokens.batch(part).to(self._clip.device), self._depth
@@ -244,7 +250,7 @@ class Gapstream:
             place = {"step": math.ceil(done / BATCH), "steps": math.ceil(len(task) / BATCH), "samples": done}
             on_progress(Progress("compensate", task.number, **place))
         features, embeddings = zip(*both, strict=True)
-        return torch.cat(features), torch.cat(embeddings)
+        return torch.cat(features)[: len(index)], torch.cat(embeddings)[: len(index)]
 
     @torch.no_grad()
     def _decide(

@@ -130,7 +130,7 @@ class MgClip(StudentMethod):
             for index in training.batches(epoch):
                 images = student.encode_tokens(task.tokens.batch(index))
                 names = student.encode_ids(ids)
-                training.descend(local_loss(images, names, labels[index.to(labels.device)], scale), len(index))
+                training.descend(local_loss(images, names, labels[index.to(labels.device)], scale))
             if not training.keep(inside):
                 break
         return training

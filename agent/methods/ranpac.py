@@ -22,6 +22,7 @@ from agent import config
 from agent.methods.base import InferenceModule, LearnerState, OnProgress, TaskData, check_learned, task_generator
 from agent.methods.classifiers import TowerWithHead
 from agent.methods.training import GapWatch, UntouchedMethod, admit, packed, unpack, untouched_features, untrained
+from agent.model import ranks
 from agent.model.clip import Clip
 from agent.model.lora import merged
 from agent.values import Progress, Update
@@ -69,11 +70,16 @@ class RanPac(UntouchedMethod):
         admit(self._classes, task)
         self._sums = F.pad(self._sums, (0, 0, 0, len(self._classes) - len(self._sums)))
         where = torch.tensor([self._classes.index(name) for name in task.classes])
-        for index in torch.arange(len(task)).split(BATCH):
+        if ranks.rank():  # what was counted before is in the sum over the ranks once
+            self._gram.zero_()
+            self._sums.zero_()
+        for index in ranks.mine(task.tokens, torch.arange(len(task))).split(BATCH):
             features = F.relu(embeddings[index.to(embeddings.device)] @ self._projection)
             self._gram.addmm_(features.T, features)
             self._sums.index_add_(0, where[task.labels[index]].to(features.device), features)
-            on_progress(Progress("train", task.number, samples=int(index[-1]) + 1))
+            on_progress(Progress("train", task.number, samples=int(index[-1]) + 1 if len(index) else 0))
+        ranks.summed(self._gram)
+        ranks.summed(self._sums)
         self._ridge = self._best_ridge(task, embeddings)
         return replace(untrained(task, watch, started, on_progress), details={"ridge": self._ridge})
 

@@ -52,6 +52,7 @@ from agent.methods.training import (
     untouched_features,
     untrained,
 )
+from agent.model import ranks
 from agent.model.clip import Clip
 from agent.model.lora import merged
 from agent.values import Update
@@ -147,18 +148,18 @@ class Seca:
         for epoch in range(training.epochs):
             for index in training.batches(epoch):
                 at = index.to(device)
-                images = self._encode(task.tokens.batch(index), self._adapter.named, dropout)
+                images = self._encode(task.tokens.batch(index), self._adapter.named, dropout, training.part)
                 texts = self._text.encode(lesson.ids, prompt)
                 loss = local_loss(images, texts[lesson.own], lesson.labels[at], self._clip.logit_scale)
                 if lesson.pool is not None:
                     distilled, weights = self._distil(lesson, at, images, texts[lesson.own])
                     loss = loss + distilled
                     # A momentum of 0.5, as in the published code: batch by batch the early ones count for less.
-                    use = 0.5 * use + 0.5 * weights.detach().mean(0)
+                    use = 0.5 * use + 0.5 * training.part.mean(weights.detach())
                 if settings.se_vpr:
                     words = texts if lesson.words is None else lesson.words
                     loss = loss + self._classify_by_prototypes(lesson, at, images, words)
-                training.descend(loss, len(index))
+                training.descend(loss)
             if not training.keep():
                 break
         self._prompts[-1] = prompt.detach().clone()
@@ -223,9 +224,15 @@ class Seca:
             return self._clip.encode_names(self.classes)
         return self._text.encode(self._text.tokenize(self.classes), self._prompts[-1])
 
-    def _encode(self, tokens: Tensor, adapter: Mapping[str, Tensor], dropout: torch.Generator | None = None) -> Tensor:
+    def _encode(
+        self,
+        tokens: Tensor,
+        adapter: Mapping[str, Tensor],
+        dropout: torch.Generator | None = None,
+        part: ranks.Part | None = None,
+    ) -> Tensor:
         with self._clip.autocast():
-            features = self._image(tokens, adapter, self._settings.dropout, dropout)
+            features = self._image(tokens, adapter, self._settings.dropout, dropout, part)
         return F.normalize(features.float(), dim=-1)
 
     def _under_prompts(self, names: Sequence[str], batch: int = 256) -> Tensor:
@@ -242,13 +249,13 @@ class Seca:
         if not self._pool or not self._settings.sg_akt:
             return None
         towers: list[Any] = [self._image.merged(adapter) for adapter in self._pool]
-        parts = []
-        for index in torch.arange(len(tokens)).split(256):
-            batch = tokens.batch(index)
+
+        def encode(batch: Tensor) -> Tensor:
             with self._clip.autocast():
                 members = torch.stack([tower.pooled(batch) for tower in towers], dim=1)
-            parts.append(F.normalize(members.float(), dim=-1))
-        return torch.cat(parts)
+            return F.normalize(members.float(), dim=-1)
+
+        return ranks.encoded(tokens, torch.arange(len(tokens)), encode, 256)
 
     def _join_pool(self, use: Tensor) -> None:
         """Put the adapter as it is now into the pool; `use` [pool] says which one leaves a full pool."""
@@ -274,7 +281,7 @@ class Seca:
         """Take the highest cosines of a batch of the task's images into their mean over tasks, each weighing as much as
         it has classes: the published prediction takes those of a batch of test images, which are of all classes."""
         order = torch.randperm(len(task), generator=task_generator(self._seed, task.number, "peaks"))
-        images = self.encode_tokens(task.tokens.batch(order[:PEAK_IMAGES]))
+        images = ranks.encoded(task.tokens, order[:PEAK_IMAGES], self.encode_tokens, PEAK_IMAGES)
         self._names = self._under_prompts(self.classes)
         now = torch.stack([(rows @ images.T).max() for rows in (self._names, self._prototypes)])
         share = len(task.classes) / len(self.classes)

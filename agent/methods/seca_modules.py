@@ -14,6 +14,7 @@ from agent.methods.base import TextModule
 from agent.methods.classifiers import TowerWithHead
 from agent.model.clip import Clip, ModelError
 from agent.model.lora import ADAPTED, merged
+from agent.model.ranks import Part
 
 NORMS = ("ln_2", "norm2")
 """How the norm before an MLP is named in open_clip's blocks and in timm's."""
@@ -42,14 +43,15 @@ class Beside(nn.Module):
         self.down = nn.Parameter(torch.zeros(1, width), requires_grad=False)
         self.up = nn.Parameter(torch.zeros(width, 1), requires_grad=False)
         self.scale = scale
-        self.dropout: tuple[float, torch.Generator] | None = None
+        self.dropout: tuple[float, torch.Generator, Part] | None = None
 
     def forward(self, both: tuple[Tensor, Tensor]) -> Tensor:
         normed, x = both
         hidden = F.relu(F.linear(x, self.down))
         if self.dropout is not None:
-            rate, generator = self.dropout
-            hidden = hidden * torch.empty_like(hidden).bernoulli_(1 - rate, generator=generator) / (1 - rate)
+            rate, generator, part = self.dropout
+            kept = hidden.new_empty(part.images, *hidden.shape[1:]).bernoulli_(1 - rate, generator=generator)
+            hidden = hidden * part.of(kept) / (1 - rate)
         return self.mlp(normed) + self.scale * F.linear(hidden, self.up)
 
 
@@ -84,13 +86,20 @@ class BesideTower:
         return tensors
 
     def __call__(
-        self, tokens: Tensor, adapter: Mapping[str, Tensor], rate: float = 0.0, generator: torch.Generator | None = None
+        self,
+        tokens: Tensor,
+        adapter: Mapping[str, Tensor],
+        rate: float = 0.0,
+        generator: torch.Generator | None = None,
+        part: Part | None = None,
     ) -> Tensor:
-        """Encode [B, tokens, width] to [B, D], not normalised, with dropout where a generator is given."""
+        """Encode [B, tokens, width] to [B, D], not normalised, with dropout where a generator is given. Where
+        the images are `part` of a batch, it is drawn for the whole batch."""
         for name in self._widths:
             beside = self._twin.get_submodule(name)
             assert isinstance(beside, Beside)
-            beside.dropout = (rate, generator) if generator is not None and rate else None
+            whole = part or Part(len(tokens))
+            beside.dropout = (rate, generator, whole) if generator is not None and rate else None
         return functional_call(self._twin, dict(adapter), (tokens,))
 
     def merged(self, adapter: Mapping[str, Tensor]) -> nn.Module:

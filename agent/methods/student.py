@@ -23,6 +23,7 @@ from agent.methods.base import (
 )
 from agent.methods.classifiers import TextHead
 from agent.methods.training import GapWatch, Training, cosine
+from agent.model import ranks
 from agent.model.clip import Clip
 from agent.model.lora import Adapters, merged
 
@@ -95,13 +96,14 @@ class Student:
 
     @torch.no_grad()
     def features(self, tokens: Tokens, tick: Callable[[], None], batch: int = 128) -> Tensor:
-        """Encode a task's images in order: float32 [N, D], L2-normalised. `tick` is called after every batch."""
+        """Encode a task's images in order: float32 [N, D], L2-normalised. `tick` is called for every batch."""
         weights = self.image.weights()
-        parts = []
-        for part in torch.arange(len(tokens)).split(batch):
-            parts.append(self.encode_tokens(tokens.batch(part), weights))
+
+        def encode(part: Tensor) -> Tensor:
             tick()
-        return torch.cat(parts)
+            return self.encode_tokens(part, weights)
+
+        return ranks.encoded(tokens, torch.arange(len(tokens)), encode, batch)
 
     @torch.no_grad()
     def merged_image_tower(self) -> nn.Module:
@@ -226,5 +228,4 @@ class Teacher:
 
     def features(self, tokens: Tokens, batch: int = 256) -> Tensor:
         """Compute normalised image features float32 [N, D] of all images of a task, in order."""
-        index = torch.arange(len(tokens))
-        return torch.cat([self.encode_tokens(tokens.batch(part)) for part in index.split(batch)])
+        return ranks.encoded(tokens, torch.arange(len(tokens)), self.encode_tokens, batch)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from agent.methods.base import Encoder, OnProgress, TaskData, TextModule, task_generator
-from agent.model import gap
+from agent.model import gap, ranks
 from agent.model.clip import Clip
 from agent.model.lora import merged
 from agent.values import GapStatistics, Progress, Update
@@ -58,9 +58,14 @@ class GapWatch:
         return gap.drift(now, self.untouched, self._relative_to)
 
     def _statistics(self, model: Encoder) -> GapStatistics:
-        images = torch.cat([model.encode_tokens(self._task.tokens.batch(part)) for part in self._sample.split(128)])
+        images = ranks.encoded(self._task.tokens, self._sample, model.encode_tokens, 128)
         labels = self._task.labels[self._sample].to(images.device)
-        return gap.statistics(images, model.encode_names(self._task.classes), labels)
+        measured = gap.statistics(images, model.encode_names(self._task.classes), labels)
+        # Epochs are kept or rolled back by these: no rank may see others, were it only in their last bits.
+        positive, centroid, *negative = ranks.agreed(
+            [measured.positive, measured.centroid, *([] if measured.negative is None else [measured.negative])]
+        )
+        return GapStatistics(positive, negative[0] if negative else None, centroid)
 
 
 class Trained(Protocol):
@@ -107,6 +112,8 @@ class Training:
         self.epochs = epochs if len(task.classes) > 1 else 0
         self.kept = 0
         """Epochs whose effect is in the model."""
+        self.part = ranks.Part(0)
+        """Which images of the current batch are this rank's."""
         self.drifts: list[float | None] = []
         """The drift after every epoch that was run; infinite where the model was no longer finite."""
         self._task = task
@@ -130,7 +137,7 @@ class Training:
 
     def batches(self, epoch: int) -> Iterator[Tensor]:
         """Yield the task's images in an order drawn anew, int64 [B] on the CPU, with the learning rates set for each
-        step."""
+        step. Of several ranks each is given those that it owns, see `part`."""
         self._total = torch.zeros(())
         self._run = epoch + 1
         order = torch.randperm(len(self._task), generator=self._order)
@@ -139,18 +146,19 @@ class Training:
             done = (epoch * self._steps + step) / (self.epochs * self._steps)
             for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
                 group["lr"] = rate * self._decay(epoch, done)
-            yield index
+            self.part = ranks.part(self._task.tokens, index)
+            yield self.part.of(index)
 
-    def descend(self, loss: Tensor, images: int) -> None:
-        """Take one step down `loss`, which is the mean over `images` images."""
+    def descend(self, loss: Tensor) -> None:
+        """Take one step down `loss`, which is the mean over the batch that was yielded last."""
         self._optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        parameters = [weight for group in self._optimizer.param_groups for weight in group["params"]]
+        loss = ranks.backward(loss, parameters, self.part)
         if self._max_norm < math.inf:
-            parameters = [weight for group in self._optimizer.param_groups for weight in group["params"]]
             torch.nn.utils.clip_grad_norm_(parameters, self._max_norm)
         self._optimizer.step()
-        self._total = self._total.to(loss.device) + loss.detach() * images
-        self._seen += images
+        self._total = self._total.to(loss.device) + loss * self.part.images
+        self._seen += self.part.images
         self._say(loss.item(), self._watch.drift(self._after))
 
     def _say(self, loss: float, drift: float | None) -> None:
@@ -263,7 +271,7 @@ def divergence(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
 
 def untouched_features(clip: Clip, task: TaskData, batch: int = 256) -> Tensor:
     """Encode a task's images by the untouched model: float32 [N, D], L2-normalised, in order."""
-    return torch.cat([clip.encode_tokens(task.tokens.batch(part)) for part in torch.arange(len(task)).split(batch)])
+    return ranks.encoded(task.tokens, torch.arange(len(task)), clip.encode_tokens, batch)
 
 
 def admit(classes: list[str], task: TaskData) -> None:

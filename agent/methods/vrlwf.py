@@ -26,6 +26,7 @@ from agent.methods.classifiers import TextHead
 from agent.methods.student import FineTuning, Student, Teacher
 from agent.methods.training import admit, divergence, local_loss
 from agent.model.clip import Clip, ModelError
+from agent.model.ranks import Part
 from agent.values import Update
 
 MAX_NORM = 1.0
@@ -52,7 +53,7 @@ class VrLwf(FineTuning):
         settings = self._settings
         labels = task.labels.to(self._clip.device)
         ids = self._clip.tokenize(task.classes)
-        read = task.tokens.batch
+        read = None
         if self._published:
             if task.cropped is None:
                 raise ValueError("method.vrlwf.loop is 'published', which crops images, but the task has tokens alone")
@@ -65,13 +66,13 @@ class VrLwf(FineTuning):
         held = self._held_to_teacher(task, ids) if settings.weight and training.epochs else None
         for epoch in range(training.epochs):
             for index in training.batches(epoch):
-                tokens = read(index)
+                tokens = read(index, part=training.part) if read else task.tokens.batch(index)
                 images = self._scale * self._student.encode_tokens(tokens)
                 names = self._student.encode_ids(ids)
                 loss = local_loss(images, names, labels[index.to(labels.device)], 1.0, settings.label_smoothing)
                 if held is not None:
-                    loss = loss + settings.weight * held(index, tokens, images, names)
-                training.descend(loss, len(index))
+                    loss = loss + settings.weight * held(training.part, index, tokens, images, names)
+                training.descend(loss)
             if not training.keep():
                 break
         admit(self._classes, task)
@@ -97,11 +98,11 @@ class VrLwf(FineTuning):
         module.scale = self._scale_now()
         return module
 
-    def _held_to_teacher(self, task: TaskData, ids: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    def _held_to_teacher(self, task: TaskData, ids: Tensor) -> Callable[[Part, Tensor, Tensor, Tensor, Tensor], Tensor]:
         """Build the distillation of a task, a function that gives a scalar.
 
-        It takes the batch's index int64 [B] and tokens [B, tokens, width], the student's images [B, D] times its scale,
-        and its names [K, D].
+        It takes which part of a batch its images are, their index int64 [B] and tokens [B, tokens, width], the
+        student's images [B, D] times its scale, and its names [K, D].
         """
         settings, scale, device = self._settings, self._scale_now(), self._clip.device
         teacher = Teacher(self._student)
@@ -122,7 +123,7 @@ class VrLwf(FineTuning):
             earlier_ids = self._clip.tokenize(earlier)
             taught_earlier = teacher.encode_ids(earlier_ids)
 
-        def held(index: Tensor, tokens: Tensor, given: Tensor, names: Tensor) -> Tensor:
+        def held(part: Part, index: Tensor, tokens: Tensor, given: Tensor, names: Tensor) -> Tensor:
             nonlocal sentences, taught_sentences
             known = teacher.encode_tokens(tokens) if taught_images is None else taught_images[index.to(device)]
             taught = scale * known
@@ -130,7 +131,7 @@ class VrLwf(FineTuning):
             old, new = taught @ taught_sentences.T, given @ rows.T
             loss = divergence(old, new, settings.temperature)
             if settings.both_directions:
-                loss = loss + divergence(old.T, new.T, settings.temperature)
+                loss = loss + divergence(part.whole(old).T, part.whole(new).T, settings.temperature)
             if lwf:
                 old, new = taught @ taught_names.T, given @ names.T
                 if earlier:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from agent.model.clip import Clip
+from agent.model.ranks import Part
 from exporter.decoders import Decoders
 from exporter.image_header import ImageError
 
@@ -42,26 +43,32 @@ class CroppedImages:
         self._clip = clip
         self._decoders = decoders
 
-    def batch(self, index: Tensor, generator: torch.Generator) -> Tensor:
+    def batch(self, index: Tensor, generator: torch.Generator, part: Part | None = None) -> Tensor:
         """Encode some images: index int64 [B] -> float [B, tokens, width] on the device. Of the centre's square each is
-        a random part of the model's size, mirrored with probability 1/2. Raises ImageError, DecodersError."""
+        a random part of the model's size, mirrored with probability 1/2. Where they are `part` of a batch, the draws
+        are for the whole batch. Raises ImageError, DecodersError."""
+        whole = part or Part(len(index))
         size = self._clip.preprocess.size
         wider = replace(self._clip.preprocess, size=round(size * WIDER))
-        count, room = len(index), wider.size - size + 1
-        drawn = [torch.randint(bound, (count,), generator=generator).tolist() for bound in (room, room, 2)]
-        parts = []
+        room = wider.size - size + 1
+        drawn = [
+            whole.of(torch.randint(bound, (whole.images,), generator=generator)).tolist() for bound in (room, room, 2)
+        ]
+        crops = []
         decoded = self._decoders.pixels((self._read[at]() for at in index.tolist()), wider)
         for image, top, left, mirrored in zip(decoded, *drawn, strict=True):
             if isinstance(image, ImageError):
                 raise image
-            part = torch.from_numpy(image[:, top : top + size, left : left + size])
-            parts.append(part.flip(-1) if mirrored else part)
-        return torch.cat([self._clip.prefix(part) for part in torch.stack(parts).split(CHUNK)])
+            crop = torch.from_numpy(image[:, top : top + size, left : left + size])
+            crops.append(crop.flip(-1) if mirrored else crop)
+        return torch.cat([self._clip.prefix(chunk) for chunk in torch.stack(crops).split(CHUNK)])
 
 
 class StoredTokens:
     """It has the tokens of N images in one tensor: in memory (a GPU's where there is one) or mapped from a file without
     a name."""
+
+    owners: Tensor | None = None
 
     def __init__(self, tensor: Tensor, device: torch.device) -> None:
         self._tensor = tensor
@@ -75,8 +82,37 @@ class StoredTokens:
         return self._tensor[index.to(self._tensor.device)].to(self._device, non_blocking=True)
 
 
+class TokensOfRank:
+    """It has the tokens of those of N images that this rank owns, and of the others blank ones."""
+
+    def __init__(self, own: StoredTokens, owners: Tensor, rank: int, clip: Clip) -> None:
+        """own: tokens of this rank's images, in the order of the N; owners: the rank of each, int64 [N]."""
+        self.owners: Tensor | None = owners
+        self._own = own
+        here = owners == rank
+        self._place = torch.where(here, here.cumsum(0) - 1, -1)
+        self._clip = clip
+
+    def __len__(self) -> int:
+        return len(self._place)
+
+    def batch(self, index: Tensor) -> Tensor:
+        """Fetch the tokens of some images, see StoredTokens.batch. Those of an image that another rank owns stand for
+        nothing (see ranks.Part): all of its pixels are 0."""
+        place = self._place[index.cpu()]
+        if (place >= 0).all():
+            return self._own.batch(place)
+        size = self._clip.preprocess.size
+        blank = self._clip.prefix(torch.zeros(1, 3, size, size))
+        return blank.expand(len(index), -1, -1)
+
+
 class Batches(Protocol):
     """It fetches tokens, as StoredTokens does."""
+
+    @property
+    def owners(self) -> Tensor | None:
+        """See agent.model.ranks.Owned."""
 
     def batch(self, index: Tensor) -> Tensor:
         """See StoredTokens.batch."""
@@ -88,6 +124,12 @@ class TokensAt:
     def __init__(self, tokens: Batches, rows: Tensor) -> None:
         self._tokens = tokens
         self._rows = rows
+
+    @property
+    def owners(self) -> Tensor | None:
+        """The rank of each row, see agent.model.ranks.Owned."""
+        owners = self._tokens.owners
+        return None if owners is None else owners[self._rows]
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -101,7 +143,8 @@ class TokensAt:
 class LoadedImages:
     """What became of the images that were asked for."""
 
-    tokens: StoredTokens
+    tokens: StoredTokens | TokensOfRank
+    """Of an update that several ranks share, those of this one."""
     kept: tuple[int, ...]
     """The index of each row of `tokens` in what was asked for."""
     failed: tuple[tuple[int, ImageError], ...]

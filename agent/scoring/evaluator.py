@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import compress, zip_longest
 
 import torch
@@ -15,8 +16,9 @@ from PIL import Image
 from torch import Tensor
 
 from agent.config import Evaluation
-from agent.methods.base import InferenceModule, Method, TaskData, task_generator
+from agent.methods.base import InferenceModule, Method, TaskData
 from agent.model.clip import Clip
+from agent.scoring.answering import answering, predicted
 from agent.scoring.formulas import average_incremental_accuracy, extended, last_accuracy, mean_change, retention
 from agent.scoring.holdout import HoldOut
 from agent.scoring.report import (
@@ -36,10 +38,6 @@ from agent.scoring.scored_images import ImageFolder, ScoredImages, image_refs
 from agent.values import OnProgress, Progress, Update
 from exporter.decoders import Decoders
 from exporter.tensors import Unchanged
-
-PREDICTED = 512
-"""Training samples of a task that are predicted before they are learned: the standard error of an accuracy is then at
-most sqrt(0.25 / 512), 2.2 points. More only take longer; each is one pass through the towers."""
 
 SCORED = 10_000
 """Held-out images at most that are scored after an update, of each class equally many: the standard error of an
@@ -131,21 +129,14 @@ class Evaluator:
         are the text probabilities with the method's own, scaled to the same maximum, in place of the seen classes'.
         """
         started = time.perf_counter()
-        self._admit((*method.classes, *task.classes), lambda: on_progress(Progress("evaluate", task.number)))
+        self.admit(method, task, on_progress)
         answers: dict[int, Answer] = {}
         accuracy = None
         if len(task):
-            names, answer = self._answering(method, module, task.classes)
-            # Not the configured seed: whatever it is, the same images are asked, so that runs can be compared.
-            generator = task_generator(0, task.number, "predict before learning")
-            picked = torch.randperm(len(task), generator=generator)[:PREDICTED]
-            index_of = torch.tensor([names.index(name) for name in task.classes])
-            right = 0
-            for part in picked.split(self._settings.batch_size):
-                predicted = answer(task.tokens.batch(part)).argmax(1)
-                right += int((predicted == index_of[task.labels[part]]).sum())
-                on_progress(Progress("evaluate", task.number))
-            accuracy = right / len(picked)
+            texts = partial(self._current, method)
+            names, answer = answering(self._clip, method, module, task.classes, texts)
+            tick = partial(on_progress, Progress("evaluate", task.number))
+            accuracy = predicted(self._clip, method, module, task, self._settings.batch_size, texts, tick)
             for numbers, tokens in self._images.batches(self._candidates(method.classes, task.classes)):
                 answers |= zip(numbers, _best(answer(tokens), names), strict=True)
         return BeforeUpdate(accuracy, answers, time.perf_counter() - started)
@@ -222,6 +213,10 @@ class Evaluator:
             merged=past.merged,
         )
 
+    def admit(self, method: Method, task: TaskData, on_progress: OnProgress) -> None:
+        """Take in the images that the task brings to be scored: `before` does so where it has not been done."""
+        self._admit((*method.classes, *task.classes), lambda: on_progress(Progress("evaluate", task.number)))
+
     def _admit(self, classes: Sequence[str], tick: Callable[[], None]) -> None:
         """Take in the test images of `classes` and the hold-out as it is now."""
         refs, quota, admitted = [], _quota(len(set(classes))), Counter[str]()
@@ -241,31 +236,6 @@ class Evaluator:
                 refs += [ref for ref in wanted if ref.key not in known]
         for number in self._images.add(refs, tick):
             self._by_class.setdefault(self._images.refs[number].label, []).append(number)
-
-    def _answering(
-        self, method: Method, module: InferenceModule | None, classes: Sequence[str]
-    ) -> tuple[list[str], Callable[[Tensor], Tensor]]:
-        """Give all names known with the task's, and a function from tokens to scores float32 [B, names] on the CPU."""
-        learned = len(method.classes)
-        names = [*method.classes, *(name for name in classes if name not in method.classes)]
-        text = self._current(method, names) if len(names) > learned else None
-
-        @torch.no_grad()
-        def answer(tokens: Tensor) -> Tensor:
-            # In float32 whatever model.precision says: the module is scored as it is released.
-            own = module.from_tokens(tokens.float())[2] if module is not None else None
-            if text is None:
-                assert own is not None
-                return own.cpu()
-            scores = torch.softmax(self._clip.logit_scale * method.encode_tokens(tokens) @ text.T, dim=-1)
-            if own is not None:
-                # The learned classes and the others are scored in different units. The module's best class is put at
-                # the probability that the texts give the best learned name: its order stays, and new names compare.
-                best = scores[:, :learned].amax(1, keepdim=True)
-                scores = torch.cat([own / own.amax(1, keepdim=True) * best, scores[:, learned:]], dim=1)
-            return (scores / scores.sum(1, keepdim=True)).cpu()
-
-        return names, answer
 
     @torch.no_grad()
     def _score(
