@@ -1,4 +1,4 @@
-"""Every setting but those of the methods and of Kafka, as frozen and validated pydantic models; no torch."""
+"""Every setting but those of the methods, of Kafka and of a fleet, as frozen and validated pydantic models; no torch."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pydantic import (
 )
 
 from agent.config.base import MAYBE_PATH, Section, SourceSection, Unset
+from agent.config.fleet import FLEET_METHODS, Fleet
 from agent.config.kafka import Kafka, ServeKafka
 from agent.config.methods import Method
 from exporter.precision import AUTO, FP32, MIN_GAIN, PRECISIONS
@@ -341,3 +342,16 @@ class Config(Section):
     agent: Agent = Agent()
     http: Http = Http()
     serve: Serve = Serve()
+    fleet: Fleet = Fleet()
+
+    @model_validator(mode="after")
+    def _fleet_fits(self) -> Config:
+        topic, method = self.fleet.topic, self.method.name
+        if topic and topic in self.source.kafka.topics:
+            raise ValueError(
+                f"fleet.topic is {topic}, which is one of source.kafka.topics; expected a topic of its own"
+            )
+        if topic and method not in FLEET_METHODS:
+            known = " or ".join(FLEET_METHODS)
+            raise ValueError(f"method.name is {method}, whose learners a fleet cannot add up; expected {known}")
+        return self
