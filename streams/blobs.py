@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 import re
 import time
@@ -41,8 +42,8 @@ LARGEST = 2**53
 """Whole numbers in a header are below this: JSON's are exact up to it."""
 
 AHEAD_MS = 24 * 3600 * 1000
-"""Milliseconds that a sequence may be ahead of our clock: a day, so that clocks of other zones and slow ones do no harm.
-One from far ahead, taken once, would let nothing of its site pass until that time."""
+"""Milliseconds that a sequence may be ahead of our clock: a day, so that slow clocks, and those set to another zone, do
+no harm. One from far ahead, taken once, would let nothing of its site pass until that time."""
 
 _SITE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
@@ -86,7 +87,7 @@ class Chunk:
     headers: tuple[tuple[str, bytes], ...]
 
 
-def cut(blob: Blob, data: bytes) -> Iterator[Chunk]:
+def cut(blob: Blob, data: bytes | mmap.mmap) -> Iterator[Chunk]:
     """Cut the bytes of a blob into its chunks, in order."""
     headers = _headers(asdict(blob))
     for index in range(blob.chunks):

@@ -26,7 +26,7 @@ from agent.config.sections import (
 )
 
 __all__ = [
-    "Agent", "Archive", "Config", "ConfigError", "Evaluation", "Finetune", "Fleet", "Gapstream", "Http", "Kafka", "KafkaImages",
-    "KafkaSecurity", "Lora", "Method", "MgClip", "Model", "Release", "Seca", "Serve", "ServeKafka", "Source", "Spool",
-    "State", "Task", "Triton", "VrLwf", "load", "resolved", "to_toml",
+    "Agent", "Archive", "Config", "ConfigError", "Evaluation", "Finetune", "Fleet", "Gapstream", "Http", "Kafka",
+    "KafkaImages", "KafkaSecurity", "Lora", "Method", "MgClip", "Model", "Release", "Seca", "Serve", "ServeKafka",
+    "Source", "Spool", "State", "Task", "Triton", "VrLwf", "load", "resolved", "to_toml",
 ]  # fmt: skip

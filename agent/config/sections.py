@@ -1,4 +1,4 @@
-"""Every setting but those of the methods, of Kafka and of a fleet, as frozen and validated pydantic models; no torch."""
+"""Every setting but those of methods, Kafka and a fleet, as frozen and validated pydantic models; no torch."""
 
 from __future__ import annotations
 

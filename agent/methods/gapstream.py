@@ -247,6 +247,11 @@ class Gapstream:
         return torch.cat(features), torch.cat(embeddings)
 
     @torch.no_grad()
+    def counted(self, task: TaskData, index: Tensor) -> Tensor:
+        """Compute the features that some images of a task are counted by: int64 [n] -> float32 [n, M]."""
+        return self._features(task, index, lambda progress: None)[0]
+
+    @torch.no_grad()
     def _decide(
         self, visual: Tensor, untouched: Tensor, labels: Tensor, task: TaskData, chosen: Tensor, trial: Trial | None
     ) -> Adaptation | None:
