@@ -51,12 +51,10 @@ class HeldBack:
         images = Counter(names) + Counter(self.classes)
         stay = [at for at, name in enumerate(self.classes) if images[name] < least]
         index = [at for at, name in enumerate(names) if images[name] < least]
-        new = features(torch.tensor(index)).cpu() if index else self.features[:0]
-        width = new.shape[1] if index else self.features.shape[1]
-        return HeldBack(
-            torch.cat([self.features[stay].reshape(-1, width), new]),
-            (*(self.classes[at] for at in stay), *(names[at] for at in index)),
-        )
+        rows = [self.features[stay]] if stay else []
+        rows += [features(torch.tensor(index)).cpu()] if index else []
+        classes = (*(self.classes[at] for at in stay), *(names[at] for at in index))
+        return HeldBack(torch.cat(rows), classes) if rows else NOTHING
 
 
 NOTHING = HeldBack(torch.zeros(0, 0), ())
