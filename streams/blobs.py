@@ -108,6 +108,11 @@ def place(key: bytes | None) -> tuple[str, int]:
     return site, int(index)
 
 
+def sequence(headers: Sequence[tuple[str, bytes | None]]) -> int:
+    """Give the sequence that a message says. Raises BlobRefused."""
+    return _whole(_said(headers), "sequence")
+
+
 def kept(folder: Path) -> dict[str, tuple[Blob, Path]]:
     """Read which blobs are kept in a folder, and where: site -> blob and file. What cannot be read is left out."""
     found: dict[str, tuple[Blob, Path]] = {}

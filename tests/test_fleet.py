@@ -300,7 +300,7 @@ def test_a_release_is_due_after_the_pause_and_once_for_each(sites):
     b.step()
     a.step()
     due = []
-    for a.now in (0, 5, 9.9, 10, 10.1, 19, 20.1):  # noqa: B020
+    for a.now in (0, 5, 9.9, 10, 10.1, 19, 20.1):
         due.append(a.member.due(commit))
     assert due == [False, False, False, True, False, False, True]
     # once a commit has it, none is due, also after a restart, until something else comes
