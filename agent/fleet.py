@@ -204,21 +204,6 @@ class Member:
         self._metrics.fleet_states({blob.site: blob.sequence / 1000 for blob in known})
 
 
-def open_member(config: Config, metrics: Metrics, parts: contextlib.ExitStack) -> Callable[[Commit | None], bool]:
-    """Make this agent a site of the configured fleet; gives what tells the pipeline that a release is due. Without a
-    fleet none ever is. Raises OSError."""
-    if not config.fleet.topic:
-        return lambda commit: False
-    from agent.parts import connection
-    from streams.kafka.fleet import FleetTopic
-
-    where, topic = connection(config), config.fleet.topic
-    member = Member(config, metrics, lambda positions: FleetTopic(where, topic, positions))
-    parts.callback(member.close)
-    member.start()
-    return member.due
-
-
 def _check(site: str, path: Path) -> None:
     try:
         check(path)

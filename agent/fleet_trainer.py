@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -86,7 +87,7 @@ class FleetTrainer(Trainer):
         if update is not None:
             counted = self._method.counted  # type: ignore[attr-defined]  # the methods of a fleet have it
             least = self._config.fleet.min_images
-            self._held_back = self._held_back.after(data, least, lambda index: counted(data, index))
+            self._held_back = self._held_back.after(data, least, partial(counted, data))
         return update
 
     def _take_up(self) -> None:

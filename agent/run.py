@@ -14,9 +14,8 @@ from prometheus_client import CollectorRegistry
 
 from agent.commits import CommitStore
 from agent.config import Config, resolved
-from agent.fleet import open_member
 from agent.layout import SPOOL
-from agent.parts import open_stream, source_parts
+from agent.parts import open_fleet, open_stream, source_parts
 from agent.pipeline import Pipeline, Rules, resume
 from agent.releases import Publisher, pinned
 from agent.values import Commit
@@ -92,7 +91,7 @@ def run_agent(
             config=resolved(config),
             commit=commit,
             published=_publisher(config, commit, parts),
-            renewal_due=open_member(config, metrics, parts),
+            renewal_due=open_fleet(config, metrics, parts),
         )
         if config.http.enabled:
             server = StatusServer(
