@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,10 +17,10 @@ from safetensors.torch import load_file, save_file
 
 from agent import methods
 from agent.config import Config
-from agent.layout import FLEET, HELD_BACK, SHARED
+from agent.layout import FLEET, MEMBER, SHARED
 from agent.methods.base import LearnerState, TaskData
 from agent.methods.merging import MergeError
-from agent.methods.sharing import NOTHING, HeldBack, incoming, outgoing, together
+from agent.methods.sharing import HeldBack, Member, incoming
 from agent.model.images import StoredTokens
 from agent.scoring.anew import of_same_task, reopened
 from agent.scoring.holdout import EncodedImage
@@ -52,10 +51,15 @@ class FleetTrainer(Trainer):
         super().__init__(config, commit)
         self._folder = config.state.path / FLEET
         self._fleet = Fleet(site=config.fleet.site)
-        self._held_back = NOTHING
-        if commit is not None and (commit / HELD_BACK).exists():
-            waiting = load_file(commit / HELD_BACK)
-            self._held_back = HeldBack(waiting["features"], tuple(self._method.classes[i] for i in waiting["classes"]))
+        self._member = Member(self._method, config.fleet.min_images)
+        if commit is not None and (commit / MEMBER).exists():
+            known = load_file(commit / MEMBER)
+            self._member.fusion = known.get("fusion")
+            if "features" in known:
+                names = tuple(self._method.classes[at] for at in known["classes"])
+                self._member.held = HeldBack(known["features"], names)
+        self._learned: TaskData | None = None
+        """What was learned and is not answered with yet."""
         self._roots = last.roots if (last := last_report(commit)) else set()
         self._read: dict[str, tuple[Blob, _Other | str]] = {}
         """Site -> the blob that was read last, and what came of it: its state, or why there is none."""
@@ -85,29 +89,25 @@ class FleetTrainer(Trainer):
     def _update(self, data: TaskData, on_progress: OnProgress) -> Update | None:
         update = super()._update(data, on_progress)
         if update is not None:
-            counted = self._method.counted  # type: ignore[attr-defined]  # the methods of a fleet have it
-            least = self._config.fleet.min_images
-            self._held_back = self._held_back.after(data, least, partial(counted, data))
+            self._member.learned(data)
+            self._learned = data
         return update
 
     def _take_up(self) -> None:
         """Answer with what this site and the others have learned by now."""
-        own = self._method.state()
-        found = self._others(own)
+        found = self._others(self._method.state())
         others = {site: other.state for site, (_, other) in found.items() if isinstance(other, _Other)}
-        failed = ""
-        self._answers = self._method
+        failed, learned = "", self._learned
+        self._learned = None
         try:
-            if others:
-                answers = methods.build(self._clip, self._config.method)
-                answers.load_state(together(answers.name, own, others))
-                self._module = answers.inference_module()
-                self._answers = answers
+            answers = self._member.answers(lambda: methods.build(self._clip, self._config.method), others, learned)
+            self._module = answers.inference_module() if answers.classes else None
+            self._answers = answers
         # Whatever peers sent, and however little memory there is for it: this site answers on.
         except (MergeError, ArithmeticError, ValueError, LookupError, RuntimeError, MemoryError) as error:
             log.exception("what the other sites learned cannot be added; this site answers alone")
             failed = f"adding failed: {type(error).__name__}: {str(error)[:200]}"
-        if self._answers is self._method:
+            self._answers = self._method
             self._module = self._method.inference_module() if self._method.classes else None
         self._fleet = Fleet(site=self._fleet.site, sites=tuple(_told(*found[site], failed) for site in sorted(found)))
 
@@ -148,7 +148,7 @@ class FleetTrainer(Trainer):
             other = shared.method, shared.model["sha256"], shared.model["prompt"]
             if one != other:
                 raise MergeError(f"the one was learned by {_words(*one)}, the other by {_words(*other)}")
-            return _Other(shared, incoming(own, load_file(path), list(shared.classes), shared.depth))
+            return _Other(shared, incoming(own, load_file(path), list(shared.classes), shared.depth, shared.fitted))
         except SharedRefused as error:
             return f"what {site} published is not used: {error}"
         except (MergeError, RuntimeError) as error:
@@ -170,16 +170,19 @@ class FleetTrainer(Trainer):
     def _save(self, staging: Path, report: Report) -> None:
         super()._save(staging, report)
         self._roots = report.roots
-        state, method = self._method.state(), self._config.method.name
-        tensors, classes = outgoing(method, state, self._held_back, self._config.fleet.min_images)
+        tensors, classes = self._member.sends()
         if classes:
-            said = facts(
-                method, self._clip.identity, report.task, sorted(self._roots), state.values.get("depth", 0), classes
-            )
+            method, values = self._config.method.name, self._member.own().values
+            said = facts(method, self._clip.identity, report.task, sorted(self._roots), values, classes)
             save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, staging / SHARED, said)
-        if self._held_back.classes:
-            places = torch.tensor([self._method.classes.index(name) for name in self._held_back.classes])
-            save_file({"features": self._held_back.features.contiguous(), "classes": places}, staging / HELD_BACK)
+        held, known = self._member.held, {}
+        if self._member.fusion is not None:
+            known["fusion"] = self._member.fusion
+        if held.classes:
+            places = torch.tensor([self._method.classes.index(name) for name in held.classes])
+            known |= {"features": held.features.contiguous(), "classes": places}
+        if known:
+            save_file(known, staging / MEMBER)
 
 
 def _told(blob: Blob, result: _Other | str, failed: str) -> Site:

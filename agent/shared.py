@@ -56,6 +56,8 @@ class Shared:
     roots: frozenset[str]
     """What no two learners have in common that began apart (agent.scoring.report.Report.roots)."""
     depth: int
+    fitted: bool
+    """Whether its fusion was fitted to anything."""
     classes: tuple[str, ...]
     images: tuple[int, ...]
     """Images of each class."""
@@ -64,16 +66,22 @@ class Shared:
 
 
 def facts(
-    method: str, model: Mapping[str, Any], task: int, roots: Sequence[str], depth: int, classes: Sequence[str]
+    method: str,
+    model: Mapping[str, Any],
+    task: int,
+    roots: Sequence[str],
+    values: Mapping[str, Any],
+    classes: Sequence[str],
 ) -> dict[str, str]:
-    """Give the metadata of a file; the same facts give the same text."""
+    """Give the metadata of a file; the same facts give the same text. values: those of the learner's state."""
     said = {
         "format": FORMAT,
         "method": method,
         "model": {key: model[key] for key in ("name", "sha256", "prompt")},
         "task": task,
         "roots": sorted(roots),
-        "depth": depth,
+        "depth": values.get("depth", 0),
+        "fitted": bool(values.get("fitted")),
         "classes": list(classes),
     }
     return {FACTS: json.dumps(said, sort_keys=True, ensure_ascii=False)}
@@ -113,8 +121,8 @@ def _checked(path: Path, said: Any, file: Any) -> Shared:
         raise SharedRefused("its model or its roots are no texts")
     if not all(type(number) is int and number >= 0 for number in (task, depth)):
         raise SharedRefused("its task or its depth is no whole number")
-    images = tuple(map(int, counts))
-    return Shared(path, said["method"], model, task, frozenset(roots), depth, tuple(classes), images, width)
+    images, fitted = tuple(map(int, counts)), said["fitted"] is True
+    return Shared(path, said["method"], model, task, frozenset(roots), depth, fitted, tuple(classes), images, width)
 
 
 def _finite(name: str, stored: Any, shape: tuple[str, ...], file: Any) -> np.ndarray:

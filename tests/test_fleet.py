@@ -98,7 +98,7 @@ def shared(path: Path, classes: list[str], value: float = 1.0, width: int = 300)
         "counts": np.full(len(classes), 9, np.float32),
         "means": np.full((len(classes), width), value, np.float32),
     }
-    save_file(tensors, path, facts("ncm", IDENTITY, 1, ["root"], 0, classes))
+    save_file(tensors, path, facts("ncm", IDENTITY, 1, ["root"], {}, classes))
 
 
 class SiteFolder:

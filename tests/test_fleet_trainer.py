@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from agent.commands.merge import merge_states
 from agent.fleet_trainer import FleetTrainer
-from agent.layout import HELD_BACK, LEARNER_TENSORS, LEARNER_VALUES, REPORT, SHARED
+from agent.layout import LEARNER_TENSORS, LEARNER_VALUES, MEMBER, REPORT, SHARED
 from agent.scoring.report import Report
 from agent.shared import check
 from agent.trainer import Trainer
@@ -229,7 +229,7 @@ def test_a_damaged_file_or_a_failure_leaves_the_site_answering_alone(sites, tmp_
         raise torch.linalg.LinAlgError("not positive definite")
 
     with monkeypatch.context() as patched:
-        patched.setattr("agent.fleet_trainer.together", fail)
+        patched.setattr("agent.methods.sharing.together", fail)
         told = a.renew().report
     assert "adding failed" in told.fleet.sites[0].refused and set(told.classes) == {"ship", "cat"}
     assert a.renew().report.fleet.sites[0].refused is None
@@ -249,10 +249,10 @@ def test_what_is_held_back_is_in_the_commit_and_leaves_later_after_a_restart(tmp
     a = SiteBench(tmp_path, "a", evaluation={"holdout_fraction": 0})
     commit = a.teach([*images_of("ship", count=8), *images_of("cat", count=3)])
     assert check(commit.path / SHARED).classes == ("ship",)
-    assert load_file(commit.path / HELD_BACK)["classes"].tolist() == [1, 1, 1]
+    assert load_file(commit.path / MEMBER)["classes"].tolist() == [1, 1, 1]
     a.begin(commit.path)
     commit = a.teach(images_of("cat", count=2, start=3))
-    assert check(commit.path / SHARED).classes == ("ship", "cat") and not (commit.path / HELD_BACK).exists()
+    assert check(commit.path / SHARED).classes == ("ship", "cat") and not (commit.path / MEMBER).exists()
     learned, sent = load_file(commit.path / LEARNER_TENSORS), load_file(commit.path / SHARED)
     for key in ("counts", "means", "scatter"):
         torch.testing.assert_close(sent[key], learned[key], rtol=1e-4, atol=1e-4)

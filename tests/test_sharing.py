@@ -14,7 +14,7 @@ from torch import Tensor
 from agent.config.fleet import FLEET_METHODS
 from agent.methods.base import LearnerState, Method, TaskData
 from agent.methods.merging import MergeError, merge
-from agent.methods.sharing import NOTHING, HeldBack, incoming, outgoing, together
+from agent.methods.sharing import HeldBack, Member, incoming, together
 from agent.methods.training import unpack
 from agent.model.clip import Clip
 from agent.shared import FACTS, SCHEMAS, SharedRefused, check, facts
@@ -51,14 +51,18 @@ class Sender:
     """A site that learns, and holds back what is too little."""
 
     def __init__(self, clip: Clip, name: str, least: int) -> None:
-        self.method, self.least, self.held = built(clip, name), least, NOTHING
+        self.member = Member(built(clip, name), least)
+
+    @property
+    def method(self) -> Method:
+        return self.member.method
 
     def learn(self, task: TaskData) -> None:
         taught(self.method, task)
-        self.held = self.held.after(task, self.least, lambda index: self.method.counted(task, index))
+        self.member.learned(task)
 
     def sends(self) -> tuple[dict[str, Tensor], list[str]]:
-        return outgoing(self.method.name, self.method.state(), self.held, self.least)
+        return self.member.sends()
 
 
 def assert_sent(sent: tuple[dict[str, Tensor], list[str]], method: Method) -> None:
@@ -112,13 +116,13 @@ def test_what_leaves_never_grows_by_few_images_of_a_class(clip, name):
                     torch.testing.assert_close(now[key], tensor, rtol=1e-4, atol=1e-4, msg=key)
     # and what has left is exactly what a learner has that saw the images up to there
     assert_sent(sent[4], taught(built(clip, name), joined(1, *seen[:5])))
-    assert least - 1 >= len(site.held.classes) == 2
+    assert least - 1 >= len(site.member.held.classes) == 2
 
 
 def test_without_a_least_number_everything_leaves(clip, name):
     site = Sender(clip, name, least=1)
     site.learn(tiny_task(clip, 1, ["red", "green"], per_class=1))
-    assert site.held.classes == ()
+    assert site.member.held.classes == ()
     assert_sent(site.sends(), site.method)
 
 
@@ -136,14 +140,14 @@ def test_a_class_learned_before_the_fleet_with_too_few_images_stays_behind(clip,
 
 def written(folder: Path, site: Sender) -> Path:
     tensors, classes = site.sends()
-    said = facts(site.method.name, IDENTITY, 3, ["root"], site.method.state().values.get("depth", 0), classes)
+    said = facts(site.method.name, IDENTITY, 3, ["root"], site.member.own().values, classes)
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / "shared", said)
     return folder / "shared"
 
 
 def received(own: Method, path: Path) -> LearnerState:
     shared = check(path)
-    return incoming(own.state(), load_file(path), list(shared.classes), shared.depth)
+    return incoming(own.state(), load_file(path), list(shared.classes), shared.depth, shared.fitted)
 
 
 def test_sites_answer_together_as_one_learner_that_saw_everything(clip, name, tmp_path):
@@ -167,7 +171,7 @@ def test_sites_answer_together_as_one_learner_that_saw_everything(clip, name, tm
                 others[f"site {there}"] = received(own.method, written(tmp_path / f"{here}{there}", other))
         # when
         answers = built(clip, name)
-        answers.load_state(together(name, own.method.state(), others))
+        answers.load_state(together(name, own.member.own(), others))
         module = answers.inference_module()
         # then each spells the class as it knows it, and answers alike
         assert ("Red" in answers.classes) == (here != 0) and len(answers.classes) == 5
@@ -186,7 +190,7 @@ def test_each_site_keeps_its_own_adapters_and_none_leave(clip, tmp_path):
     # given two sites whose towers adapted to other images
     sites = [Sender(clip, "gapstream", least=1) for _ in range(2)]
     for number, site in enumerate(sites):
-        site.method = built(clip, "gapstream", drift_budget=0.5)
+        site.member.method = built(clip, "gapstream", drift_budget=0.5)
         site.learn(tiny_task(clip, 1, ["red", "green"], seed=number))
         site.method._student.load_tensors(
             {key: torch.randn(value.shape) * 0.05 for key, value in site.method._student.tensors().items()}
@@ -196,7 +200,7 @@ def test_each_site_keeps_its_own_adapters_and_none_leave(clip, tmp_path):
     path = written(tmp_path, other)
     assert set(load_file(path)) == set(SCHEMAS["gapstream"])
     # when
-    state = together("gapstream", own.method.state(), {"b": received(own.method, path)})
+    state = together("gapstream", own.member.own(), {"b": received(own.method, path)})
     # then the towers are this site's, and the statistics those of both, whatever the adapters are
     mine = own.method.state().tensors
     adapters = [key for key in mine if key.startswith(("image.", "text."))]
@@ -213,9 +217,8 @@ def test_each_site_keeps_its_own_adapters_and_none_leave(clip, tmp_path):
 def test_a_site_that_has_learned_nothing_answers_with_the_others(clip, name, tmp_path):
     other = Sender(clip, name, least=1)
     other.learn(tiny_task(clip, 1, ["red", "green"]))
-    own = built(clip, name)
-    answers = built(clip, name)
-    answers.load_state(together(name, own.state(), {"b": received(own, written(tmp_path, other))}))
+    own = Sender(clip, name, least=1)
+    answers = own.member.answers(lambda: built(clip, name), {"b": received(own.method, written(tmp_path, other))})
     assert answers.classes == ("green", "red")
     assert answers.inference_module().classes == ("green", "red")
 
@@ -245,7 +248,7 @@ def test_every_state_that_cannot_have_been_counted_is_refused(clip, tmp_path):
     site = Sender(clip, "gapstream", least=1)
     site.learn(tiny_task(clip, 1, ["red", "green"]))
     path = written(tmp_path, site)
-    good, said = load_file(path), json.loads(facts("gapstream", IDENTITY, 3, ["r"], 0, ["red", "green"])[FACTS])
+    good, said = load_file(path), json.loads(facts("gapstream", IDENTITY, 3, ["r"], {}, ["red", "green"])[FACTS])
     shared = check(path)
     assert (shared.classes, shared.images, shared.task, shared.features) == (("red", "green"), (12, 12), 3, 40)
 
@@ -297,11 +300,11 @@ def test_a_scatter_that_is_none_is_refused(clip, tmp_path):
     row = 7 * 8 // 2 + 7
     tensors["scatter"][row] = -tensors["scatter"][row] - 1
     with pytest.raises(MergeError, match="less than no variance"):
-        incoming(site.method.state(), tensors, ["red", "green"], check(path).depth)
+        incoming(site.method.state(), tensors, ["red", "green"], check(path).depth, True)
 
 
 def test_where_all_classes_have_too_few_images_nothing_leaves(clip):
     site = Sender(clip, "gapstream", least=5)
     site.learn(tiny_task(clip, 1, ["red", "green"], per_class=2))
-    assert isinstance(site.held, HeldBack) and site.held.classes == ("red", "red", "green", "green")
+    assert isinstance(site.member.held, HeldBack) and site.member.held.classes == ("red", "red", "green", "green")
     assert site.sends()[1] == []

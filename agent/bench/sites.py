@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +18,7 @@ from agent.bench.data import BenchError, Data, Scored, list_images, load_data
 from agent.config import Config
 from agent.config.fleet import FLEET_METHODS
 from agent.methods.base import Method, TaskData, task_generator
-from agent.methods.sharing import NOTHING, incoming, outgoing, together
+from agent.methods.sharing import Member, incoming
 from agent.model.clip import Clip, load_clip
 from agent.model.images import TokensAt
 
@@ -89,36 +88,33 @@ def compared(config: Config, data: Data, clip: Clip, sites: int, deal: Deal) -> 
     for task in data.tasks:
         central.update(task, _unheard)
     classes = list(dict.fromkeys(name for task in data.tasks for name in task.classes))
-    learners = [methods.build(clip, config.method) for _ in range(sites)]
-    held = [NOTHING] * sites
-    least = config.fleet.min_images
+    members = [Member(methods.build(clip, config.method), config.fleet.min_images) for _ in range(sites)]
+    sent: list[tuple[dict[str, Tensor], list[str], bool]] = [({}, [], False)] * sites
+
+    def answers(site: int, task: TaskData | None = None) -> Method:
+        """What a site answers with, all having heard of each other."""
+        own = members[site].own()
+        others = {
+            f"site {other}": incoming(own, tensors, names, own.values.get("depth", 0), fitted)
+            for other, (tensors, names, fitted) in enumerate(sent)
+            if other != site and names
+        }
+        return members[site].answers(lambda: methods.build(clip, config.method), others, task)
+
     for task in data.tasks:
         at = _dealt(task, classes, sites, deal, config.method.seed)
-        for site, learner in enumerate(learners):
+        for site, member in enumerate(members):
             if not (at == site).any():
                 continue
             part = _part(task, (at == site).nonzero().squeeze(1))
-            learner.update(part, _unheard)
-            counted: Callable[[TaskData, Tensor], Tensor] = learner.counted  # type: ignore[attr-defined]
-            held[site] = held[site].after(part, least, partial(counted, part))
-    sent = [
-        outgoing(learner.name, learner.state(), waiting, least) for learner, waiting in zip(learners, held, strict=True)
-    ]
-    union = []
-    for site, learner in enumerate(learners):
-        own = learner.state()
-        depth = own.values.get("depth", 0)
-        others = {
-            f"site {other}": incoming(own, tensors, names, depth)
-            for other, (tensors, names) in enumerate(sent)
-            if other != site and names
-        }
-        answers = methods.build(clip, config.method)
-        answers.load_state(together(learner.name, own, others) if others else own)
-        union.append(_accuracy(answers, data.test, config.evaluation.batch_size))
+            member.method.update(part, _unheard)
+            member.learned(part)
+            answers(site, part)
+            sent[site] = *member.sends(), bool(member.own().values.get("fitted"))
     batch = config.evaluation.batch_size
-    alone = tuple(_accuracy(learner, data.test, batch) if learner.classes else 0.0 for learner in learners)
-    return Scores(_accuracy(central, data.test, batch), alone, tuple(union))
+    alone = [_accuracy(one.method, data.test, batch) if one.method.classes else 0.0 for one in members]
+    union = [_accuracy(answers(site), data.test, batch) for site in range(sites)]
+    return Scores(_accuracy(central, data.test, batch), tuple(alone), tuple(union))
 
 
 def _dealt(task: TaskData, classes: Sequence[str], sites: int, deal: Deal, seed: int) -> Tensor:

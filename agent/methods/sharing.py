@@ -12,18 +12,25 @@ for the p features x of mean f that wait. A class of which fewer than `least` im
 
 *Together.* A site's own learner is added to those of the others by agent/methods/merging.py. The statistics are of the
 untouched towers, so learners add up exactly whatever their adapters are: each keeps its own, and none are sent.
+
+The fusion's two numbers do not add up. Those that a learner fits by itself weigh its own classes alone: CIFAR-10 dealt
+by class over four sites ended at 60.0 % with the mean of theirs, where one learner has 70.2 %, and 70.2 % with its
+numbers. So after each task a site fits them once more, to images of the task among the classes of all sites. This is
+what it sends; all answer with the mean of what was fitted, weighted by images.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple, dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from agent.methods.base import LearnerState, TaskData
+from agent.methods.base import LearnerState, Method, TaskData
+from agent.methods.gapstream import START, Gapstream
 from agent.methods.merging import ALIKE, MergeError, merge
 from agent.methods.training import packed, unpack
 
@@ -61,6 +68,57 @@ NOTHING = HeldBack(torch.zeros(0, 0), ())
 """No image waits."""
 
 
+@dataclass
+class Member:
+    """It is a site's learner, with what only a member of a fleet has to know of it."""
+
+    method: Method
+    least: int
+    """Images of a class that leave together at least."""
+    held: HeldBack = NOTHING
+    fusion: Tensor | None = None
+    """The fusion's two numbers among the classes of all sites, float64 [2]; None until they were fitted."""
+
+    def own(self) -> LearnerState:
+        """Give the learner's state, with the fusion that is fitted to all sites."""
+        state = self.method.state()
+        if "fusion" not in state.tensors:
+            return state
+        fitted = bool((state.tensors["fusion"] != torch.tensor(astuple(START), dtype=torch.float64)).any())
+        fusion = state.tensors["fusion"] if self.fusion is None else self.fusion
+        return LearnerState(
+            {**state.tensors, "fusion": fusion}, {**state.values, "fitted": fitted or self.fusion is not None}
+        )
+
+    def learned(self, task: TaskData) -> None:
+        """Hold back what may not leave yet of a task that the learner has counted."""
+        counted: Callable[[TaskData, Tensor], Tensor] = self.method.counted  # type: ignore[attr-defined]
+        self.held = self.held.after(task, self.least, partial(counted, task))
+
+    def sends(self) -> tuple[dict[str, Tensor], list[str]]:
+        """Give what leaves, see `outgoing`."""
+        return outgoing(self.method.name, self.own(), self.held, self.least)
+
+    def answers(
+        self, build: Callable[[], Method], others: Mapping[str, LearnerState], task: TaskData | None = None
+    ) -> Method:
+        """Give a method, which `build` makes, that answers with all sites; the learner itself where there is no other.
+
+        task: what the learner has just counted; the fusion is fitted to it. Raises MergeError, and what torch raises of
+        numbers that cannot be solved.
+        """
+        if not others:
+            return self.method
+        made = build()
+        made.load_state(together(made.name, self.own(), others))
+        if task is not None and isinstance(made, Gapstream):
+            fitted = made.calibrated(task)
+            if fitted is not None:
+                self.fusion = fitted
+                made.weigh(_mean_fusion([self.own(), *others.values()]))
+        return made
+
+
 def outgoing(method: str, state: LearnerState, held: HeldBack, least: int) -> tuple[dict[str, Tensor], list[str]]:
     """Give the tensors that leave, as agent.shared.SCHEMAS has them, and the names of their classes; none is left where
     every class stays behind. For the methods of that table."""
@@ -90,7 +148,9 @@ def outgoing(method: str, state: LearnerState, held: HeldBack, least: int) -> tu
     return tensors, [names[row] for row in kept.tolist()]
 
 
-def incoming(own: LearnerState, tensors: Mapping[str, Tensor], classes: list[str], depth: int) -> LearnerState:
+def incoming(
+    own: LearnerState, tensors: Mapping[str, Tensor], classes: list[str], depth: int, fitted: bool
+) -> LearnerState:
     """Give the state of another site's learner, with what it did not send because it is the same here.
 
     Raises MergeError, in words that go on after "NAME and NAME cannot be merged: ", where it is not the same, or where
@@ -110,7 +170,8 @@ def incoming(own: LearnerState, tensors: Mapping[str, Tensor], classes: list[str
             raise MergeError("their random features are not the same; only sites with one method.seed can be added")
     _check_scatter(tensors["scatter"], widths[1])
     same = {name: own.tensors[name] for name in (*RANDOM, "names")}
-    return LearnerState({**tensors, **same}, {"classes": classes, **({"depth": depth} if depth else {})})
+    values = {"classes": classes, "fitted": fitted, **({"depth": depth} if depth else {})}
+    return LearnerState({**tensors, **same}, values)
 
 
 def together(method: str, own: LearnerState, others: Mapping[str, LearnerState]) -> LearnerState:
@@ -123,7 +184,18 @@ def together(method: str, own: LearnerState, others: Mapping[str, LearnerState])
     mine = {name.casefold(): name for name in own.values["classes"]}
     classes = [mine.get(name.casefold(), name) for name in merged.values["classes"]]
     adapters = {name: tensor for name, tensor in own.tensors.items() if name.startswith(("image.", "text."))}
-    return LearnerState({**merged.tensors, **adapters}, {**merged.values, "classes": classes})
+    fusion = {"fusion": _mean_fusion([own, *others.values()])} if "fusion" in merged.tensors else {}
+    return LearnerState({**merged.tensors, **adapters, **fusion}, {**merged.values, "classes": classes})
+
+
+def _mean_fusion(states: Sequence[LearnerState]) -> Tensor:
+    """Give the geometric mean of the fusions that were fitted, weighted by images: float64 [2]. Where none was, what a
+    learner begins with."""
+    fitted = [state for state in states if state.values["fitted"] and state.tensors["counts"].sum() > 0]
+    if not fitted:
+        return torch.tensor(astuple(START), dtype=torch.float64)
+    images = torch.stack([state.tensors["counts"].double().cpu().sum() for state in fitted])
+    return (images / images.sum() @ torch.stack([state.tensors["fusion"].cpu() for state in fitted]).log()).exp()
 
 
 def _check_scatter(triangle: Tensor, width: int) -> None:

@@ -43,7 +43,7 @@ def main() -> None:
             "random.embedding": torch.zeros(WIDTH, features * 2 // 5),
             "names": torch.zeros(CLASSES, WIDTH),
         }
-        return LearnerState(tensors, {"classes": names})
+        return LearnerState(tensors, {"classes": names, "fitted": True})
 
     own = state(0)
     held = HeldBack(pictures[:400], tuple(own.values["classes"][at // 4] for at in range(400)))
@@ -54,11 +54,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "shared"
         model = {"name": "tinyclip", "sha256": "0" * 64, "prompt": "a good photo of a {}."}
-        save_file(tensors, path, facts("gapstream", model, 1, [], 0, classes))
+        save_file(tensors, path, facts("gapstream", model, 1, [], {"fitted": True}, classes))
         print(f"a state has {path.stat().st_size / 1e6:.1f} MB")
         started = cpu_s()
         shared = check(path)
-        incoming(own, tensors, list(shared.classes), shared.depth)
+        incoming(own, tensors, list(shared.classes), shared.depth, shared.fitted)
         print(f"checking a new one: {cpu_s() - started:.2f} s")
     for sites in (10, 100):
         others = {str(site): state(site) for site in range(1, sites)}

@@ -48,7 +48,7 @@ class CountingLearner(FakeLearner):
             # a megabyte, so that it travels in chunks
             means = np.ones((len(own), 50_000), np.float32)
             model = {"name": "none", "sha256": "", "prompt": ""}
-            said = facts("ncm", model, task.number, [self.config.fleet.site], 0, list(own))
+            said = facts("ncm", model, task.number, [self.config.fleet.site], {}, list(own))
             save_file({"counts": np.array(list(own.values()), np.float32), "means": means}, staging / SHARED, said)
         self.report = replace(self.report, fleet=Fleet(site=self.config.fleet.site, sites=tuple(sites)))
         self.report.write(staging / "report.json")
