@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from agent.config.fleet import FLEET_METHODS
 from agent.methods.base import LearnerState, Method, TaskData
+from agent.methods.gapstream import START
 from agent.methods.merging import MergeError, merge
 from agent.methods.sharing import HeldBack, Member, incoming, together
 from agent.methods.training import unpack
@@ -308,3 +309,34 @@ def test_where_all_classes_have_too_few_images_nothing_leaves(clip):
     site.learn(tiny_task(clip, 1, ["red", "green"], per_class=2))
     assert isinstance(site.member.held, HeldBack) and site.member.held.classes == ("red", "red", "green", "green")
     assert site.sends()[1] == []
+
+
+def test_the_fusion_is_fitted_among_the_classes_of_all_sites_and_all_answer_with_the_mean(clip, tmp_path):
+    # given two sites of one class each, which have fitted nothing, as one class needs no weights
+    tasks = {"a": tiny_task(clip, 1, ["red"]), "b": tiny_task(clip, 1, ["green"], per_class=6)}
+    sites = {site: Sender(clip, "gapstream", least=1) for site in tasks}
+    for site, task in tasks.items():
+        sites[site].learn(task)
+
+    def sent(site: str) -> LearnerState:
+        path = tmp_path / f"{site} {len(list(tmp_path.iterdir()))}"
+        path.mkdir()
+        return received(sites["b" if site == "a" else "a"].method, written(path, sites[site]))
+
+    def answers(site: str, task: TaskData | None = None) -> tuple[float, ...]:
+        others = {one: sent(one) for one in tasks if one != site}
+        made = sites[site].member.answers(lambda: built(clip, "gapstream"), others, task)
+        return astuple(made._fusion)
+
+    assert [sent(site).values["fitted"] for site in tasks] == [False, False] and answers("a") == astuple(START)
+    # when one has learned beside the other's class, all use what it fitted
+    first = answers("a", tasks["a"])
+    assert first != astuple(START) and tuple(sites["a"].member.fusion.tolist()) == pytest.approx(first)
+    assert answers("b") == pytest.approx(first)
+    # and when both have, the mean, weighted by images
+    answers("b", tasks["b"])
+    mine, theirs = (sites[site].member.fusion.log() for site in tasks)
+    expected = ((12 * mine + 6 * theirs) / 18).exp().tolist()
+    assert answers("a") == pytest.approx(expected) and answers("b") == pytest.approx(expected)
+    # while a site's own learner keeps its own
+    assert sites["a"].method._fusion == START
