@@ -388,8 +388,7 @@ class Report(TaskScores):
     def completed(self, learner: LearnerIdentity, release: ReleaseSummary, seconds: Mapping[str, float]) -> Report:
         """Give this report with what is known only after the scoring; `seconds` are those of further phases."""
         all_seconds = {**self.seconds, **seconds}
-        known = self.history[-1].seconds  # of a task that is scored anew, those that it took when it was learned
-        taken = {**known, **{phase: seconds[phase] for phase in seconds if phase not in known}}
+        taken = {**all_seconds, **self.history[-1].seconds}  # a task that is scored anew keeps what its learning took
         this = replace(self.history[-1], seconds=taken, released=release.refused is None)
         history = (*self.history[:-1], this)
         return replace(self, seconds=all_seconds, history=history, learner=learner, release=release)
