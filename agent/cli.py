@@ -88,6 +88,11 @@ COMMANDS = {
     "produce": Command(
         KAFKA, "play an archive into a Kafka topic", "gapstream produce bundled --topic images --create 1 --rate 20"
     ),
+    "fleet": Command(
+        KAFKA,
+        "list the sites of a fleet, or forget one",
+        "gapstream fleet forget old-site --config gapstream.toml",
+    ),
     "dlq": Command(
         KAFKA,
         "list or replay the records that were set aside",

@@ -138,7 +138,7 @@ class CommitStore:
         self._lock: IO[str] | None = None
         self._last: _Verified | None = None
         self._passing = False
-        """True when the last commit did nothing but move the offsets of the one before."""
+        """True when the last commit has the learner of the one before: nothing but offsets, or its release, is new."""
 
     def lock(self) -> None:
         """Become the only agent on this folder, creating it when needed, until `close` or the end of the process.
@@ -260,10 +260,9 @@ class CommitStore:
         """Make `outcome` the current commit; from the return on, a crash continues from here.
 
         `outcome.staging` is the folder `stage` gave, sealed. When it has no `release/`, the release of the commit
-        before serves on. Raises StateError when the folder is not what the outcome says or the disk refuses; nothing
-        changed then.
+        before serves on. Of several commits in a row after one task the newest is kept. Raises StateError when the
+        folder is not what the outcome says or the disk refuses; nothing changed then.
         """
-        self._passing = False
         files = dict(outcome.files)
         if self._last and not any(is_of_release(name) for name in files):
             files |= self._link(
@@ -279,14 +278,10 @@ class CommitStore:
         refuses.
         """
         last = self._last
-        passing = last is not None and last.commit.tasks == task
-        # Or hours of rejected records would leave nothing but copies of one learner to go back to.
-        replaced = last.commit.number if last is not None and passing and self._passing else None
-        self._passing = passing
         staging = self.stage()
         files = self._link(staging, last.files) if last else {}
         classes = last.commit.classes if last else ()
-        return self._publish(staging, files, offsets, task, classes, provenance, replaced)
+        return self._publish(staging, files, offsets, task, classes, provenance)
 
     def _publish(
         self,
@@ -296,9 +291,11 @@ class CommitStore:
         tasks: int,
         classes: tuple[str, ...],
         provenance: Provenance,
-        replaced: int | None = None,
     ) -> Commit:
         number = self._next
+        passing = self._last is not None and self._last.commit.tasks == tasks
+        # Or hours of rejected records would leave nothing but copies of one learner to go back to.
+        replaced = self._last.commit.number if self._last is not None and passing and self._passing else None
         seen = dict.fromkeys([*(self._last.commit.seen if self._last else ()), *provenance.classes])
         body = {
             "format": FORMAT,
@@ -329,7 +326,7 @@ class CommitStore:
             staging.rename(self._folder(number))
             sync(self._commits)
             self._point(number)
-            self._last = _Verified(self._describe(number, body), files)
+            self._last, self._passing = _Verified(self._describe(number, body), files), passing
             # After CURRENT has moved: until then the oldest commit may be the only intact one.
             for old in sorted(self._numbers())[: -self._keep] if replaced is None else [replaced]:
                 self._delete(old)

@@ -10,6 +10,7 @@
       commits/000039.pruned/    being deleted
       pinned/000040/            the release of a commit, linked, so that it outlives the commit
       dead_letters/             rejected records of an archive
+      fleet/                    what the other sites of a fleet have published (streams/blobs.py)
       spool/, scratch/          caches: emptied at every start, or without a name while in use
 
 Names that readers of releases need too are defined in exporter.release, which may not import this package.
@@ -31,6 +32,7 @@ PINNED = "pinned"
 SPOOL = "spool"
 SCRATCH = "scratch"
 DEAD_LETTERS = "dead_letters"
+FLEET = "fleet"
 POINTER = CURRENT
 
 # Endings of a commit's folder that is no commit, or none any more: see the tree.
@@ -44,6 +46,10 @@ LEARNER_TENSORS = "learner.safetensors"
 LEARNER_VALUES = "learner.json"
 REPORT = "report.json"
 RELEASE_IN_COMMIT = RELEASE_FOLDER
+SHARED = "shared.safetensors"
+"""What the other sites of a fleet get of the learner (agent/fleet_states.py)."""
+MEMBER = "member.safetensors"
+"""What the learner of a site of a fleet has beside that of an agent alone (agent.methods.publishing.Member)."""
 HOLDOUT = "holdout"
 TRAINED = "trained.zip"
 """The file of a hold-out that says what was trained on; beside it are packs of test images."""
@@ -77,8 +83,9 @@ def is_of_release(name: str) -> bool:
 
 
 def is_dispensable(name: str) -> bool:
-    """Tell whether learning does without a file of a commit: it only scores, as hold-out packs do, or is served."""
-    return is_of_release(name) or (name.startswith(f"{HOLDOUT}/") and name != f"{HOLDOUT}/{TRAINED}")
+    """Tell whether learning does without a file of a commit: it only scores, as hold-out packs do, or is served or
+    published."""
+    return is_of_release(name) or name == SHARED or (name.startswith(f"{HOLDOUT}/") and name != f"{HOLDOUT}/{TRAINED}")
 
 
 def has_learned(commit: Path) -> bool:

@@ -7,6 +7,8 @@ client's import takes some half a second and 25 MB, which an agent that reads an
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import SecretStr
@@ -15,6 +17,8 @@ from agent.config import Config, ConfigError, KafkaImages, KafkaSecurity
 from agent.layout import DEAD_LETTERS
 
 if TYPE_CHECKING:
+    from agent.fleet import Metrics
+    from agent.values import Commit
     from streams.archive import ArchiveSource
     from streams.claims import ImageStore
     from streams.formats import Codec
@@ -194,6 +198,21 @@ def open_exchange(config: Config, create: bool) -> Exchange:
         create=create,
         **section.model_dump(include={"group", "start", "max_records", "fetch_bytes"}),
     )
+
+
+def open_fleet(config: Config, metrics: Metrics, parts: ExitStack) -> Callable[[Commit | None], bool]:
+    """Make this agent a site of the configured fleet, until `parts` is closed; gives what tells the pipeline that a
+    release is due. Without a fleet none ever is. Raises OSError."""
+    if not config.fleet.topic:
+        return lambda commit: False
+    from agent.fleet import Member
+    from streams.kafka.fleet import FleetTopic
+
+    where, topic = connection(config), config.fleet.topic
+    member = Member(config, metrics, lambda positions: FleetTopic(where, topic, positions))
+    parts.callback(member.close)
+    member.start()
+    return member.due
 
 
 def _secret(section: KafkaSecurity | KafkaImages, name: str) -> Secret:

@@ -59,11 +59,7 @@ An agent that is killed sets aside again what it rejected in this time at most; 
 
 
 class AgentError(Exception):
-    """The agent stops; nothing that was learned since the last commit is kept, and nothing is lost.
-
-    AgentError
-    └── TaskFailed      a task could not be learned
-    """
+    """The agent stops; nothing that was learned since the last commit is kept, and nothing is lost."""
 
 
 class TaskFailed(AgentError):
@@ -164,6 +160,8 @@ class Pipeline:
     """Seconds that no correction of the system's time changes, for the idle rule."""
     published: Callable[[Commit], None] = lambda commit: None
     """Is told of every commit with a release, and returns at once."""
+    renewal_due: Callable[[Commit | None], bool] = lambda commit: False
+    """Tells whether what is learned is to be released anew, as others have learned something to answer with."""
 
     _task: Task | None = field(default=None, init=False)
     """The task that the worker has in hand, or that is being settled."""
@@ -262,6 +260,10 @@ class Pipeline:
         if task is None and ended and (self._draining or self.rules.learn_at_end):
             task = self.buffer.end("stop" if self._draining else "end")
         if task is None:
+            if not ended and self.renewal_due(self.commit):
+                # Without samples and with the number of the last one: it learns nothing, and moves no offset.
+                number, offsets = (self.commit.tasks, self.commit.offsets) if self.commit else (0, {})
+                self._work_on(Task(number, (), (), dict(offsets), "renewal", 0, 0, {}))
             return not ended
         log.info("%s cut (%s): %d classes", _name(task), task.reason, len(task.classes))
         self.metrics.cut(task.reason, len(task.samples), len(task.classes))
@@ -270,8 +272,11 @@ class Pipeline:
 
     def _submit(self, task: Task) -> None:
         # Numbered here: the parts of a task that was cut in two have taken numbers that the buffer knows nothing of.
-        self._task = replace(task, number=(self.commit.tasks if self.commit else 0) + 1)
-        self.worker.submit(self._task, self.commits.stage(), self._learned)
+        self._work_on(replace(task, number=(self.commit.tasks if self.commit else 0) + 1))
+
+    def _work_on(self, task: Task) -> None:
+        self._task = task
+        self.worker.submit(task, self.commits.stage(), self._learned)
 
     def _listen(self) -> None:
         """Hear from the worker; a task it is through with goes into settlement."""
@@ -338,6 +343,12 @@ class Pipeline:
             else:
                 log.warning("%s is tried again", _name(task))
                 self.worker.submit(task, self.commits.stage(), self._learned)
+            return None
+        if task is not None and not task.samples:
+            log.error("nothing is released anew after %d failures; the release before serves on", ATTEMPTS)
+            self._task = None
+            self._failures.clear()
+            self.worker.start(self._learned)
             return None
         if task is None:
             raise AgentError(f"the trainer ended {len(self._failures)} times before it was set up: {died}") from died

@@ -16,11 +16,11 @@ from prometheus_client import CollectorRegistry
 from agent.commits import CommitStore
 from agent.config import Config, resolved
 from agent.layout import SPOOL
-from agent.parts import open_stream, source_parts
+from agent.parts import open_fleet, open_stream, source_parts
 from agent.pipeline import Pipeline, Rules, resume
 from agent.releases import Publisher, pinned
 from agent.values import Commit
-from agent.worker import TRAINER, ProcessWorker
+from agent.worker import FLEET_TRAINER, TRAINER, ProcessWorker
 from exporter.http import StatusServer
 from exporter.metrics import Metrics
 from exporter.scrapes import Scrapes
@@ -78,8 +78,7 @@ def run_agent(
         spool = Spool(config.state.path / SPOOL, config.spool.max_bytes)
         rule = _cut_rule(config, source.retention_s)
         known, done = (commit.seen, commit.tasks) if commit else ((), 0)
-        worker = ProcessWorker(config, learner or TRAINER)
-        published = _publisher(config, commit, parts)
+        worker = ProcessWorker(config, learner or (FLEET_TRAINER if config.fleet.topic else TRAINER))
         pipeline = Pipeline(
             source=source,
             buffer=TaskBuffer(rule, spool, known, done + 1, source.positions),
@@ -92,7 +91,8 @@ def run_agent(
             rules=_rules(config),
             config=resolved(config),
             commit=commit,
-            published=published,
+            published=_publisher(config, commit, parts),
+            renewal_due=open_fleet(config, metrics, parts),
         )
         if config.http.enabled:
             server = StatusServer(

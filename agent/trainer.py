@@ -30,7 +30,7 @@ from agent.layout import (
     current_commit,
     has_learned,
 )
-from agent.methods.base import LearnerState, TaskData
+from agent.methods.base import LearnerState, Method, TaskData
 from agent.methods.merging import MergeError, adapted, images, merge, spellings
 from agent.model.clip import load_clip
 from agent.model.images import LoadedImages, StoredTokens, load_tokens
@@ -95,6 +95,8 @@ class Trainer:
         self._method = methods.build(self._clip, config.method)
         if commit is not None:
             self._load(commit)
+        self._answers: Method = self._method
+        """What is scored and released; agent/fleet_trainer.py puts another one here."""
         self._module = self._method.inference_module() if self._method.classes else None
         """The model as it is now, None while nothing is learned. It is made once for each update, so that what is
         scored after it, and before the next one, is what was released."""
@@ -130,7 +132,7 @@ class Trainer:
         raised leaves the commit before as it was; the trainer is not used any more after that. Raises TaskFault when
         the samples are the reason.
         """
-        parent = _parent(staging)
+        parent = parent_of(staging)
         if parent is not None:  # commits that learned nothing may have taken the place of the one read from so far
             self._holdout.moved(parent)
         # Only up to the update: what fails after it fails for the model, the disk or the release, whatever was learned.
@@ -146,12 +148,12 @@ class Trainer:
             rows = Rows.of(task.classes, [sample.label for sample in good], kept)
             data = rows.data(task.number, loaded, [s.read for s in task.samples], self._clip, self._decoders)
             self._sharing.go_on(rows, lambda: self._evaluator.admit(self._method, data, on_progress))
-            before = self._evaluator.before(self._method, self._module, data, on_progress)
+            before = self._evaluator.before(self._answers, self._module, data, on_progress)
             update = self._update(data, on_progress)
         if update is not None:
-            self._module = self._method.inference_module()
+            self._take_up()
         report = self._evaluator.after(
-            self._method, self._module, data, update, before, _last_report(parent), on_progress
+            self._answers, self._module, data, update, before, last_report(parent), on_progress
         )
 
         held = [sample for sample, choice in zip(good, choices, strict=True) if choice == "hold"]
@@ -213,7 +215,7 @@ class Trainer:
         report = report.completed(self.identity, release, {**seconds, "export": time.perf_counter() - started})
 
         on_progress(Progress("commit", report.task))
-        self._save(staging)
+        self._save(staging, report)
         self._holdout.write(staging, parent)
         report.write(staging / REPORT)
         files = seal(staging, parent)  # here, not in the agent: hashing and syncing may take seconds
@@ -242,6 +244,10 @@ class Trainer:
             advance=lambda done: on_progress(Progress("decode", task.number, step=done, steps=len(own))),
         )
         return self._sharing.joined(loaded, count)
+
+    def _take_up(self) -> None:
+        """Answer with what is learned now."""
+        self._module = self._method.inference_module()
 
     def _update(self, data: TaskData, on_progress: OnProgress) -> Update | None:
         if not len(data):
@@ -353,7 +359,7 @@ class Trainer:
             versions={name: metadata.version(name) for name in _PACKAGES},
         )
 
-    def _save(self, staging: Path) -> None:
+    def _save(self, staging: Path, report: Report) -> None:
         state = self._method.state()
         # safetensors takes contiguous tensors only.
         save_file({k: v.detach().cpu().contiguous() for k, v in state.tensors.items()}, staging / LEARNER_TENSORS)
@@ -454,7 +460,7 @@ def _unheard(progress: Progress) -> None:
     """Nobody waits for the progress of a merge."""
 
 
-def _parent(staging: Path) -> Path | None:
+def parent_of(staging: Path) -> Path | None:
     """Give the current commit's folder: what was learned last, perhaps carried on by a commit that learned nothing.
 
     Looked up for every task, not remembered: the commit that this trainer began with may have been deleted since.
@@ -462,7 +468,7 @@ def _parent(staging: Path) -> Path | None:
     return current_commit(staging.parent.parent)
 
 
-def _last_report(parent: Path | None) -> Report | None:
+def last_report(parent: Path | None) -> Report | None:
     return Report.read(parent / REPORT) if parent is not None and (parent / REPORT).exists() else None
 
 

@@ -39,6 +39,9 @@ log = logging.getLogger(__name__)
 TRAINER = "agent.trainer:Trainer"
 """The learner, by name: importing it needs torch, which only the child may load."""
 
+FLEET_TRAINER = "agent.fleet_trainer:FleetTrainer"
+"""That of a site of a fleet."""
+
 _PROGRESS_EVERY_S = 0.1
 """Least time between two messages of the same epoch: chosen by hand, faster than anybody looks. More messages would
 only fill the pipe while this process is busy with a commit."""

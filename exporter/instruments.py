@@ -43,6 +43,9 @@ SCOPES = ("all", "new", "old", "zero_shot", "predict_before_learn")
 """What an accuracy is measured on, or with: all classes, those of the last task, those before it; the untouched model;
 the model as it was before it learned the task."""
 
+FLEET_STATUSES = ("added", "refused")
+"""What becomes of another site's learner: it is added to this one's, or cannot be (agent.scoring.report.Site)."""
+
 _SIZES = [2.0**exponent for exponent in range(8, 27, 2)]
 """Bounds of the buckets for an image's bytes: 256 B to 64 MiB by factors of four, past source.max_image_bytes. Other
 bounds start other series, with which the old ones cannot be added up; that goes for all four lists."""
@@ -71,6 +74,7 @@ class Instruments:
         self._add_updates(make)
         self._add_scores(make)
         self._add_commits(make)
+        self._add_fleet(make)
 
     def _add_process(self, make: _Maker) -> None:
         make.info("build", "Versions of gapstream and what it is built on").info(_versions())
@@ -163,6 +167,19 @@ class Instruments:
         )
         self._parity = make.measured("release_parity_max_abs_error", "Largest difference between torch and onnxruntime")
         self._agreement = make.measured("release_parity_agreement_ratio", "Share of images with the same first answer")
+
+    def _add_fleet(self, make: _Maker) -> None:
+        self._fleet_sites = make.gauge(
+            "fleet_sites", "Other sites whose learning the release has, or refuses", "status"
+        )
+        for status in FLEET_STATUSES:
+            self._fleet_sites.labels(status)
+        self._fleet_states = make.gauge(
+            "fleet_state_timestamp_seconds", "When the newest known state of a site was published", "site"
+        )
+        self._fleet_bytes = make.counter("fleet_published_bytes", "Bytes of this site's states that were published")
+        self._fleet_failures = make.counter("fleet_failures", "Failed attempts to reach the fleet's topic")
+        self._fleet_refusals = make.counter("fleet_refused", "Messages and states of the fleet that did not verify")
 
 
 class _Maker:

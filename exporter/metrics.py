@@ -77,6 +77,8 @@ class Metrics(Instruments):
         """Total that `dead_letters_removed` was told last."""
         self._counted = {"tasks": 0.0, "training_samples": 0.0, "training_steps": 0.0}
         """What the counters that go on after a restart stand at."""
+        self._fleet_known: set[str] = set()
+        """Sites that `fleet_states` was told last."""
         self._released = 0
         """Number of the commit that has the newest release."""
         self._pinned: Callable[[], int | None] = lambda: None
@@ -255,6 +257,26 @@ class Metrics(Instruments):
             self._heartbeats[loop] = now
             self._alive[loop] = time.monotonic()
 
+    def fleet_states(self, published: Mapping[str, float]) -> None:
+        """The newest known states of the sites of the fleet were published then (seconds since the epoch)."""
+        for site in self._fleet_known - published.keys():
+            self._fleet_states.remove(site)
+        self._fleet_known = set(published)
+        for site, moment in published.items():
+            self._fleet_states.labels(site).set(moment)
+
+    def fleet_published(self, bytes: int) -> None:
+        """A state of this site, of that many bytes, was published."""
+        self._fleet_bytes.inc(bytes)
+
+    def fleet_failed(self) -> None:
+        """The fleet's topic could not be read or written; it is tried again."""
+        self._fleet_failures.inc()
+
+    def fleet_refused(self) -> None:
+        """A message of the fleet's topic, or the state it completes, did not verify."""
+        self._fleet_refusals.inc()
+
     def readers(self, pinned: Callable[[], int | None]) -> None:
         """Ask `pinned` at every scrape which commit's release readers are held at; it gives None while they follow the
         newest. Another process decides that (gapstream rollback), and tells nobody."""
@@ -348,6 +370,10 @@ class Metrics(Instruments):
         _set(self._similarity.labels("negative"), report.gap.negative.after)
         _set(self._drift, report.gap.drift.after)
         _set(self._centroid, report.gap.centroid.after)
+        sites = report.fleet.sites if report.fleet is not None else ()
+        refused = sum(site.refused is not None for site in sites)
+        self._fleet_sites.labels("refused").set(refused)
+        self._fleet_sites.labels("added").set(len(sites) - refused)
         if report.learner is not None:
             model = report.learner.model
             self._model.info(

@@ -52,11 +52,11 @@ class Task:
     classes: tuple[str, ...]
     """The class names of the samples, in order of first appearance."""
     samples: tuple[Sample, ...]
-    """At least one, in order of arrival."""
+    """At least one, in order of arrival; none only where what is learned is to be released anew."""
     next_offsets: dict[Partition, int]
     """The offset that follows the task, for every partition seen so far."""
     reason: str
-    """Why it was cut: new_classes | samples | bytes | boundary | idle | age | end | stop."""
+    """Why it was cut: new_classes | samples | bytes | boundary | idle | age | end | stop | renewal."""
     bytes: int
     """Bytes of the samples' encoded images."""
     records: int

@@ -82,6 +82,9 @@ def test_no_modules_import_each_other_in_a_circle():
         ("agent.config", ("agent.model", "agent.methods", "agent.trainer", "streams", "torch")),
         ("agent.pipeline", ("agent.config", "agent.trainer", "exporter", "torch", "kafka", "prometheus_client")),
         ("agent.sharing", ("agent.run", "agent.pipeline", "agent.trainer", "agent.commits", "streams.kafka", "kafka")),
+        ("agent.fleet", ("agent.trainer", "agent.model", "agent.methods", "torch", "kafka")),
+        ("agent.fleet_states", ("agent.trainer", "agent.model", "agent.methods", "torch", "kafka")),
+        ("agent.fleet_trainer", ("agent.run", "agent.pipeline", "streams.kafka", "kafka", "prometheus_client")),
         ("agent.trainer", ("agent.run", "agent.pipeline", "streams.kafka", "kafka", "prometheus_client")),
     ],
 )

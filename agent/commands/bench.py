@@ -15,6 +15,7 @@ from rich.console import Console
 from agent.bench import JOINT
 from agent.commands.arguments import add_config, config_from
 from agent.config import Config, ConfigError
+from agent.config.fleet import FLEET_METHODS
 from agent.parts import require_archive
 
 
@@ -66,6 +67,20 @@ Finished runs are kept in DIR/runs and not run again while all their settings st
         "evaluation.probe_archive)",
     )
     add(
+        "--sites",
+        type=int,
+        default=0,
+        metavar="N",
+        help="deal the stream over the N sites of a fleet instead, and compare what each answers alone, what all "
+        "answer together, and what one learner that saw everything answers",
+    )
+    add(
+        "--deal",
+        choices=("class", "random"),
+        default="class",
+        help="with --sites, whole classes or single images come to a site (default: %(default)s)",
+    )
+    add(
         "--out",
         type=Path,
         default=Path("build/bench"),
@@ -91,12 +106,19 @@ def run(arguments: argparse.Namespace) -> None:
 
     config = configured()
     require_archive(config, "bench reads an archive, which it can read again for every method")
-    methods = split_methods(arguments.methods) if arguments.methods else _known()
+    known = FLEET_METHODS if arguments.sites else _known()
+    methods = split_methods(arguments.methods) if arguments.methods else known
     rows = {spec: configured(settings(spec)) for spec in methods}
     console = Console()
     # The table is as wide as that; a pipe or a file has no width, and rich would fold the columns into 80.
     console = console if console.is_terminal else Console(width=180)
-    bench(config, rows, arguments.seeds, arguments.tasks, arguments.out, console)
+    if arguments.sites:
+        from agent.bench.sites import bench_sites
+
+        chosen = arguments.sites, arguments.deal, arguments.out
+        bench_sites(config, rows, arguments.seeds, arguments.tasks, *chosen, console)
+    else:
+        bench(config, rows, arguments.seeds, arguments.tasks, arguments.out, console)
 
 
 def _known() -> list[str]:

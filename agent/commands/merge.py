@@ -130,17 +130,9 @@ def _check_apart(commits: Mapping[str, Commit], states: list[Path]) -> None:
 
 
 def _marks(commit: Commit) -> set[str]:
-    """Give what no two learners have in common that began apart: where it began, its tensors, and the same of all that
-    it was merged of."""
+    """Give what no two learners have in common that began apart: its tensors, and the roots of its report."""
     assert commit.report is not None, "what is learned is scored in the same commit"
-    found = {digest(commit.path / LEARNER_TENSORS)[1], commit.report.began}
-    inner = [commit.report.merged]
-    while inner:
-        merged = inner.pop()
-        for origin in merged.of if merged else ():
-            found |= {origin.sha256, origin.began}
-            inner.append(origin.merged)
-    return found - {""}
+    return {digest(commit.path / LEARNER_TENSORS)[1], *commit.report.roots}
 
 
 def _check_new(out: Path) -> None:

@@ -213,7 +213,8 @@ def _explain(error: ValidationError, origins: Mapping[str, str]) -> list[str]:
     lines = []
     for where, texts in found.items():
         first, *others = dict.fromkeys(texts)
-        lines.append(f"{where}: {first}" + "".join(f" or {other.partition('expected: ')[2]}" for other in others))
+        line = f"{where}: {first}" if where else first  # what several sections say together has no key of its own
+        lines.append(line + "".join(f" or {other.partition('expected: ')[2]}" for other in others))
     return lines
 
 

@@ -1,4 +1,4 @@
-"""Every setting but those of the methods and of Kafka, as frozen and validated pydantic models; no torch."""
+"""Every setting but those of methods, Kafka and a fleet, as frozen and validated pydantic models; no torch."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pydantic import (
 )
 
 from agent.config.base import MAYBE_PATH, Section, SourceSection, Unset
+from agent.config.fleet import FLEET_METHODS, Fleet
 from agent.config.kafka import Kafka, ServeKafka
 from agent.config.methods import Method
 from agent.config.training import Training
@@ -356,3 +357,21 @@ class Config(Section):
     agent: Agent = Agent()
     http: Http = Http()
     serve: Serve = Serve()
+    fleet: Fleet = Fleet()
+
+    @model_validator(mode="after")
+    def _fleet_fits(self) -> Config:
+        topic, method = self.fleet.topic, self.method.name
+        if topic and topic in self.source.kafka.topics:
+            raise ValueError(
+                f"fleet.topic is {topic}, which is one of source.kafka.topics; expected a topic of its own"
+            )
+        if topic and method not in FLEET_METHODS:
+            known = " or ".join(FLEET_METHODS)
+            raise ValueError(f"method.name is {method}, whose learners a fleet cannot add up; expected {known}")
+        if topic and self.training.shared:
+            raise ValueError(
+                f"fleet.topic is {topic}, and training.processes or training.listen lets several ranks share an "
+                "update, which know nothing of the other sites; expected one of the two"
+            )
+        return self

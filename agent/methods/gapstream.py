@@ -253,6 +253,11 @@ class Gapstream:
         return torch.cat(features)[: len(index)], torch.cat(embeddings)[: len(index)]
 
     @torch.no_grad()
+    def counted(self, task: TaskData, index: Tensor) -> Tensor:
+        """Compute the features that some images of a task are counted by: int64 [n] -> float32 [n, M]."""
+        return self._features(task, index, lambda progress: None)[0]
+
+    @torch.no_grad()
     def _decide(
         self, visual: Tensor, untouched: Tensor, labels: Tensor, task: TaskData, chosen: Tensor, trial: Trial | None
     ) -> Adaptation | None:
@@ -316,6 +321,30 @@ class Gapstream:
         adapted = self._student.merged_image_tower() if self._adapted else None
         centre = self._solved.centre
         return Discriminant(tower, adapted, self.classes, names, scale * rows, bias, centre, self._random, self._depth)
+
+    @torch.no_grad()
+    def calibrated(self, task: TaskData) -> Tensor | None:
+        """Fit the fusion to some images of a task that are counted already, each left out, among all classes that are
+        known now: float64 [2], and nothing is changed; None where there is nothing to fit. By the untouched towers,
+        since adapted ones may know these very images."""
+        labels = torch.tensor([self._classes.index(name) for name in task.classes])[task.labels]
+        chosen = torch.randperm(len(task), generator=task_generator(self._seed, task.number, "calibration"))
+        chosen = chosen[:CALIBRATION_IMAGES]
+        chosen = chosen[(self._statistics.counts.cpu()[labels[chosen]] > 1)].sort().values
+        if len(self._classes) < 2 or not len(chosen):
+            return None
+        if self._solved is None:
+            self._solved = self._statistics.solve(self._prior)
+        features, images = self._features(task, chosen, lambda progress: None)
+        truth = labels[chosen].to(features.device)
+        visual = leave_one_out(self._solved, features, truth, self._statistics.counts)
+        text = self._clip.logit_scale * images @ self._clip.encode_names(self._classes).T
+        fitted = self._fusion.fitted(visual, text, truth)
+        return torch.tensor((fitted.temperature, fitted.text_weight), dtype=torch.float64)
+
+    def weigh(self, fusion: Tensor) -> None:
+        """Predict with these two numbers of the fusion, float64 [2], from now on."""
+        self._fusion = Fusion(*fusion.tolist())
 
     def state(self) -> LearnerState:
         statistics, fusion = self._statistics, (self._fusion.temperature, self._fusion.text_weight)

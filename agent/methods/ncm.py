@@ -52,6 +52,10 @@ class Ncm(UntouchedMethod):
         self._means.add(task, untouched_features(self._clip, task))
         return untrained(task, watch, started, on_progress)
 
+    def counted(self, task: TaskData, index: Tensor) -> Tensor:
+        """Compute the features that some images of a task are counted by: int64 [n] -> float32 [n, D]."""
+        return torch.cat([self._clip.encode_tokens(task.tokens.batch(part)) for part in index.split(256)])
+
     def inference_module(self) -> InferenceModule:
         check_learned(self.classes)
         means = self._means.rows

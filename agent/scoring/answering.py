@@ -25,8 +25,8 @@ def answering(
 ) -> tuple[list[str], Callable[[Tensor], Tensor]]:
     """Give all names known with the task's, and a function from tokens to scores float32 [B, names] on the CPU.
 
-    module: what `method.inference_module()` gives; None while no class is learned. texts: names to the method's features
-    of them, float32 [n, D].
+    module: what `method.inference_module()` gives; None while no class is learned. texts: names to the method's
+    features of them, float32 [n, D].
     """
     learned = len(method.classes)
     names = [*method.classes, *(name for name in classes if name not in method.classes)]

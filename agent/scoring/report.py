@@ -8,6 +8,7 @@
     ├── probe: Probe
     ├── examples: Example...
     ├── merged: Merged                with Origin, where the learner was made of others
+    ├── fleet: Fleet                  with Site, where it answers with what other sites learned
     ├── learner: LearnerIdentity      with ModelIdentity
     └── release: ReleaseSummary       with Parity and Variant of exporter.release
 
@@ -241,6 +242,31 @@ class Merged:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    """It is another site of a fleet, as it was known when this was scored."""
+
+    site: str
+    sequence: int
+    """Tells its states apart, see streams.blobs.Blob."""
+    version: int
+    """The number of its commit."""
+    sha256: str
+    classes: int = 0
+    images: int = 0
+    refused: str | None = field(default=None, metadata=LEFT_OUT)
+    """Why its learner cannot be added to this one; None where it is in what this report scores."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fleet:
+    """It says with whose learning the learner answers, beside its own."""
+
+    site: str
+    sites: tuple[Site, ...] = ()
+    """The others, by name."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TaskScores:
     """What a report says of its task and its history says of every task alike."""
 
@@ -334,6 +360,8 @@ class Report(TaskScores):
     merged: Merged | None = field(default=None, metadata=LEFT_OUT)
     """None where the learner was not made of others. Then the first task is their merge: its classes and samples are
     those of all of them."""
+    fleet: Fleet | None = field(default=None, metadata=LEFT_OUT)
+    """None outside of a fleet. In one, classes and scores are those of what this site and the others learned."""
     learner: LearnerIdentity | None = None
     """None until `completed`. Its fields are keys of the report itself in the file."""
     release: ReleaseSummary | None = field(default=None, metadata=LEFT_OUT)
@@ -346,10 +374,22 @@ class Report(TaskScores):
         seconds = dict(self.history[0].seconds) if self.history else {}
         return hashlib.sha256(json.dumps(seconds, sort_keys=True).encode()).hexdigest() if seconds else ""
 
+    @property
+    def roots(self) -> set[str]:
+        """Give what no two learners have in common that began apart: where it, and all it was merged of, began."""
+        found, inner = {self.began}, [self.merged]
+        while inner:
+            merged = inner.pop()
+            for origin in merged.of if merged else ():
+                found |= {origin.sha256, origin.began}
+                inner.append(origin.merged)
+        return found - {""}
+
     def completed(self, learner: LearnerIdentity, release: ReleaseSummary, seconds: Mapping[str, float]) -> Report:
         """Give this report with what is known only after the scoring; `seconds` are those of further phases."""
         all_seconds = {**self.seconds, **seconds}
-        this = replace(self.history[-1], seconds=all_seconds, released=release.refused is None)
+        taken = {**all_seconds, **self.history[-1].seconds}  # a task that is scored anew keeps what its learning took
+        this = replace(self.history[-1], seconds=taken, released=release.refused is None)
         history = (*self.history[:-1], this)
         return replace(self, seconds=all_seconds, history=history, learner=learner, release=release)
 

@@ -1,0 +1,208 @@
+"""What a learner gives to other sites, and what it answers with together with theirs.
+
+*Out.* Counts, class means and scatter leave, never an image. One image of a class would give its feature away (the mean
+is the feature), and so would one image more in a later state (n' m' - n m). So what leaves grows by at least `least`
+images of a class or by none of it: images of a class that are fewer wait until there are enough. Their features, at
+most least - 1 of a class, stay at the site; with them all that these images added is taken out again exactly, their
+share of the one scatter too:
+
+    n = n_o + p,  m_o = (n m - p f) / n_o,  S_o = S - sum (x - f)(x - f)^T - (n_o p / n) (f - m_o)(f - m_o)^T
+
+for the p features x of mean f that wait. A class of which fewer than `least` images were counted in all stays behind.
+
+*Together.* A site's own learner is added to those of the others by agent/methods/merging.py. The statistics are of the
+untouched towers, so learners add up exactly whatever their adapters are: each keeps its own, and none are sent.
+
+The fusion's two numbers do not add up. Those that a learner fits by itself weigh its own classes alone: CIFAR-10 dealt
+by class over four sites ended at 60.0 % with the mean of theirs, where one learner has 70.2 %, and 70.2 % with its
+numbers. So after each task a site fits them once more, to images of the task among the classes of all sites. This is
+what it sends; all answer with the mean of what was fitted, weighted by images.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple, dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from agent.methods.base import LearnerState, Method, TaskData
+from agent.methods.gapstream import START, Gapstream
+from agent.methods.merging import ALIKE, MergeError, merge
+from agent.methods.training import packed, unpack
+
+RANDOM = ("random.tokens", "random.embedding")
+"""Tensors that are drawn from the seed, the same at every site."""
+
+ROUNDING = 1e-4
+"""Share of the mean variance that is added before a scatter is asked whether it is one: float32 sums of millions of
+images are off by less, and what nobody could have counted is off by more."""
+
+
+@dataclass(frozen=True)
+class HeldBack:
+    """It is what the learner has counted of images that do not leave yet."""
+
+    features: Tensor
+    """float32 [P, M] on the CPU."""
+    classes: tuple[str, ...]
+    """The class name of each."""
+
+    def after(self, task: TaskData, least: int, features: Callable[[Tensor], Tensor]) -> HeldBack:
+        """Give what waits after a task; `features` computes those that are counted of images of it, int64 [n] ->
+        [n, M]."""
+        names = [task.classes[label] for label in task.labels.tolist()]
+        images = Counter(names) + Counter(self.classes)
+        stay = [at for at, name in enumerate(self.classes) if images[name] < least]
+        index = [at for at, name in enumerate(names) if images[name] < least]
+        rows = [self.features[stay]] if stay else []
+        rows += [features(torch.tensor(index)).cpu()] if index else []
+        classes = (*(self.classes[at] for at in stay), *(names[at] for at in index))
+        return HeldBack(torch.cat(rows), classes) if rows else NOTHING
+
+
+NOTHING = HeldBack(torch.zeros(0, 0), ())
+"""No image waits."""
+
+
+@dataclass
+class Member:
+    """It is a site's learner, with what only a member of a fleet has to know of it."""
+
+    method: Method
+    least: int
+    """Images of a class that leave together at least."""
+    held: HeldBack = NOTHING
+    fusion: Tensor | None = None
+    """The fusion's two numbers among the classes of all sites, float64 [2]; None until they were fitted."""
+
+    def own(self) -> LearnerState:
+        """Give the learner's state, with the fusion that is fitted to all sites."""
+        state = self.method.state()
+        if "fusion" not in state.tensors:
+            return state
+        fitted = bool((state.tensors["fusion"] != torch.tensor(astuple(START), dtype=torch.float64)).any())
+        fusion = state.tensors["fusion"] if self.fusion is None else self.fusion
+        return LearnerState(
+            {**state.tensors, "fusion": fusion}, {**state.values, "fitted": fitted or self.fusion is not None}
+        )
+
+    def learned(self, task: TaskData) -> None:
+        """Hold back what may not leave yet of a task that the learner has counted."""
+        counted: Callable[[TaskData, Tensor], Tensor] = self.method.counted  # type: ignore[attr-defined]
+        self.held = self.held.after(task, self.least, partial(counted, task))
+
+    def sends(self) -> tuple[dict[str, Tensor], list[str]]:
+        """Give what leaves, see `outgoing`."""
+        return outgoing(self.method.name, self.own(), self.held, self.least)
+
+    def answers(
+        self, build: Callable[[], Method], others: Mapping[str, LearnerState], task: TaskData | None = None
+    ) -> Method:
+        """Give a method, which `build` makes, that answers with all sites; the learner itself where there is no other.
+
+        task: what the learner has just counted; the fusion is fitted to it. Raises MergeError, and what torch raises of
+        numbers that cannot be solved.
+        """
+        if not others:
+            return self.method
+        made = build()
+        made.load_state(together(made.name, self.own(), others))
+        if task is not None and isinstance(made, Gapstream):
+            fitted = made.calibrated(task)
+            if fitted is not None:
+                self.fusion = fitted
+                made.weigh(_mean_fusion([self.own(), *others.values()]))
+        return made
+
+
+def outgoing(method: str, state: LearnerState, held: HeldBack, least: int) -> tuple[dict[str, Tensor], list[str]]:
+    """Give the tensors that leave, as agent.fleet_states.SCHEMAS has them, and the names of their classes; none is left
+    where every class stays behind. For the methods of that table."""
+    names = list(state.values["classes"])
+    counts = torch.as_tensor(state.values.get("counts", state.tensors.get("counts"))).double().cpu()
+    means = state.tensors["means"].double().cpu()
+    removed = []
+    for name in dict.fromkeys(held.classes):
+        row = names.index(name)
+        waiting = held.features[[at for at, one in enumerate(held.classes) if one == name]].double()
+        mean, total, left = waiting.mean(0), counts[row].item(), counts[row].item() - len(waiting)
+        removed.append(waiting - mean)
+        if left > 0:
+            means[row] = (total * means[row] - len(waiting) * mean) / left
+            removed.append((left * len(waiting) / total) ** 0.5 * (mean - means[row])[None])
+        counts[row] = left
+    kept = (counts >= least).nonzero().squeeze(1)
+    tensors = {"counts": counts[kept].float(), "means": means[kept].float()}
+    if method == "gapstream":
+        scatter = state.tensors["scatter"].double().cpu()
+        if removed:
+            away = torch.cat(removed)
+            scatter = scatter - packed(away.T @ away)
+        tensors["scatter"] = scatter.float()
+        tensors["fusion"] = state.tensors["fusion"].double().cpu()
+        tensors |= {name: state.tensors[name][:1].cpu() for name in RANDOM}
+    return tensors, [names[row] for row in kept.tolist()]
+
+
+def incoming(
+    own: LearnerState, tensors: Mapping[str, Tensor], classes: list[str], depth: int, fitted: bool
+) -> LearnerState:
+    """Give the state of another site's learner, with what it did not send because it is the same here.
+
+    Raises MergeError, in words that go on after "NAME and NAME cannot be merged: ", where it is not the same, or where
+    what it sent cannot have been counted.
+    """
+    widths = [state["means"].shape[1] for state in (own.tensors, tensors)]
+    if widths[0] != widths[1]:
+        raise MergeError(f"class means of {widths[0]} and {widths[1]} features cannot be added")
+    counts = tensors["counts"].long().tolist()
+    if "scatter" not in tensors:
+        return LearnerState({"means": tensors["means"]}, {"classes": classes, "counts": counts})
+    if depth != own.values.get("depth", 0):
+        raise MergeError(f"random features of the blocks {own.values.get('depth', 0)} and {depth} cannot be added")
+    for name in RANDOM:
+        mine, theirs = own.tensors[name], tensors[name]
+        if mine.shape[1] != theirs.shape[1] or not torch.allclose(mine[:1].cpu(), theirs, rtol=0, atol=ALIKE):
+            raise MergeError("their random features are not the same; only sites with one method.seed can be added")
+    _check_scatter(tensors["scatter"], widths[1])
+    same = {name: own.tensors[name] for name in (*RANDOM, "names")}
+    values = {"classes": classes, "fitted": fitted, **({"depth": depth} if depth else {})}
+    return LearnerState({**tensors, **same}, values)
+
+
+def together(method: str, own: LearnerState, others: Mapping[str, LearnerState]) -> LearnerState:
+    """Give the state of a learner that saw what this one and the others saw, with this one's adapters. Class names that
+    differ only in case are spelled as here.
+
+    Raises MergeError where they do not add up.
+    """
+    merged = merge(method, {"this site": own, **others})
+    mine = {name.casefold(): name for name in own.values["classes"]}
+    classes = [mine.get(name.casefold(), name) for name in merged.values["classes"]]
+    adapters = {name: tensor for name, tensor in own.tensors.items() if name.startswith(("image.", "text."))}
+    fusion = {"fusion": _mean_fusion([own, *others.values()])} if "fusion" in merged.tensors else {}
+    return LearnerState({**merged.tensors, **adapters, **fusion}, {**merged.values, "classes": classes})
+
+
+def _mean_fusion(states: Sequence[LearnerState]) -> Tensor:
+    """Give the geometric mean of the fusions that were fitted, weighted by images: float64 [2]. Where none was, what a
+    learner begins with."""
+    fitted = [state for state in states if state.values["fitted"] and state.tensors["counts"].sum() > 0]
+    if not fitted:
+        return torch.tensor(astuple(START), dtype=torch.float64)
+    images = torch.stack([state.tensors["counts"].double().cpu().sum() for state in fitted])
+    return (images / images.sum() @ torch.stack([state.tensors["fusion"].cpu() for state in fitted]).log()).exp()
+
+
+def _check_scatter(triangle: Tensor, width: int) -> None:
+    """Raise MergeError unless a scatter is one: no direction varies by less than nothing."""
+    scatter = torch.zeros(width, width)
+    unpack(triangle, scatter)
+    mean = scatter.trace() / width
+    scatter.diagonal().add_(ROUNDING * mean.clamp_min(1e-12))
+    if torch.linalg.cholesky_ex(scatter).info:
+        raise MergeError("the scatter that it sent is none: it has directions of less than no variance")

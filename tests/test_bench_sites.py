@@ -1,0 +1,78 @@
+"""A stream dealt over sites: all images come to one site each, and what they answer together is what one would."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from agent.bench.data import BenchError, Data, Scored
+from agent.bench.sites import _dealt, _part, bench_sites, compared
+from agent.cli import main
+from agent.config import Config
+from agent.model.clip import Clip
+from agent.model.images import TokensAt
+from tests.tiny import tiny_clip, tiny_task
+
+CLASSES = ("red", "green", "blue", "white", "black")
+
+
+@pytest.fixture(scope="module")
+def clip() -> Clip:
+    return tiny_clip()
+
+
+@pytest.fixture(scope="module")
+def data(clip: Clip) -> Data:
+    tasks = tuple(
+        tiny_task(clip, number, names, per_class=20) for number, names in ((1, CLASSES[:2]), (2, CLASSES[2:]))
+    )
+    test = tiny_task(clip, 0, CLASSES, per_class=10, seed=0)
+    scored = Scored(
+        CLASSES, test.labels, TokensAt(test.tokens, torch.arange(len(test))), clip.encode_tokens(test.tokens.tensor)
+    )
+    return Data(tasks, scored, None, scored.tokens)
+
+
+def config(**method: object) -> Config:
+    return Config.model_validate({"method": {"gapstream": {"features": 60, "drift_budget": 0}} | method})
+
+
+@pytest.mark.parametrize("deal", ["class", "random"])
+def test_every_image_comes_to_one_site(clip, data, deal):
+    for task in data.tasks:
+        at = _dealt(task, CLASSES, 3, deal, seed=0)
+        parts = [_part(task, (at == site).nonzero().squeeze(1)) for site in range(3)]
+        assert sum(map(len, parts)) == len(task)
+        for site, part in enumerate(parts):
+            wanted = [task.classes[label] for label in task.labels[at == site]]
+            assert [part.classes[label] for label in part.labels] == wanted
+            if deal == "class":
+                assert set(part.classes) == {name for name in task.classes if CLASSES.index(name) % 3 == site}
+
+
+@pytest.mark.parametrize("deal", ["class", "random"])
+def test_what_sites_answer_together_is_what_one_learner_answers(clip, data, deal):
+    scores = compared(config(name="ncm"), data, clip, 3, deal)
+    assert len(scores.alone) == 3 and scores.union == (scores.central,) * 3
+    if deal == "class":
+        assert max(scores.alone) <= 0.4 < min(scores.union)
+
+
+def test_a_method_that_does_not_add_up_and_a_single_site_are_refused(tmp_path):
+    console = Console(file=io.StringIO())
+    for rows, sites, message in ((config(name="mgclip"), 3, "do not add up"), (config(), 1, "expected 2 or more")):
+        with pytest.raises(BenchError, match=message):
+            bench_sites(config(), {"row": rows}, [0], 0, sites, "class", tmp_path, console)
+
+
+@pytest.mark.slow
+def test_the_command_writes_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    spec = "gapstream:features=300:drift_budget=0"
+    words = ["--sites", "4", "--methods", f"ncm,{spec}", "--out", str(tmp_path), "--per-class", "20"]
+    assert main(["bench", *words, "--set", "model.threads=1"]) == 0
+    assert "4 sites, dealt by class" in capsys.readouterr().out
+    assert "| `ncm` |" in (tmp_path / "sites-class.md").read_text()
