@@ -64,8 +64,10 @@ def _move(graph: ir.Graph, gather: ir.Node) -> None:
             if source in moved:
                 continue
             if all_tokens not in taken:
-                early = ir.node("Gather", [all_tokens, index], {"axis": _TOKENS}, name=f"{gather.name}_{len(taken)}")
-                early.outputs[0].name = f"{gather.outputs[0].name}_{len(taken)}"
+                early = ir.node(
+                    "Gather", [all_tokens, index], {"axis": _TOKENS}, name=f"{gather.name}_early_{len(taken)}"
+                )
+                early.outputs[0].name = f"{gather.outputs[0].name}_early_{len(taken)}"
                 graph.insert_after(source, early)
                 taken[all_tokens] = early.outputs[0]
             node.replace_input_with(place, taken[all_tokens])

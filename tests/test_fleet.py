@@ -17,12 +17,13 @@ import pytest
 from prometheus_client import CollectorRegistry
 from safetensors.numpy import save_file
 
-from agent.commits import CommitStore, Provenance, seal
+from agent.commits import CommitStore, Provenance
 from agent.config import Config, ConfigError, load
 from agent.fleet import Member
 from agent.fleet_states import facts
 from agent.layout import FLEET, SHARED
 from agent.scoring.report import Fleet, Report, Site
+from agent.sealing import seal
 from agent.values import Commit, Outcome
 from exporter.metrics import Metrics
 from streams.blobs import Blob, Chunk, cut, ended, kept

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from agent.methods.sharing import HeldBack, Member, incoming, together
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -17,6 +16,7 @@ from agent.fleet_states import FACTS, SCHEMAS, SharedRefused, check, facts
 from agent.methods.base import LearnerState, Method, TaskData
 from agent.methods.gapstream import START
 from agent.methods.merging import MergeError, merge
+from agent.methods.publishing import HeldBack, Member, incoming, together
 from agent.methods.training import unpack
 from agent.model.clip import Clip
 from tests.test_merging import built, taught

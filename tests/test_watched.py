@@ -20,6 +20,7 @@ WITHOUT_DATA = {
         ("Messages answered", "Answered with an error", "Messages that wait", "Time of a batch", "Transactions"),
         "no topic is answered",
     ),
+    "Age of the states": "the agent is no site of a fleet",
 }
 ROUNDS = 4
 """A bundled class is so many classes here, for a stream that lasts."""

@@ -124,6 +124,8 @@ PROGRAMS = (
     Program("memory", "exporter", "inference --memory", memory),
     Program("start", "deploy", "start", start),
     Program("scrape", "deploy", "scrape"),
+    Program("serving", "exporter", "serving"),
+    Program("ranks", "agent", "ranks"),
     Program("intake", "streams", "intake --waiting-mb 500", intake, broker=True),
     Program("gpu", "deploy", "gpu", gpu=True),
 )

@@ -5,7 +5,7 @@ rank with its decoders; the longest rank's over the trainer's alone is what an u
 least, and what is beyond an even share is what every rank computes for itself, as the class names. Exit code 1 where
 the models differ by more than rounding.
 
-    .venv/bin/python tests/bench/bench_ranks.py --methods gapstream,mgclip,finetune,ncm --per-class 100 --rounds 3
+    .venv/bin/python -m tests.bench.bench_ranks --methods gapstream,mgclip,finetune,ncm --per-class 100 --rounds 3
 """
 
 from __future__ import annotations
@@ -23,8 +23,6 @@ import psutil
 import torch
 from safetensors.torch import load_file
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from agent.commits import CommitStore, Provenance
 from agent.config import Config
 from agent.layout import LEARNER_TENSORS
@@ -34,6 +32,7 @@ from streams.archive_folder import ArchiveFolder
 from streams.buffer import Task
 from streams.record import Partition, Record
 from streams.spool import Spool
+from tests.bench.results import show
 
 PARTITION = Partition("bench", 0)
 CLASSES = 5
@@ -79,6 +78,8 @@ def main() -> int:
         wall = statistics.median(two.wall_s / one.wall_s for one, two in pairs)
         parts = f"{cpu:>11.2f} {ranks[0]:>8.2f} {ranks[1]:>5.2f} {max(ranks) / cpu:>15.2f} {sum(ranks) / cpu:>11.2f}"
         print(f"{method:<11} {parts} {waiting[0]:>9.0%} {waiting[1]:>4.0%} {wall:>16.2f}")
+        ratios = [max(two.cpu_s) / sum(one.cpu_s) for one, two in pairs]
+        show(f"{method}: seconds of the busier of 2 ranks / alone, by the processor", ratios)
         for one, two in pairs:
             for name, tensor in one.tensors.items():
                 if not torch.allclose(tensor, two.tensors[name], rtol=ROUNDING, atol=ROUNDING):

@@ -27,6 +27,7 @@ from PIL import Image
 
 from exporter.runtime import Classifier
 from tests.bench.bench_inference import MODELS, load_clip, two_releases
+from tests.bench.results import show
 from tests.processes import free_port, gapstream, get, running, until
 
 ADDRESS = "127.0.0.1"
@@ -121,6 +122,7 @@ def main() -> int:
                 }
             )
         )
+        show(f"bare loop / serve at {options.clients} clients, an image, by the {name}", ratios)
     return 0
 
 

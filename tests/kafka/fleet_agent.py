@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from agent.commits import seal
 from agent.config import load
 from agent.fleet_states import check, facts
 from agent.layout import FLEET, SHARED
 from agent.process import stop_on_signals
 from agent.run import run_agent
 from agent.scoring.report import Fleet, Site
+from agent.sealing import seal
 from agent.values import OnProgress, Outcome
 from streams.blobs import kept
 from streams.buffer import Task
