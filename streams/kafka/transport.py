@@ -26,7 +26,11 @@ def take_large_pieces() -> None:
 
 
 def _receive(transport: Any) -> tuple[bytes, Exception | None]:
-    """Give what the socket has, and what ended the connection, if anything did."""
+    """Give what the socket has, or else what ended the connection, if anything did.
+
+    The client drops what comes beside an error. A broker that refuses a login says why and closes the connection at
+    once, so that what it says comes first, and the end by the next call, which finds it again.
+    """
     pieces: list[bytes] = []
     error: Exception | None = None
     while error is None:
@@ -39,4 +43,4 @@ def _receive(transport: Any) -> tuple[bytes, Exception | None]:
         else:
             pieces.append(piece)
             error = None if piece else KafkaConnectionError("the broker closed the connection")
-    return b"".join(pieces), error
+    return b"".join(pieces), None if pieces else error

@@ -43,7 +43,9 @@ def test_all_that_is_there_comes_in_few_pieces(kind: type, end: Exception) -> No
     assert socket.asked == 4
 
 
-def test_the_end_of_a_connection_and_its_failure_are_told() -> None:
+def test_what_came_before_the_end_of_a_connection_is_given_before_it() -> None:
     for end in (None, ConnectionResetError("gone")):
-        data, error = received(KafkaTCPTransport, FakeSocket(b"last", end))
-        assert data == b"last" and isinstance(error, KafkaConnectionError)
+        socket = FakeSocket(b"last", end)
+        assert received(KafkaTCPTransport, socket) == (b"last", None)
+        data, error = received(KafkaTCPTransport, socket)
+        assert data == b"" and isinstance(error, KafkaConnectionError)
