@@ -41,6 +41,8 @@ def _receive(transport: Any) -> tuple[bytes, Exception | None]:
         except Exception as failure:
             error = KafkaConnectionError(failure)
         else:
-            pieces.append(piece)
-            error = None if piece else KafkaConnectionError("the broker closed the connection")
+            if piece:
+                pieces.append(piece)
+            else:
+                error = KafkaConnectionError("the broker closed the connection")
     return b"".join(pieces), None if pieces else error
