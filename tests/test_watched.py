@@ -21,6 +21,7 @@ WITHOUT_DATA = {
         "no topic is answered",
     ),
     "Age of the states": "the agent is no site of a fleet",
+    "Time that ranks wait": "no other rank shares its updates",
 }
 ROUNDS = 4
 """A bundled class is so many classes here, for a stream that lasts."""
