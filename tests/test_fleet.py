@@ -390,6 +390,7 @@ def test_the_configuration_of_a_fleet_is_checked():
         ({"fleet.topic": "f", "fleet.site": "a/b"}, "fleet.site"),
         ({"fleet.topic": "f", "fleet.site": "a", "method.name": "mgclip"}, "expected gapstream or ncm"),
         ({"fleet.topic": "f", "fleet.site": "a", "source.kafka.topics": "f"}, "one of source.kafka.topics"),
+        ({"fleet.topic": "f", "fleet.site": "a", "training.processes": "2"}, "expected one of the two"),
     ):
         with pytest.raises(ConfigError, match=message):
             load(None, {}, keys)

@@ -304,6 +304,14 @@ def test_a_scatter_that_is_none_is_refused(clip, tmp_path):
         incoming(site.method.state(), tensors, ["red", "green"], check(path).depth, True)
 
 
+def test_other_shares_of_as_many_random_features_are_refused_with_both_named(clip, tmp_path, monkeypatch):
+    site = Sender(clip, "gapstream", least=1)
+    site.learn(tiny_task(clip, 1, ["red", "green"]))
+    monkeypatch.setattr("agent.methods.discriminant.TOKENS_SHARE", 0.75)
+    with pytest.raises(MergeError, match=r"random\.tokens of 30 and 24 features cannot be added"):
+        received(built(clip, "gapstream"), written(tmp_path, site))
+
+
 def test_where_all_classes_have_too_few_images_nothing_leaves(clip):
     site = Sender(clip, "gapstream", least=5)
     site.learn(tiny_task(clip, 1, ["red", "green"], per_class=2))

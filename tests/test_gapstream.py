@@ -313,6 +313,26 @@ def test_a_state_whose_features_are_of_another_depth_is_continued_with_them(clip
     assert torch.equal(method.state().tensors["scatter"], old.state().tensors["scatter"])
 
 
+def test_a_state_that_takes_other_shares_of_its_features_of_tokens_and_embedding_is_continued_with_them(
+    clip, monkeypatch
+):
+    tokens, labels = stream(clip)
+    with monkeypatch.context() as earlier:
+        earlier.setattr("agent.methods.discriminant.TOKENS_SHARE", 0.75)
+        old = learner(clip)
+    old.update(task_of(1, tokens, labels), silent)
+    method = learner(clip)
+    assert (
+        method.state().tensors["random.tokens"].shape[1] == 24 and old.state().tensors["random.tokens"].shape[1] == 30
+    )
+    method.load_state(old.state())
+    for learned in (old, method):
+        learned.update(task_of(2, tokens, labels), silent)
+    assert_same(method.state(), old.state())
+    answers = [learned.inference_module().from_tokens(tokens)[2] for learned in (old, method)]
+    assert torch.equal(*answers)
+
+
 def assert_same(a: LearnerState, b: LearnerState) -> None:
     assert a.values == b.values and a.tensors.keys() == b.tensors.keys()
     for name, tensor in a.tensors.items():

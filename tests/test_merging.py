@@ -210,7 +210,10 @@ def test_where_adapters_differ_the_merged_towers_are_the_untouched_ones(clip, ea
 
 REFUSED: Mapping[str, tuple[dict[str, Any], str]] = {
     "another seed": ({"seed": 1}, r"site 0 and site 1 .* began with another method\.seed"),
-    "other features": ({"features": 48}, r"site 0 and site 1 .* 40 random features and 48 cannot be added"),
+    "other features": (
+        {"features": 48},
+        r"site 0 and site 1 .* (40|24 \+ 16) random features and (48|29 \+ 19) cannot be added",
+    ),
 }
 
 
@@ -222,6 +225,14 @@ def test_random_features_that_differ_are_refused(clip, name, other):
     states = [taught(built(clip, name, **chosen), task).state() for chosen in ({}, settings)]
     with pytest.raises(MergeError, match=message):
         merge(name, named(states))
+
+
+def test_other_shares_of_as_many_random_features_are_refused_with_both_named(clip, monkeypatch):
+    task = tiny_task(clip, 1, ["red", "green"])
+    one = state_of(clip, "gapstream", task)
+    monkeypatch.setattr("agent.methods.discriminant.TOKENS_SHARE", 0.75)
+    with pytest.raises(MergeError, match=r"24 \+ 16 random features and 30 \+ 10 cannot be added"):
+        merge("gapstream", named([one, state_of(clip, "gapstream", task)]))
 
 
 def test_random_features_that_another_processor_rounds_otherwise_are_the_same(clip):

@@ -165,7 +165,7 @@ def _check_projections(learners: Learners, *names: str) -> None:
             if mine.shape != theirs.shape:
                 raise MergeError(
                     f"{whose} and {other} cannot be merged: {_sizes(first, names)} random features and "
-                    f"{_sizes(state, names)} cannot be added. Only learners that began with the same number of "
+                    f"{_sizes(state, names)} cannot be added. Only learners that began with the same numbers of "
                     "features can"
                 )
             if not torch.allclose(mine, theirs, rtol=0, atol=ALIKE):
@@ -189,5 +189,5 @@ def _check_depth(learners: Learners) -> None:
 
 
 def _sizes(learner: LearnerState, names: Sequence[str]) -> str:
-    """Say how wide a learner's features are."""
-    return str(sum(learner.tensors[name].shape[1] for name in names))
+    """Say how wide a learner's features are, of each depth: learners may share their sum and not the parts."""
+    return " + ".join(str(learner.tensors[name].shape[1]) for name in names)

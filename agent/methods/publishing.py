@@ -166,7 +166,10 @@ def incoming(
         raise MergeError(f"random features of the blocks {own.values.get('depth', 0)} and {depth} cannot be added")
     for name in RANDOM:
         mine, theirs = own.tensors[name], tensors[name]
-        if mine.shape[1] != theirs.shape[1] or not torch.allclose(mine[:1].cpu(), theirs, rtol=0, atol=ALIKE):
+        if mine.shape[1] != theirs.shape[1]:
+            numbers = f"{name} of {mine.shape[1]} and {theirs.shape[1]} features"
+            raise MergeError(f"{numbers} cannot be added; an earlier version began with other numbers of each")
+        if not torch.allclose(mine[:1].cpu(), theirs, rtol=0, atol=ALIKE):
             raise MergeError("their random features are not the same; only sites with one method.seed can be added")
     _check_scatter(tensors["scatter"], widths[1])
     same = {name: own.tensors[name] for name in (*RANDOM, "names")}
