@@ -74,7 +74,7 @@ class Metrics(Protocol):
     def fleet_refused(self) -> None: ...
 
 
-class Member:
+class FleetSite:
     """It is one site of a fleet. `start` begins the thread; `due` is for the pipeline."""
 
     def __init__(

@@ -21,7 +21,7 @@ from agent.fleet_states import Shared, SharedRefused, check, facts
 from agent.layout import FLEET, MEMBER, SHARED
 from agent.methods.base import LearnerState, TaskData
 from agent.methods.merging import MergeError
-from agent.methods.publishing import HeldBack, Member, incoming
+from agent.methods.publishing import HeldBack, SiteLearner, incoming
 from agent.model.images import StoredTokens
 from agent.scoring.anew import of_same_task, reopened
 from agent.scoring.holdout import EncodedImage
@@ -51,13 +51,13 @@ class FleetTrainer(Trainer):
         super().__init__(config, commit)
         self._folder = config.state.path / FLEET
         self._fleet = Fleet(site=config.fleet.site)
-        self._member = Member(self._method, config.fleet.min_images)
+        self._learner = SiteLearner(self._method, config.fleet.min_images)
         if commit is not None and (commit / MEMBER).exists():
             known = load_file(commit / MEMBER)
-            self._member.fusion = known.get("fusion")
+            self._learner.fusion = known.get("fusion")
             if "features" in known:
                 names = tuple(self._method.classes[at] for at in known["classes"])
-                self._member.held = HeldBack(known["features"], names)
+                self._learner.held = HeldBack(known["features"], names)
         self._learned: TaskData | None = None
         """What was learned and is not answered with yet."""
         self._roots = last.roots if (last := last_report(commit)) else set()
@@ -89,7 +89,7 @@ class FleetTrainer(Trainer):
     def _update(self, data: TaskData, on_progress: OnProgress) -> Update | None:
         update = super()._update(data, on_progress)
         if update is not None:
-            self._member.learned(data)
+            self._learner.learned(data)
             self._learned = data
         return update
 
@@ -100,7 +100,7 @@ class FleetTrainer(Trainer):
         failed, learned = "", self._learned
         self._learned = None
         try:
-            answers = self._member.answers(lambda: methods.build(self._clip, self._config.method), others, learned)
+            answers = self._learner.answers(lambda: methods.build(self._clip, self._config.method), others, learned)
             self._module = answers.inference_module() if answers.classes else None
             self._answers = answers
         # Whatever peers sent, and however little memory there is for it: this site answers on.
@@ -170,14 +170,14 @@ class FleetTrainer(Trainer):
     def _save(self, staging: Path, report: Report) -> None:
         super()._save(staging, report)
         self._roots = report.roots
-        tensors, classes = self._member.sends()
+        tensors, classes = self._learner.sends()
         if classes:
-            method, values = self._config.method.name, self._member.own().values
+            method, values = self._config.method.name, self._learner.own().values
             said = facts(method, self._clip.identity, report.task, sorted(self._roots), values, classes)
             save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, staging / SHARED, said)
-        held, known = self._member.held, {}
-        if self._member.fusion is not None:
-            known["fusion"] = self._member.fusion
+        held, known = self._learner.held, {}
+        if self._learner.fusion is not None:
+            known["fusion"] = self._learner.fusion
         if held.classes:
             places = torch.tensor([self._method.classes.index(name) for name in held.classes])
             known |= {"features": held.features.contiguous(), "classes": places}

@@ -49,7 +49,7 @@ RELEASE_IN_COMMIT = RELEASE_FOLDER
 SHARED = "shared.safetensors"
 """What the other sites of a fleet get of the learner (agent/fleet_states.py)."""
 MEMBER = "member.safetensors"
-"""What the learner of a site of a fleet has beside that of an agent alone (agent.methods.publishing.Member)."""
+"""What the learner of a site of a fleet has beside that of an agent alone (agent.methods.publishing.SiteLearner)."""
 HOLDOUT = "holdout"
 TRAINED = "trained.zip"
 """The file of a hold-out that says what was trained on; beside it are packs of test images."""

@@ -205,14 +205,14 @@ def open_fleet(config: Config, metrics: Metrics, parts: ExitStack) -> Callable[[
     release is due. Without a fleet none ever is. Raises OSError."""
     if not config.fleet.topic:
         return lambda commit: False
-    from agent.fleet import Member
+    from agent.fleet import FleetSite
     from streams.kafka.fleet import FleetTopic
 
     where, topic = connection(config), config.fleet.topic
-    member = Member(config, metrics, lambda positions: FleetTopic(where, topic, positions))
-    parts.callback(member.close)
-    member.start()
-    return member.due
+    site = FleetSite(config, metrics, lambda positions: FleetTopic(where, topic, positions))
+    parts.callback(site.close)
+    site.start()
+    return site.due
 
 
 def _secret(section: KafkaSecurity | KafkaImages, name: str) -> Secret:

@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 
 from agent.commits import CommitStore, Provenance
 from agent.config import Config, ConfigError, load
-from agent.fleet import Member
+from agent.fleet import FleetSite
 from agent.fleet_states import facts
 from agent.layout import FLEET, SHARED
 from agent.scoring.report import Fleet, Report, Site
@@ -117,7 +117,7 @@ class SiteFolder:
 
     def restart(self) -> None:
         self.topics: list[LogTopic] = []
-        self.member = Member(self.config, Metrics(self.registry), self.connect, monotonic=lambda: self.now)
+        self.member = FleetSite(self.config, Metrics(self.registry), self.connect, monotonic=lambda: self.now)
 
     def connect(self, positions: dict[Partition, int]) -> LogTopic:
         self.topics.append(LogTopic(self.log, positions, self.faults))
@@ -341,7 +341,7 @@ def test_a_thread_does_it_and_a_cluster_that_fails_is_counted_and_asked_again(si
             raise StreamError("nobody answers")
         return connect(positions)
 
-    a.member = Member(a.config, Metrics(CollectorRegistry()), failing)
+    a.member = FleetSite(a.config, Metrics(CollectorRegistry()), failing)
     a.faults[:] = [None, ConnectionError("gone")]
     a.member.start()
     b.member.start()

@@ -16,7 +16,7 @@ from agent.fleet_states import FACTS, SCHEMAS, SharedRefused, check, facts
 from agent.methods.base import LearnerState, Method, TaskData
 from agent.methods.gapstream import START
 from agent.methods.merging import MergeError, merge
-from agent.methods.publishing import HeldBack, Member, incoming, together
+from agent.methods.publishing import HeldBack, SiteLearner, incoming, together
 from agent.methods.training import unpack
 from agent.model.clip import Clip
 from tests.test_merging import built, taught
@@ -52,18 +52,18 @@ class Sender:
     """A site that learns, and holds back what is too little."""
 
     def __init__(self, clip: Clip, name: str, least: int) -> None:
-        self.member = Member(built(clip, name), least)
+        self.learner = SiteLearner(built(clip, name), least)
 
     @property
     def method(self) -> Method:
-        return self.member.method
+        return self.learner.method
 
     def learn(self, task: TaskData) -> None:
         taught(self.method, task)
-        self.member.learned(task)
+        self.learner.learned(task)
 
     def sends(self) -> tuple[dict[str, Tensor], list[str]]:
-        return self.member.sends()
+        return self.learner.sends()
 
 
 def assert_sent(sent: tuple[dict[str, Tensor], list[str]], method: Method) -> None:
@@ -117,13 +117,13 @@ def test_what_leaves_never_grows_by_few_images_of_a_class(clip, name):
                     torch.testing.assert_close(now[key], tensor, rtol=1e-4, atol=1e-4, msg=key)
     # and what has left is exactly what a learner has that saw the images up to there
     assert_sent(sent[4], taught(built(clip, name), joined(1, *seen[:5])))
-    assert least - 1 >= len(site.member.held.classes) == 2
+    assert least - 1 >= len(site.learner.held.classes) == 2
 
 
 def test_without_a_least_number_everything_leaves(clip, name):
     site = Sender(clip, name, least=1)
     site.learn(tiny_task(clip, 1, ["red", "green"], per_class=1))
-    assert site.member.held.classes == ()
+    assert site.learner.held.classes == ()
     assert_sent(site.sends(), site.method)
 
 
@@ -141,7 +141,7 @@ def test_a_class_learned_before_the_fleet_with_too_few_images_stays_behind(clip,
 
 def written(folder: Path, site: Sender) -> Path:
     tensors, classes = site.sends()
-    said = facts(site.method.name, IDENTITY, 3, ["root"], site.member.own().values, classes)
+    said = facts(site.method.name, IDENTITY, 3, ["root"], site.learner.own().values, classes)
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / "shared", said)
     return folder / "shared"
 
@@ -172,7 +172,7 @@ def test_sites_answer_together_as_one_learner_that_saw_everything(clip, name, tm
                 others[f"site {there}"] = received(own.method, written(tmp_path / f"{here}{there}", other))
         # when
         answers = built(clip, name)
-        answers.load_state(together(name, own.member.own(), others))
+        answers.load_state(together(name, own.learner.own(), others))
         module = answers.inference_module()
         # then each spells the class as it knows it, and answers alike
         assert ("Red" in answers.classes) == (here != 0) and len(answers.classes) == 5
@@ -191,7 +191,7 @@ def test_each_site_keeps_its_own_adapters_and_none_leave(clip, tmp_path):
     # given two sites whose towers adapted to other images
     sites = [Sender(clip, "gapstream", least=1) for _ in range(2)]
     for number, site in enumerate(sites):
-        site.member.method = built(clip, "gapstream", drift_budget=0.5)
+        site.learner.method = built(clip, "gapstream", drift_budget=0.5)
         site.learn(tiny_task(clip, 1, ["red", "green"], seed=number))
         site.method._student.load_tensors(
             {key: torch.randn(value.shape) * 0.05 for key, value in site.method._student.tensors().items()}
@@ -201,7 +201,7 @@ def test_each_site_keeps_its_own_adapters_and_none_leave(clip, tmp_path):
     path = written(tmp_path, other)
     assert set(load_file(path)) == set(SCHEMAS["gapstream"])
     # when
-    state = together("gapstream", own.member.own(), {"b": received(own.method, path)})
+    state = together("gapstream", own.learner.own(), {"b": received(own.method, path)})
     # then the towers are this site's, and the statistics those of both, whatever the adapters are
     mine = own.method.state().tensors
     adapters = [key for key in mine if key.startswith(("image.", "text."))]
@@ -219,7 +219,7 @@ def test_a_site_that_has_learned_nothing_answers_with_the_others(clip, name, tmp
     other = Sender(clip, name, least=1)
     other.learn(tiny_task(clip, 1, ["red", "green"]))
     own = Sender(clip, name, least=1)
-    answers = own.member.answers(lambda: built(clip, name), {"b": received(own.method, written(tmp_path, other))})
+    answers = own.learner.answers(lambda: built(clip, name), {"b": received(own.method, written(tmp_path, other))})
     assert answers.classes == ("green", "red")
     assert answers.inference_module().classes == ("green", "red")
 
@@ -315,7 +315,7 @@ def test_other_shares_of_as_many_random_features_are_refused_with_both_named(cli
 def test_where_all_classes_have_too_few_images_nothing_leaves(clip):
     site = Sender(clip, "gapstream", least=5)
     site.learn(tiny_task(clip, 1, ["red", "green"], per_class=2))
-    assert isinstance(site.member.held, HeldBack) and site.member.held.classes == ("red", "red", "green", "green")
+    assert isinstance(site.learner.held, HeldBack) and site.learner.held.classes == ("red", "red", "green", "green")
     assert site.sends()[1] == []
 
 
@@ -333,17 +333,17 @@ def test_the_fusion_is_fitted_among_the_classes_of_all_sites_and_all_answer_with
 
     def answers(site: str, task: TaskData | None = None) -> tuple[float, ...]:
         others = {one: sent(one) for one in tasks if one != site}
-        made = sites[site].member.answers(lambda: built(clip, "gapstream"), others, task)
+        made = sites[site].learner.answers(lambda: built(clip, "gapstream"), others, task)
         return astuple(made._fusion)
 
     assert [sent(site).values["fitted"] for site in tasks] == [False, False] and answers("a") == astuple(START)
     # when one has learned beside the other's class, all use what it fitted
     first = answers("a", tasks["a"])
-    assert first != astuple(START) and tuple(sites["a"].member.fusion.tolist()) == pytest.approx(first)
+    assert first != astuple(START) and tuple(sites["a"].learner.fusion.tolist()) == pytest.approx(first)
     assert answers("b") == pytest.approx(first)
     # and when both have, the mean, weighted by images
     answers("b", tasks["b"])
-    mine, theirs = (sites[site].member.fusion.log() for site in tasks)
+    mine, theirs = (sites[site].learner.fusion.log() for site in tasks)
     expected = ((12 * mine + 6 * theirs) / 18).exp().tolist()
     assert answers("a") == pytest.approx(expected) and answers("b") == pytest.approx(expected)
     # while a site's own learner keeps its own

@@ -18,7 +18,7 @@ from agent.bench.data import BenchError, Data, Scored, list_images, load_data
 from agent.config import Config
 from agent.config.fleet import FLEET_METHODS
 from agent.methods.base import Method, TaskData, task_generator
-from agent.methods.publishing import Member, incoming
+from agent.methods.publishing import SiteLearner, incoming
 from agent.model.clip import Clip, load_clip
 from agent.model.images import TokensAt
 
@@ -88,31 +88,31 @@ def compared(config: Config, data: Data, clip: Clip, sites: int, deal: Deal) -> 
     for task in data.tasks:
         central.update(task, _unheard)
     classes = list(dict.fromkeys(name for task in data.tasks for name in task.classes))
-    members = [Member(methods.build(clip, config.method), config.fleet.min_images) for _ in range(sites)]
+    learners = [SiteLearner(methods.build(clip, config.method), config.fleet.min_images) for _ in range(sites)]
     sent: list[tuple[dict[str, Tensor], list[str], bool]] = [({}, [], False)] * sites
 
     def answers(site: int, task: TaskData | None = None) -> Method:
         """What a site answers with, all having heard of each other."""
-        own = members[site].own()
+        own = learners[site].own()
         others = {
             f"site {other}": incoming(own, tensors, names, own.values.get("depth", 0), fitted)
             for other, (tensors, names, fitted) in enumerate(sent)
             if other != site and names
         }
-        return members[site].answers(lambda: methods.build(clip, config.method), others, task)
+        return learners[site].answers(lambda: methods.build(clip, config.method), others, task)
 
     for task in data.tasks:
         at = _dealt(task, classes, sites, deal, config.method.seed)
-        for site, member in enumerate(members):
+        for site, learner in enumerate(learners):
             if not (at == site).any():
                 continue
             part = _part(task, (at == site).nonzero().squeeze(1))
-            member.method.update(part, _unheard)
-            member.learned(part)
+            learner.method.update(part, _unheard)
+            learner.learned(part)
             answers(site, part)
-            sent[site] = *member.sends(), bool(member.own().values.get("fitted"))
+            sent[site] = *learner.sends(), bool(learner.own().values.get("fitted"))
     batch = config.evaluation.batch_size
-    alone = [_accuracy(one.method, data.test, batch) if one.method.classes else 0.0 for one in members]
+    alone = [_accuracy(one.method, data.test, batch) if one.method.classes else 0.0 for one in learners]
     union = [_accuracy(answers(site), data.test, batch) for site in range(sites)]
     return Scores(_accuracy(central, data.test, batch), tuple(alone), tuple(union))
 

@@ -69,8 +69,8 @@ NOTHING = HeldBack(torch.zeros(0, 0), ())
 
 
 @dataclass
-class Member:
-    """It is a site's learner, with what only a member of a fleet has to know of it."""
+class SiteLearner:
+    """It is a site's learner, with what only a site of a fleet has to know of it."""
 
     method: Method
     least: int
