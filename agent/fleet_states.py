@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-FORMAT = 1
-"""Format of the file; one of another number is refused."""
+FORMAT = 2
+"""Format of the file; one of another number is refused. 1 had no means of embeddings."""
 
 FACTS = "gapstream"
 """The only key of the file's metadata: of several, safetensors writes now one and now another first."""
@@ -29,6 +29,7 @@ SCHEMAS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "gapstream": {
         "counts": ("C",),
         "means": ("C", "M"),
+        "embeddings": ("C", "D"),
         "scatter": ("M(M+1)/2",),
         "fusion": ("2",),
         "random.tokens": ("1", "T"),

@@ -19,9 +19,9 @@ from agent import methods
 from agent.config import Config
 from agent.fleet_states import Shared, SharedRefused, check, facts
 from agent.layout import FLEET, MEMBER, SHARED
-from agent.methods.base import LearnerState, TaskData
+from agent.methods.base import NOTHING, Counted, LearnerState, TaskData
 from agent.methods.merging import MergeError
-from agent.methods.publishing import HeldBack, SiteLearner, incoming
+from agent.methods.publishing import SiteLearner, incoming
 from agent.model.images import StoredTokens
 from agent.scoring.anew import of_same_task, reopened
 from agent.scoring.holdout import EncodedImage
@@ -55,11 +55,9 @@ class FleetTrainer(Trainer):
         if commit is not None and (commit / MEMBER).exists():
             known = load_file(commit / MEMBER)
             self._learner.fusion = known.get("fusion")
-            if "features" in known:
-                names = tuple(self._method.classes[at] for at in known["classes"])
-                self._learner.held = HeldBack(known["features"], names)
-        self._learned: TaskData | None = None
-        """What was learned and is not answered with yet."""
+            self._learner.held = _loaded(known, "", self._method.classes)
+            self._learner.last = _loaded(known, "last.", self._method.classes)
+            self._learner.task = int(known.get("last.task", 0))
         self._roots = last.roots if (last := last_report(commit)) else set()
         self._read: dict[str, tuple[Blob, _Other | str]] = {}
         """Site -> the blob that was read last, and what came of it: its state, or why there is none."""
@@ -90,17 +88,15 @@ class FleetTrainer(Trainer):
         update = super()._update(data, on_progress)
         if update is not None:
             self._learner.learned(data)
-            self._learned = data
         return update
 
     def _take_up(self) -> None:
         """Answer with what this site and the others have learned by now."""
         found = self._others(self._method.state())
         others = {site: other.state for site, (_, other) in found.items() if isinstance(other, _Other)}
-        failed, learned = "", self._learned
-        self._learned = None
+        failed = ""
         try:
-            answers = self._learner.answers(lambda: methods.build(self._clip, self._config.method), others, learned)
+            answers = self._learner.answers(lambda: methods.build(self._clip, self._config.method), others)
             self._module = answers.inference_module() if answers.classes else None
             self._answers = answers
         # Whatever peers sent, and however little memory there is for it: this site answers on.
@@ -175,14 +171,32 @@ class FleetTrainer(Trainer):
             method, values = self._config.method.name, self._learner.own().values
             said = facts(method, self._clip.identity, report.task, sorted(self._roots), values, classes)
             save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, staging / SHARED, said)
-        held, known = self._learner.held, {}
+        known = _saved("", self._learner.held, self._method.classes)
+        known |= _saved("last.", self._learner.last, self._method.classes)
+        if self._learner.last.classes:
+            known["last.task"] = torch.tensor(self._learner.task)
         if self._learner.fusion is not None:
             known["fusion"] = self._learner.fusion
-        if held.classes:
-            places = torch.tensor([self._method.classes.index(name) for name in held.classes])
-            known |= {"features": held.features.contiguous(), "classes": places}
         if known:
             save_file(known, staging / MEMBER)
+
+
+def _saved(prefix: str, images: Counted, classes: Sequence[str]) -> dict[str, torch.Tensor]:
+    """Give what `_loaded` reads."""
+    if not images.classes:
+        return {}
+    places = torch.tensor([classes.index(name) for name in images.classes])
+    rows = {"features": images.features.contiguous(), "embeddings": images.embeddings.contiguous(), "classes": places}
+    return {prefix + name: tensor for name, tensor in rows.items()}
+
+
+def _loaded(known: Mapping[str, torch.Tensor], prefix: str, classes: Sequence[str]) -> Counted:
+    if prefix + "features" not in known:
+        return NOTHING
+    features, names = known[prefix + "features"], tuple(classes[at] for at in known[prefix + "classes"].tolist())
+    # An earlier version kept no embeddings; those means that these images are in are then not known either.
+    unknown = torch.full((len(names), 1), torch.nan)
+    return Counted(features, known.get(prefix + "embeddings", unknown), names)
 
 
 def _told(blob: Blob, result: _Other | str, failed: str) -> Site:

@@ -91,7 +91,7 @@ def compared(config: Config, data: Data, clip: Clip, sites: int, deal: Deal) -> 
     learners = [SiteLearner(methods.build(clip, config.method), config.fleet.min_images) for _ in range(sites)]
     sent: list[tuple[dict[str, Tensor], list[str], bool]] = [({}, [], False)] * sites
 
-    def answers(site: int, task: TaskData | None = None) -> Method:
+    def answers(site: int) -> Method:
         """What a site answers with, all having heard of each other."""
         own = learners[site].own()
         others = {
@@ -99,7 +99,12 @@ def compared(config: Config, data: Data, clip: Clip, sites: int, deal: Deal) -> 
             for other, (tensors, names, fitted) in enumerate(sent)
             if other != site and names
         }
-        return learners[site].answers(lambda: methods.build(clip, config.method), others, task)
+        return learners[site].answers(lambda: methods.build(clip, config.method), others)
+
+    def publish(site: int) -> None:
+        answers(site)
+        learner = learners[site]
+        sent[site] = *learner.sends(), bool(learner.own().values.get("fitted"))
 
     for task in data.tasks:
         at = _dealt(task, classes, sites, deal, config.method.seed)
@@ -109,8 +114,10 @@ def compared(config: Config, data: Data, clip: Clip, sites: int, deal: Deal) -> 
             part = _part(task, (at == site).nonzero().squeeze(1))
             learner.method.update(part, _unheard)
             learner.learned(part)
-            answers(site, part)
-            sent[site] = *learner.sends(), bool(learner.own().values.get("fitted"))
+            publish(site)
+        for site, learner in enumerate(learners):  # each takes up what the others learned meanwhile
+            if learner.method.classes:
+                publish(site)
     batch = config.evaluation.batch_size
     alone = [_accuracy(one.method, data.test, batch) if one.method.classes else 0.0 for one in learners]
     union = [_accuracy(answers(site), data.test, batch) for site in range(sites)]

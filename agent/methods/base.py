@@ -60,6 +60,27 @@ class TaskData:
 
 
 @dataclass(frozen=True)
+class Counted:
+    """It is what a method counts of some images."""
+
+    features: Tensor
+    """float32 [n, M], as in the method's class means."""
+    embeddings: Tensor
+    """float32 [n, D], the untouched model's; [n, 0] where a method does not count them apart."""
+    classes: tuple[str, ...]
+    """The class name of each image."""
+
+    def of(self, index: Sequence[int]) -> Counted:
+        """Give some of the images."""
+        at = torch.tensor(index, dtype=torch.int64, device=self.features.device)
+        return Counted(self.features[at], self.embeddings[at], tuple(self.classes[one] for one in index))
+
+
+NOTHING = Counted(torch.zeros(0, 0), torch.zeros(0, 0), ())
+"""Of no image."""
+
+
+@dataclass(frozen=True)
 class LearnerState:
     """What a method keeps between tasks."""
 

@@ -1,4 +1,4 @@
-"""A linear discriminant in random features of two depths: exact statistics, leaving one out, fusion with the texts."""
+"""A linear discriminant in random features of two depths: exact statistics, and what is released."""
 
 from __future__ import annotations
 
@@ -33,13 +33,16 @@ images what is noise. Chosen on training images that no comparison uses, right o
 
 
 class Statistics:
-    """It counts images of C classes: class means and one within-class scatter of M features, as if of all at once."""
+    """It counts images of C classes: class means and one within-class scatter of M features, as if of all at once, and
+    class means of embeddings."""
 
-    def __init__(self, features: int, device: torch.device) -> None:
+    def __init__(self, features: int, embed_dim: int, device: torch.device) -> None:
         self.counts = torch.zeros(0, device=device)
         """Images of each class, float32 [C]."""
         self.means = torch.zeros(0, features, device=device)
         """float32 [C, M]."""
+        self.embeddings = torch.zeros(0, embed_dim, device=device)
+        """Class means of the embeddings, float32 [C, D]; NaN for a class of a state that an earlier version made."""
         self.scatter = torch.zeros(features, features, device=device)
         """The scatter within classes, float32 [M, M]; only its lower triangle is read, and saved."""
 
@@ -48,13 +51,17 @@ class Statistics:
         new = classes - len(self.means)
         self.counts = F.pad(self.counts, (0, new))
         self.means = F.pad(self.means, (0, 0, 0, new))
+        self.embeddings = F.pad(self.embeddings, (0, 0, 0, new))
 
-    def count(self, features: Tensor, labels: Tensor) -> None:
-        """Count images in: float32 [n, M], labels int64 [n].
+    def count(self, features: Tensor, embeddings: Tensor, labels: Tensor) -> None:
+        """Count images in: float32 [n, M] and [n, D], labels int64 [n].
 
         A class that was there before moves its mean, which adds to the scatter (Chan, Golub and LeVeque 1979)."""
         present, place, counts = labels.unique(return_inverse=True, return_counts=True)
-        means = features.new_zeros(len(present), features.shape[1]).index_add_(0, place, features) / counts[:, None]
+        means, embedded = (
+            rows.new_zeros(len(present), rows.shape[1]).index_add_(0, place, rows) / counts[:, None]
+            for rows in (features, embeddings)
+        )
         before = self.counts[present]
         total = before + counts
         shift = means - self.means[present]
@@ -62,11 +69,12 @@ class Statistics:
         spread = torch.cat([features - means[place], moved])
         self.scatter.addmm_(spread.T, spread)
         self.means[present] += (counts / total)[:, None] * shift
+        self.embeddings[present] += (counts / total)[:, None] * (embedded - self.embeddings[present])
         self.counts[present] = total
 
     def clear(self) -> None:
         """Count from zero again, with room for as many classes."""
-        for tensor in (self.counts, self.means, self.scatter):
+        for tensor in (self.counts, self.means, self.embeddings, self.scatter):
             tensor.zero_()
 
     def sum(self) -> None:
@@ -75,11 +83,13 @@ class Statistics:
             return
         counts = ranks.summed(self.counts.clone())
         # in float64 the mean of a class that one rank alone has comes out as it went in
-        sums = ranks.summed(self.counts.double()[:, None] * self.means)
-        means = (sums / counts.clamp_min(1)[:, None]).float()
+        means, embeddings = (
+            (ranks.summed(self.counts.double()[:, None] * mine) / counts.clamp_min(1)[:, None]).float()
+            for mine in (self.means, self.embeddings)
+        )
         moved = self.counts.sqrt()[:, None] * (self.means - means)
         self.scatter.addmm_(moved.T, moved)
-        self.counts, self.means = counts, means
+        self.counts, self.means, self.embeddings = counts, means, embeddings
         ranks.summed(self.scatter)
 
     def solve(self, prior: float) -> Solved:
@@ -141,70 +151,6 @@ class Solved:
     """The lower Cholesky factor of scatter plus prior, [M, M]."""
     rows: Tensor
     """(scatter + prior)^-1 of these means, [C, M]."""
-
-
-def leave_one_out(solved: Solved, features: Tensor, labels: Tensor, counts: Tensor) -> Tensor:
-    """Score learned images as the discriminant would had each of them alone not been learned.
-
-    features float32 [n, M], labels int64 [n], counts [C] of images per class, at least 2 in those of `labels` ->
-    [n, C], up to a constant per row. The scatter loses a matrix of rank one, so that its inverse follows from the
-    whole one's (Sherman and Morrison); centre, prior and the count of images that scales it stay.
-    """
-    at = torch.arange(len(labels), device=labels.device)
-    centred, weight, count = features - solved.centre, solved.weights[labels][:, None], counts[labels]
-    mean, row = solved.means[labels] / weight, solved.rows[labels] / weight
-    residual = centred - mean
-    lost = count / (count - 1)
-    inverse = torch.cholesky_solve(residual.T, solved.factor).T
-    own = (residual * inverse).sum(1)
-    grown = 1 - lost * own
-    # squared distances to all means, by the whole scatter and then by the one that is left; up to a constant per row
-    norms = (solved.means * solved.rows).sum(1)
-    distance = norms - 2 * centred @ solved.rows.T + (centred * (inverse + row)).sum(1)[:, None]
-    along = (inverse * centred).sum(1)[:, None] - inverse @ solved.means.T
-    distance = distance + (lost / grown)[:, None] * along.square()
-    # The own class's mean moves away as well, and is drawn more to the centre: the image is then at a * residual +
-    # b * mean from it.
-    left = (count - 1) / (count - 1 + MEAN_PRIOR_IMAGES)
-    a, b, across = 1 + left / (count - 1), 1 - left, (inverse * mean).sum(1)
-    direct = a.square() * own + 2 * a * b * across + b.square() * (mean * row).sum(1)
-    distance[at, labels] = direct + lost / grown * (a * own + b * across).square()
-    return -solved.images / 2 * distance
-
-
-@dataclass(frozen=True)
-class Fusion:
-    """It is the two numbers of a prediction: softmax of temperature * discriminant + text_weight * similarities."""
-
-    temperature: float
-    text_weight: float
-
-    def losses(self, visual: Tensor, text: Tensor, labels: Tensor) -> Tensor:
-        """Compute the cross entropy of each image: scores float32 [n, C], labels int64 [n] -> float64 [n], in nats."""
-        return F.cross_entropy((self.temperature * visual + self.text_weight * text).double(), labels, reduction="none")
-
-    def fitted(self, visual: Tensor, text: Tensor, labels: Tensor) -> Fusion:
-        """Fit both by cross entropy on images none of which may have been learned by what scored it.
-
-        visual, text float32 [n, C] and labels int64 [n]. The numbers lean on the ones they were with the strength of a
-        log-normal prior of deviation 1, so that a few images cannot throw them far.
-        """
-        scores, truth = torch.stack([visual, text]).double().cpu(), labels.cpu()
-        last = torch.tensor([self.temperature, self.text_weight], dtype=torch.float64).log()
-        now = last.clone().requires_grad_()
-        # 50 is chosen by hand: a bound on the time where two numbers do not settle; LBFGS ends earlier when they do.
-        optimizer = torch.optim.LBFGS([now], max_iter=50, line_search_fn="strong_wolfe")
-
-        def loss() -> Tensor:
-            optimizer.zero_grad()
-            with torch.enable_grad():
-                together = torch.einsum("s,snc->nc", now.exp(), scores)
-                value = F.cross_entropy(together, truth, reduction="sum") + (now - last).square().sum() / 2
-                value.backward()
-            return value
-
-        optimizer.step(loss)
-        return Fusion(*now.detach().exp().tolist()) if now.isfinite().all() else self
 
 
 class Discriminant(TowerWithHead):

@@ -72,6 +72,7 @@ def _gapstream(learners: Learners) -> LearnerState:
     states = list(learners.values())
     first = states[0]
     counts, means, shifts = _joined(learners, [state.tensors["counts"] for state in states])
+    embeddings = _joined(learners, [state.tensors["counts"] for state in states], "embeddings")[1]
     scatter = _sum(state.tensors["scatter"] for state in states) + packed(shifts.T @ shifts)
     # Weighted by what adds up itself, or a merge of merged learners would weigh anew.
     shares = torch.stack([state.tensors["counts"].double().sum() for state in states]) / counts.sum()
@@ -80,6 +81,7 @@ def _gapstream(learners: Learners) -> LearnerState:
         **{name: first.tensors[name].clone() for name in ("random.tokens", "random.embedding")},
         "counts": counts.float(),
         "means": means.float(),
+        "embeddings": embeddings.float(),
         "scatter": scatter.float(),
         # None of them: the method encodes the names it lacks, by the towers as they are now.
         "names": first.tensors["names"][:0].clone(),
@@ -119,14 +121,14 @@ def _rows(learners: Learners) -> Tensor:
     return torch.tensor([place[name.casefold()] for one in learners.values() for name in one.values["classes"]])
 
 
-def _joined(learners: Learners, counts: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Join class means with the counts [C_k] of each learner.
+def _joined(learners: Learners, counts: Sequence[Tensor], which: str = "means") -> tuple[Tensor, Tensor, Tensor]:
+    """Join class means (the tensor `which`) with the counts [C_k] of each learner.
 
     Gives counts [C] and means [C, M], and for every mean that moved by it sqrt(n_kc) (m_kc - m_c), [n, M]; float64, in
     which counts, and the mean of a class that only one has, are exact.
     """
     rows, weights = _rows(learners), torch.cat(list(counts)).double()
-    means = torch.cat([state.tensors["means"] for state in learners.values()]).double()
+    means = torch.cat([state.tensors[which] for state in learners.values()]).double()
     total = torch.zeros(len(spellings(learners)), dtype=torch.float64).index_add_(0, rows, weights)
     joined = means.new_zeros(len(total), means.shape[1]).index_add_(0, rows, weights[:, None] * means)
     joined /= total[:, None]

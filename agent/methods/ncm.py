@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from agent import config
-from agent.methods.base import InferenceModule, LearnerState, OnProgress, TaskData, check_learned
+from agent.methods.base import Counted, InferenceModule, LearnerState, OnProgress, TaskData, check_learned
 from agent.methods.classifiers import TowerWithHead
 from agent.methods.training import ClassMeans, GapWatch, UntouchedMethod, untouched_features, untrained
 from agent.model.clip import Clip
@@ -52,9 +52,11 @@ class Ncm(UntouchedMethod):
         self._means.add(task, untouched_features(self._clip, task))
         return untrained(task, watch, started, on_progress)
 
-    def counted(self, task: TaskData, index: Tensor) -> Tensor:
-        """Compute the features that some images of a task are counted by: int64 [n] -> float32 [n, D]."""
-        return torch.cat([self._clip.encode_tokens(task.tokens.batch(part)) for part in index.split(256)])
+    def counted(self, task: TaskData, index: Tensor) -> Counted:
+        """Compute what some images of a task, int64 [n], are counted by."""
+        features = torch.cat([self._clip.encode_tokens(task.tokens.batch(part)) for part in index.split(256)])
+        names = tuple(task.classes[at] for at in task.labels[index].tolist())
+        return Counted(features, features[:, :0], names)
 
     def inference_module(self) -> InferenceModule:
         check_learned(self.classes)
