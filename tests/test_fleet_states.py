@@ -13,10 +13,10 @@ from torch import Tensor
 
 from agent.config.fleet import FLEET_METHODS
 from agent.fleet_states import FACTS, SCHEMAS, SharedRefused, check, facts
-from agent.methods.base import LearnerState, Method, TaskData
+from agent.methods.base import Counted, LearnerState, Method, TaskData
 from agent.methods.gapstream import START
 from agent.methods.merging import MergeError, merge
-from agent.methods.publishing import HeldBack, SiteLearner, incoming, together
+from agent.methods.publishing import SiteLearner, incoming, together
 from agent.methods.training import unpack
 from agent.model.clip import Clip
 from tests.test_merging import built, taught
@@ -75,6 +75,7 @@ def assert_sent(sent: tuple[dict[str, Tensor], list[str]], method: Method) -> No
     assert torch.equal(tensors["counts"], counts[rows].float()) and len(rows) == len(counts)
     torch.testing.assert_close(tensors["means"], state.tensors["means"][rows], rtol=1e-4, atol=1e-5)
     if "scatter" in tensors:
+        torch.testing.assert_close(tensors["embeddings"], state.tensors["embeddings"][rows], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(tensors["scatter"], state.tensors["scatter"], rtol=1e-4, atol=1e-4)
 
 
@@ -207,7 +208,7 @@ def test_each_site_keeps_its_own_adapters_and_none_leave(clip, tmp_path):
     adapters = [key for key in mine if key.startswith(("image.", "text."))]
     assert adapters and all(torch.equal(state.tensors[key], mine[key]) for key in adapters)
     both = merge("gapstream", {"a": own.method.state(), "b": other.method.state()})
-    for key in ("counts", "means", "scatter"):
+    for key in ("counts", "means", "embeddings", "scatter"):
         torch.testing.assert_close(state.tensors[key], both.tensors[key], rtol=1e-5, atol=1e-5)
     answers = built(clip, "gapstream", drift_budget=0.5)
     answers.load_state(state)
@@ -259,7 +260,8 @@ def test_every_state_that_cannot_have_been_counted_is_refused(clip, tmp_path):
         return good | {key: tensor}
 
     bad: list[tuple[object, object]] = [
-        (spoiled("means", (0, 0), float("nan")), said), (spoiled("scatter", 5, float("inf")), said),
+        (spoiled("means", (0, 0), float("nan")), said), (spoiled("embeddings", (0, 0), float("nan")), said),
+        (spoiled("scatter", 5, float("inf")), said),
         (spoiled("counts", 0, -1), said), (spoiled("counts", 0, 0), said), (spoiled("counts", 0, 1.5), said),
         (spoiled("counts", 0, float("inf")), said), (spoiled("fusion", 0, 0), said), (spoiled("fusion", 1, -1), said),
         (good | {"means": good["means"][:1]}, said), (good | {"means": good["means"][:, :-1].contiguous()}, said),
@@ -267,7 +269,7 @@ def test_every_state_that_cannot_have_been_counted_is_refused(clip, tmp_path):
         (good | {"more": good["counts"]}, said), ({k: v for k, v in good.items() if k != "counts"}, said),
         (good | {"fusion": good["fusion"][:1]}, said), (good | {"counts": good["counts"][:0]}, said),
         *((good, said | change) for change in (
-            {"format": 2}, {"method": "mgclip"}, {"method": []}, {"classes": ["red"]}, {"classes": ["red", "Red"]},
+            {"format": 1}, {"method": "mgclip"}, {"method": []}, {"classes": ["red"]}, {"classes": ["red", "Red"]},
             {"classes": ["red", ""]}, {"classes": ["red", "x" * 2000]}, {"classes": "ab"}, {"classes": ["red", 3]},
             {"task": -1}, {"task": "3"}, {"depth": 1.5}, {"roots": [1]}, {"roots": 3}, {"model": None}, {"model": {}},
             {"model": {"name": 1, "sha256": "", "prompt": ""}},
@@ -315,7 +317,7 @@ def test_other_shares_of_as_many_random_features_are_refused_with_both_named(cli
 def test_where_all_classes_have_too_few_images_nothing_leaves(clip):
     site = Sender(clip, "gapstream", least=5)
     site.learn(tiny_task(clip, 1, ["red", "green"], per_class=2))
-    assert isinstance(site.learner.held, HeldBack) and site.learner.held.classes == ("red", "red", "green", "green")
+    assert isinstance(site.learner.held, Counted) and site.learner.held.classes == ("red", "red", "green", "green")
     assert site.sends()[1] == []
 
 
@@ -331,20 +333,24 @@ def test_the_fusion_is_fitted_among_the_classes_of_all_sites_and_all_answer_with
         path.mkdir()
         return received(sites["b" if site == "a" else "a"].method, written(path, sites[site]))
 
-    def answers(site: str, task: TaskData | None = None) -> tuple[float, ...]:
+    def answers(site: str) -> tuple[float, ...]:
         others = {one: sent(one) for one in tasks if one != site}
-        made = sites[site].learner.answers(lambda: built(clip, "gapstream"), others, task)
+        made = sites[site].learner.answers(lambda: built(clip, "gapstream"), others)
         return astuple(made._fusion)
 
-    assert [sent(site).values["fitted"] for site in tasks] == [False, False] and answers("a") == astuple(START)
-    # when one has learned beside the other's class, all use what it fitted
-    first = answers("a", tasks["a"])
+    assert [sent(site).values["fitted"] for site in tasks] == [False, False]
+    # when one takes up what the other learned, it fits them to the images of its last task
+    first = answers("a")
     assert first != astuple(START) and tuple(sites["a"].learner.fusion.tolist()) == pytest.approx(first)
-    assert answers("b") == pytest.approx(first)
-    # and when both have, the mean, weighted by images
-    answers("b", tasks["b"])
+    # and when both have, they answer with the mean, weighted by images
+    answers("b")
     mine, theirs = (sites[site].learner.fusion.log() for site in tasks)
     expected = ((12 * mine + 6 * theirs) / 18).exp().tolist()
     assert answers("a") == pytest.approx(expected) and answers("b") == pytest.approx(expected)
+    # the same again changes nothing, so that nothing is published again
+    before = {site: sites[site].learner.fusion for site in tasks}
+    for site in tasks:
+        answers(site)
+        assert torch.equal(sites[site].learner.fusion, before[site])
     # while a site's own learner keeps its own
     assert sites["a"].method._fusion == START

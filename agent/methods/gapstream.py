@@ -283,14 +283,14 @@ class Gapstream:
         left = LeftOut(self._solve(), features, labels, self._statistics.counts)
         texts = self._clip.logit_scale * self._clip_names()
         real = Scored(left.scores(), embeddings @ texts.T, labels)
-        means = self._statistics.embeddings
-        others = means.isfinite().all(1).index_fill(0, labels.unique(), False).nonzero().squeeze(1).cpu()
         if not len(labels) or len(self._classes) < 2:
             return self._fusion, real
+        means = self._statistics.embeddings
+        known = means.isfinite().all(1)
+        others = known.index_fill(0, labels.unique(), False).nonzero().squeeze(1)
+        index = known[labels].nonzero().squeeze(1).repeat(MOVED if len(others) else 0)
         generator = task_generator(self._seed, number, "moved")
-        index = torch.arange(len(labels)).repeat(MOVED if len(others) else 0)
-        to = others[torch.randint(max(len(others), 1), (len(index),), generator=generator)]
-        index, to = index.to(labels.device), to.to(labels.device)
+        to = others[torch.randint(max(len(others), 1), (len(index),), generator=generator).to(device)]
         away = left.stretch(index, to)[:, None] * (embeddings - means[labels])[index]
         moved = Scored(left.moved(index, to), F.normalize(means[to] + away, dim=-1) @ texts.T, to)
         return self._fusion.fitted(real, moved), real

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 
 from agent.config import Gapstream
 from agent.fleet_states import check, facts
-from agent.methods.base import LearnerState
-from agent.methods.publishing import NOTHING, HeldBack, incoming, outgoing, together
+from agent.methods.base import NOTHING, Counted, LearnerState
+from agent.methods.publishing import incoming, outgoing, together
 from agent.methods.training import packed
 
 CLASSES, COMMON, IMAGES, WIDTH = 100, 20, 60, 256
@@ -37,6 +37,7 @@ def main() -> None:
         tensors = {
             "counts": torch.full((CLASSES,), float(IMAGES)),
             "means": torch.rand(CLASSES, features),
+            "embeddings": torch.rand(CLASSES, WIDTH),
             "scatter": scatter,  # the same for all, which takes as long to add and less memory
             "fusion": torch.tensor([0.002, 0.5], dtype=torch.float64),
             "random.tokens": torch.zeros(WIDTH, features * 3 // 5),
@@ -46,7 +47,7 @@ def main() -> None:
         return LearnerState(tensors, {"classes": names, "fitted": True})
 
     own = state(0)
-    held = HeldBack(pictures[:400], tuple(own.values["classes"][at // 4] for at in range(400)))
+    held = Counted(pictures[:400], torch.rand(400, WIDTH), tuple(own.values["classes"][at // 4] for at in range(400)))
     for words, waiting in (("four images of each class held back", held), ("nothing held back", NOTHING)):
         started = cpu_s()
         tensors, classes = outgoing("gapstream", own, waiting, 5)
