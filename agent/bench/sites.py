@@ -73,6 +73,8 @@ def bench_sites(
     head = ["method", "alone %", "union %", "lowest union %", "central %", "union - central, points"]
     lines = [[spec, *_cells(results)] for spec, results in found.items()]
     title = f"{sites} sites, dealt by {deal}, at least {config.fleet.min_images} images of a class leave together"
+    merged = dict.fromkeys(row.method.name for row in rows.values() if row.method.name not in FLEET_METHODS)
+    title += f"; learners of {', '.join(merged)} are merged at the end" if merged else ""
     table = Table(*head, title=title)
     for line in lines:
         table.add_row(*line)
