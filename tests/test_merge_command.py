@@ -383,6 +383,23 @@ def test_learners_that_train_become_an_average_which_is_said_wherever_it_is_told
     assert not (tmp_path / "none").exists()
 
 
+def test_learners_that_have_trained_nothing_are_not_taken_for_one(tmp_path, quick):
+    # given learners of a single class each, which has nothing to be told apart from: their tensors are the same
+    states = [
+        taught(tmp_path / name, images_of(name), method={"name": "finetune"}).config.state.path
+        for name in ("dog", "ship")
+    ]
+    one, other = (load_file(current_commit(state) / LEARNER_TENSORS) for state in states)
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    # then they are merged, and a copy is refused all the same
+    config = settings(**{"method.name": "finetune"})
+    commit = merge_states(states, tmp_path / "out", config)
+    assert commit.classes == ("dog", "ship") and commit.report.merged.averaged and not commit.report.merged.adapted
+    shutil.copytree(states[0], tmp_path / "copy", symlinks=True)
+    with pytest.raises(StateError, match="have learned in part the same"):
+        merge_states([states[0], tmp_path / "copy"], tmp_path / "none", config)
+
+
 def test_a_folder_of_an_older_version_is_merged(sites, tmp_path, quick):
     with zipfile.ZipFile(MADE) as made:
         made.extractall(tmp_path / "old")

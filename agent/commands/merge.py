@@ -134,9 +134,12 @@ def _check_apart(commits: Mapping[str, Commit], states: list[Path]) -> None:
 
 
 def _marks(commit: Commit) -> set[str]:
-    """Give what no two learners have in common that began apart: its tensors, and the roots of its report."""
+    """Give what no two learners have in common that began apart: the roots of its report; its tensors, where the report
+    does not know when it began."""
     assert commit.report is not None, "what is learned is scored in the same commit"
-    return {digest(commit.path / LEARNER_TENSORS)[1], *commit.report.roots}
+    # Not the tensors of all: those of learners that have trained nothing, as with a single class each, are the same.
+    began = commit.report.began
+    return commit.report.roots if began else {digest(commit.path / LEARNER_TENSORS)[1], *commit.report.roots}
 
 
 def _check_new(out: Path) -> None:
