@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,18 @@ def test_every_image_comes_to_one_site(clip, data, deal):
             assert [part.classes[label] for label in part.labels] == wanted
             if deal == "class":
                 assert set(part.classes) == {name for name in task.classes if CLASSES.index(name) % 3 == site}
+
+
+def test_images_that_are_cropped_are_those_of_the_site(data):
+    class Numbers:
+        def batch(self, index, generator, part=None):
+            return index
+
+    task = replace(data.tasks[0], cropped=Numbers())
+    index = torch.tensor([3, 5, 8])
+    part = _part(task, index)
+    assert part.cropped.batch(torch.tensor([2, 0]), torch.Generator()).tolist() == [8, 3]
+    assert _part(data.tasks[0], index).cropped is None
 
 
 @pytest.mark.parametrize("deal", ["class", "random"])

@@ -17,11 +17,12 @@ from agent import methods
 from agent.bench.data import BenchError, Data, Scored, list_images, load_data
 from agent.config import Config
 from agent.config.fleet import FLEET_METHODS
-from agent.methods.base import Method, TaskData, task_generator
+from agent.methods.base import Cropped, Method, TaskData, task_generator
 from agent.methods.merging import MERGED, merge
 from agent.methods.publishing import SiteLearner, incoming
 from agent.model.clip import Clip, load_clip
 from agent.model.images import TokensAt
+from agent.model.ranks import Part
 
 Deal = Literal["class", "random"]
 """Whether a class, or an image, comes to a site whole and by itself."""
@@ -156,7 +157,20 @@ def _part(task: TaskData, index: Tensor) -> TaskData:
     place = torch.zeros(len(task.classes), dtype=torch.int64)
     place[present] = torch.arange(len(present))
     names = tuple(task.classes[label] for label in present)
-    return TaskData(task.number, names, place[task.labels[index]], TokensAt(task.tokens, index))
+    cropped = None if task.cropped is None else _CroppedAt(task.cropped, index)
+    return TaskData(task.number, names, place[task.labels[index]], TokensAt(task.tokens, index), cropped)
+
+
+@dataclass(frozen=True)
+class _CroppedAt:
+    """They are some images of a task, cropped at random like all of them."""
+
+    cropped: Cropped
+    index: Tensor
+    """int64 [n] on the CPU: where they are in the task."""
+
+    def batch(self, index: Tensor, generator: torch.Generator, part: Part | None = None) -> Tensor:
+        return self.cropped.batch(self.index[index], generator, part)
 
 
 @torch.no_grad()
