@@ -13,8 +13,10 @@ towers are the untouched ones, which the statistics are of in any case.
 the learners', weighted by the images that each has learned; a class's visual row that of the learners that have the
 class, weighted by their images of it. Weights add up, so neither order nor grouping matters here either. But it is an
 average, not what one learner of both streams would be. Adapters are averaged factor by factor: B A of the means is the
-mean of the B A where the factors A are the same, as they are when learners begin with one seed, and is of the same rank
-in any case. The mean of the products is not, and what is left of it at that rank hangs on the grouping.
+mean of the B A where the factors A are the same, as they are when learners begin with one seed. Trained, they differ by
+little: on four sites dealt by class the towers' change was off by 5 % with mgclip, by 26 % with finetune. The mean of
+the products itself has a higher rank; its best approximation of the same rank had up to 0.8 points more, but hangs on
+the grouping.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ ALIKE = 1e-4
 and those that another kind of processor drew from the same seed by the last digits."""
 
 LEAST_COSINE = 0.25
-"""First factors of adapters are averaged where the cosine between two learners' is at least this. @@"""
+"""First factors of adapters are averaged where the cosine between two learners' is at least this. Those of one seed had
+0.96 or more after a task of ten classes dealt over four sites (0.999 with mgclip, 0.96 with finetune), those of six
+seeds before any training at most 0.011: chosen by hand far from both."""
 
 Learners = Mapping[str, LearnerState]
 """What messages call a learner -> its state."""
