@@ -14,7 +14,6 @@ import mmap
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -22,7 +21,7 @@ from agent.config import Config
 from agent.fleet_states import SharedRefused, check
 from agent.layout import FLEET, SHARED, commit_number, current_commit
 from agent.values import Commit
-from streams.blobs import Blob, BlobRefused, Blobs, Chunk, cut, ended
+from streams.blobs import GENERATION, Blob, BlobRefused, Blobs, Chunk, cut, ended
 from streams.record import Offsets, Partition
 
 log = logging.getLogger(__name__)
@@ -101,6 +100,8 @@ class FleetSite:
         self._looked_at: Path | None = None
         """The commit whose file is published, or has none."""
         self._published: Blob | None = None
+        self._sent = 0
+        """The newest sequence of this agent's own, also where sending it failed half-way."""
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="fleet", daemon=True)
 
@@ -162,6 +163,8 @@ class FleetSite:
             self._whole = True
             for site in self._blobs.settle():
                 log.warning("fleet: %s is forgotten: the topic has nothing of it any more", site)
+            for site in sorted(self._blobs.torn()):
+                log.warning("fleet: of %s the topic has no complete state yet; it counts once the rest comes", site)
         if self._whole:
             self._publish(topic)
         self._tell()
@@ -169,11 +172,11 @@ class FleetSite:
 
     def _publish(self, topic: Topic) -> None:
         """Publish the file of the current commit, unless it is what was published last."""
-        if self._published is not None and self._blobs.own_sequence > self._published.sequence:
+        if self._published is not None and self._blobs.own_sequence > self._sent:
             log.error("fleet: another agent publishes as %s too; give each a fleet.site of its own", self._site)
             self._metrics.fleet_refused()
             # Told once; published again with the next commit alone, or the two would go on without end.
-            self._published = replace(self._published, sequence=self._blobs.own_sequence)
+            self._sent = self._blobs.own_sequence
         commit = current_commit(self._state)
         if commit is None or commit == self._looked_at:
             return
@@ -191,10 +194,15 @@ class FleetSite:
     def _send(self, topic: Topic, commit: Path, sha256: str, data: mmap.mmap) -> None:
         sequence = max(int(self._clock() * 1000), self._blobs.own_sequence + 1)
         version = commit_number(commit.name) or 1
-        blob = Blob(self._site, sequence, version, sha256, len(data), topic.chunk_bytes)
+        # Not the keys of the state that is there, so that a publisher that dies here leaves it whole. What was sent
+        # last is known here before it has come back; what failed half-way is not in `_published`.
+        before = self._published
+        generation = self._blobs.next_generation() if before is None else 1 - before.generation
+        blob = Blob(self._site, sequence, version, sha256, len(data), topic.chunk_bytes, generation)
+        self._sent = sequence
         topic.send(self._site, cut(blob, data))
-        more = range(blob.chunks, self._blobs.own_chunks)
-        topic.send(self._site, [ended(self._site, index, sequence) for index in more])
+        more = range(blob.chunks, self._blobs.own_chunks(generation))
+        topic.send(self._site, [ended(self._site, generation * GENERATION + index, sequence) for index in more])
         self._published = blob
         self._metrics.fleet_published(blob.bytes)
         log.info("fleet: published %s", _words(blob))

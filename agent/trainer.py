@@ -31,7 +31,7 @@ from agent.layout import (
     has_learned,
 )
 from agent.methods.base import LearnerState, Method, TaskData
-from agent.methods.merging import MergeError, adapted, images, merge, spellings
+from agent.methods.merging import AVERAGED, MergeError, adapted, images, merge, spellings
 from agent.model.clip import load_clip
 from agent.model.images import LoadedImages, StoredTokens, load_tokens
 from agent.scoring.evaluator import Evaluator
@@ -167,7 +167,8 @@ class Trainer:
         )
 
     def merge(self, commits: Mapping[str, Commit], stage: Callable[[], Path]) -> Outcome:
-        """Become the learner that saw what those of `commits` saw, each named as messages and the report call it.
+        """Become the learner that saw what those of `commits` saw, or an average of them; each is named as messages and
+        the report call it.
 
         For a trainer that was built without a commit. Scores on the images that they held back, releases, and saves the
         first commit of a state folder but its manifest, in the folder that `stage` gives: it is called when nothing can
@@ -190,7 +191,8 @@ class Trainer:
         report = self._evaluator.after(self._method, self._module, nothing, None, before, None, _unheard)
         learned = sum(count or 0 for count in images(state).values())
         entry = replace(report.history[-1], classes=self._method.classes, samples=learned)
-        report = replace(report, samples=learned, history=(entry,), merged=Merged(of=of, adapted=adapted(state)))
+        merged = Merged(of=of, adapted=adapted(state), averaged=self._method.name in AVERAGED)
+        report = replace(report, samples=learned, history=(entry,), merged=merged)
         outcome = self._complete(report, self._holdout.images(), stage(), None, {}, _unheard)
         for other in others:
             other.close()
@@ -388,7 +390,7 @@ class Trainer:
             if _compatibility(values) != _compatibility(first):
                 raise MergeError(
                     f"{whose} and {other} cannot be merged: the one was learned by {_in_words(first)}, the other by "
-                    f"{_in_words(values)}. Only what was counted under the same settings adds up"
+                    f"{_in_words(values)}. Only learners under the same settings can"
                 )
         self._check(first, whose)
         return {

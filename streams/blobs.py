@@ -4,6 +4,9 @@ Each site has one blob at a time, some bytes that it replaces from time to time;
 is kept. Chunks may come in any order, twice, or never (compaction removes those of an older blob from its middle);
 nothing that comes is trusted: a blob counts once all its chunks are there, its sha256 is right and `check` takes it.
 
+A site's blobs take two generations of keys in turn, SITE/0, SITE/1, ... and SITE/500000000, SITE/500000001, ...: while
+one is published, and where its publisher dies meanwhile, the topic has all chunks of the one before.
+
 The folder:
 
     <site>.json                says which blob is kept, written last and by one rename
@@ -38,6 +41,10 @@ IN_PROGRESS = 2
 """Blobs of a site that are put together at once, the newest ones: a publisher sends one after the other, so the second
 is there only for chunks that come out of order."""
 
+GENERATION = 500_000_000
+"""The number of the first chunk of the second generation of keys: half of the nine digits that a number may have. An
+earlier version, which knew one generation, refuses these chunks, and sees each second blob."""
+
 LARGEST = 2**53
 """Whole numbers in a header are below this: JSON's are exact up to it."""
 
@@ -67,6 +74,8 @@ class Blob:
     bytes: int
     chunk_bytes: int
     """Size of each chunk but the last."""
+    generation: int = 0
+    """Which of the two generations of keys its chunks have: 0 or 1."""
 
     @property
     def chunks(self) -> int:
@@ -92,20 +101,23 @@ def cut(blob: Blob, data: bytes | mmap.mmap) -> Iterator[Chunk]:
     headers = _headers(asdict(blob))
     for index in range(blob.chunks):
         start = index * blob.chunk_bytes
-        yield Chunk(_key(blob.site, index), data[start : start + blob.chunk_bytes], headers)
+        yield Chunk(
+            _key(blob.site, blob.generation * GENERATION + index), data[start : start + blob.chunk_bytes], headers
+        )
 
 
-def ended(site: str, index: int, sequence: int) -> Chunk:
-    """Give the message that ends a chunk. That of the chunk 0 forgets the site's blobs up to `sequence`."""
-    return Chunk(_key(site, index), None, _headers({"sequence": sequence}))
+def ended(site: str, number: int, sequence: int) -> Chunk:
+    """Give the message that ends the chunk of this number, see `place`. That of the number 0 forgets the site's blobs
+    up to `sequence`."""
+    return Chunk(_key(site, number), None, _headers({"sequence": sequence}))
 
 
 def place(key: bytes | None) -> tuple[str, int]:
-    """Give the site and the number of a chunk from its key. Raises BlobRefused."""
-    site, slash, index = (key or b"")[:100].decode("ascii", "replace").rpartition("/")
-    if not slash or not _SITE.fullmatch(site) or not re.fullmatch(r"[0-9]{1,9}", index, re.ASCII):
+    """Give the site and the number of a chunk from its key: generation * GENERATION + index. Raises BlobRefused."""
+    site, slash, number = (key or b"")[:100].decode("ascii", "replace").rpartition("/")
+    if not slash or not _SITE.fullmatch(site) or not re.fullmatch(r"[0-9]{1,9}", number, re.ASCII):
         raise BlobRefused(f"the key {key[:100] if key else key!r} is not that of a chunk, SITE/NUMBER")
-    return site, int(index)
+    return site, int(number)
 
 
 def sequence(headers: Sequence[tuple[str, bytes | None]]) -> int:
@@ -134,6 +146,18 @@ class _Part:
     blob: Blob
     path: Path
     present: set[int] = field(default_factory=set)
+
+
+@dataclass
+class _Own:
+    """What the topic has of the own site in one generation of keys."""
+
+    blob: Blob | None = None
+    """The newest one."""
+    present: set[int] = field(default_factory=set)
+    """Its chunks."""
+    chunks: int = 0
+    """One more than the largest index of a chunk, of whichever blob, that is not ended."""
 
 
 class Blobs:
@@ -167,8 +191,7 @@ class Blobs:
         self._seen: set[str] = set()
         self.own_sequence = 0
         """The newest sequence that came of the own site."""
-        self.own_chunks = 0
-        """One more than the largest number of a chunk that came of the own site and is not ended."""
+        self._own_generations = (_Own(), _Own())
         stay = {_file(folder, blob, "blob") for blob in self._kept.values()}
         for path in [*folder.glob("*.blob"), *folder.glob("*.part"), *folder.glob("*.new")]:
             if path not in stay:
@@ -180,23 +203,25 @@ class Blobs:
 
     def take(self, key: bytes | None, value: bytes | None, headers: Sequence[tuple[str, bytes | None]]) -> bool:
         """Take a message; True when what is kept has changed. Raises BlobRefused, and OSError when the disk refuses."""
-        site, index = place(key)
+        site, number = place(key)
         said = _said(headers)
         sequence = _whole(said, "sequence")
         if sequence > self._clock() * 1000 + AHEAD_MS:
             raise BlobRefused(f"a chunk of {site} is dated more than a day ahead of this machine's clock")
         self._seen.add(site)
         if site == self._own:
-            self._note_own(index, sequence, value is None)
+            self.own_sequence = max(self.own_sequence, sequence)
+            self._note_own(number, None if value is None else _blob(site, said))
             return False
         if value is None:
-            return index == 0 and self._forget(site, sequence)
+            return number == 0 and self._forget(site, sequence)
         newest = self._kept.get(site)
         if sequence <= max(self._done_with.get(site, 0), newest.sequence if newest else 0):
             return False  # older, or delivered again
         blob = _blob(site, said)
-        if index >= blob.chunks or len(value) != blob.length(index):
-            raise BlobRefused(f"{site} sent a chunk {index} of {len(value)} bytes, which its blob does not have")
+        index = number - blob.generation * GENERATION
+        if not 0 <= index < blob.chunks or len(value) != blob.length(index):
+            raise BlobRefused(f"{site} sent a chunk {number} of {len(value)} bytes, which its blob does not have")
         part = self._parts.get((site, sequence)) or self._begin(blob)
         if part.blob != blob:
             raise BlobRefused(f"{site} sent chunks of two blobs as one of sequence {sequence}")
@@ -216,17 +241,38 @@ class Blobs:
             self._drop(site)
         return set(gone)
 
+    def torn(self) -> set[str]:
+        """Give the sites of which nothing is kept and something is there: whose first blob is, or was, on its way."""
+        return {site for site, _ in self._parts} - self._kept.keys()
+
     def begin_anew(self) -> None:
         """Reading begins at the topic's beginning again: what it had so far is no longer known."""
         self._seen = set()
-        self.own_chunks = 0
+        self._own_generations = (_Own(), _Own())
 
-    def _note_own(self, index: int, sequence: int, ends: bool) -> None:
-        self.own_sequence = max(self.own_sequence, sequence)
-        if not ends:
-            self.own_chunks = max(self.own_chunks, index + 1)
-        elif index + 1 == self.own_chunks:
-            self.own_chunks = index
+    def own_chunks(self, generation: int) -> int:
+        """Give one more than the largest index of the own site's chunks of a generation that came and are not ended."""
+        return self._own_generations[generation].chunks
+
+    def next_generation(self) -> int:
+        """Give the generation of keys for the own site's next blob: not that of the newest one of which the topic has
+        all chunks."""
+        whole = [own.blob for own in self._own_generations if own.blob and len(own.present) == own.blob.chunks]
+        return 1 - max(whole, key=lambda blob: blob.sequence).generation if whole else 0
+
+    def _note_own(self, number: int, blob: Blob | None) -> None:
+        """Note a chunk of the own site; without a blob it is ended."""
+        generation, index = divmod(number, GENERATION)
+        own = self._own_generations[generation]
+        if blob is None:
+            own.present.discard(index)
+            own.chunks = index if index + 1 == own.chunks else own.chunks
+            return
+        own.chunks = max(own.chunks, index + 1)
+        if own.blob is None or blob.sequence > own.blob.sequence:
+            own.blob, own.present = blob, set()
+        if blob == own.blob:
+            own.present.add(index)
 
     def _begin(self, blob: Blob) -> _Part:
         """Make room for a blob's chunks. Raises BlobRefused where there is none, once for each blob."""
@@ -352,4 +398,7 @@ def _blob(site: str, said: Mapping[str, Any]) -> Blob:
     if said.get("site") != site or not isinstance(sha256, str) or not _SHA256.fullmatch(sha256):
         raise BlobRefused(f"a chunk of {site} says that it is another's, or has no sha256")
     numbers = {name: _whole(said, name) for name in ("sequence", "version", "bytes", "chunk_bytes")}
-    return Blob(site=site, sha256=sha256, **numbers)
+    generation = said.get("generation", 0)  # of an earlier version, which had one
+    if type(generation) is not int or generation not in (0, 1):
+        raise BlobRefused(f"a chunk's generation is {str(generation)[:50]}, expected 0 or 1")
+    return Blob(site=site, sha256=sha256, generation=generation, **numbers)

@@ -17,8 +17,8 @@ from streams import blobs
 from streams.blobs import HEADER, Blob, BlobRefused, Blobs, Chunk, cut, ended, kept
 
 
-def blob(data: bytes, sequence: int, site: str = "b", size: int = 4) -> list[Chunk]:
-    facts = Blob(site, sequence, sequence, hashlib.sha256(data).hexdigest(), len(data), size)
+def blob(data: bytes, sequence: int, site: str = "b", size: int = 4, generation: int = 0) -> list[Chunk]:
+    facts = Blob(site, sequence, sequence, hashlib.sha256(data).hexdigest(), len(data), size, generation)
     return list(cut(facts, data))
 
 
@@ -81,6 +81,65 @@ def test_compaction_that_took_chunks_from_the_middle_of_older_blobs_is_recognise
     assert contents(tmp_path) == {"b": b"xy0123"}
 
 
+class Compacted(dict):
+    """What a compacted topic has: the newest chunk of each key."""
+
+    def write(self, chunks: Iterable[Chunk]) -> None:
+        for chunk in chunks:
+            self.pop(chunk.key, None)
+            self[chunk.key] = chunk
+
+
+@pytest.mark.parametrize("sent", range(3))
+def test_who_reads_late_finds_the_blob_before_where_the_next_one_was_never_finished(sent, tmp_path):
+    # given a publisher that takes both generations of keys in turn, and dies while it publishes the third blob, twice
+    topic = Compacted()
+    third = b"klmnopqrst"
+    for chunks in (blob(OLD, 1), blob(NEW, 2, generation=1), blob(third, 3)[:sent], blob(OLD, 4)[:sent]):
+        topic.write(chunks)
+    # then who begins to read has the second, also where some of it comes twice, and never a mixture
+    rng = random.Random(sent)
+    for number in range(20):
+        store = opened(tmp_path / str(number))
+        again = rng.randrange(len(topic))
+        assert deliver(store, [*topic.values()][:again]) == [] and deliver(store, topic.values()) == []
+        assert contents(tmp_path / str(number)) == {"b": NEW}
+        assert store.torn() == set() and store.settle() == set()
+    # and once it is published the third, whoever reads
+    topic.write(blob(third, 5))
+    for folder in (tmp_path / "0", tmp_path / "late"):
+        assert deliver(opened(folder), topic.values()) == [] and contents(folder) == {"b": third}
+
+
+def test_a_first_blob_that_was_never_finished_is_told_and_not_used(tmp_path):
+    store = opened(tmp_path)
+    deliver(store, [*blob(OLD, 1)[:2], *blob(OLD, 1, "c")])
+    assert store.torn() == {"b"} and contents(tmp_path) == {"c": OLD}
+    deliver(store, blob(OLD, 1)[2:])
+    assert store.torn() == set() and contents(tmp_path) == {"b": OLD, "c": OLD}
+
+
+def test_the_own_sites_next_blob_takes_the_keys_that_its_newest_complete_one_has_not(tmp_path):
+    for written, generation in (
+        ([], 0),
+        ([blob(OLD, 1, "a")], 1),
+        ([blob(OLD, 1, "a")[:2]], 0),
+        ([blob(OLD, 1, "a"), blob(NEW, 2, "a", generation=1)[:2]], 1),
+        ([blob(OLD, 1, "a"), blob(NEW, 2, "a", generation=1)], 0),
+        ([blob(OLD, 1, "a"), blob(NEW, 2, "a", generation=1), blob(OLD, 3, "a")[1:]], 0),
+        ([blob(OLD, 1, "a"), blob(NEW, 2, "a", generation=1), blob(OLD, 3, "a")], 1),
+        ([blob(OLD, 1, "a"), [ended("a", 0, 2)]], 0),
+    ):
+        topic = Compacted()
+        for chunks in written:
+            topic.write(chunks)
+        store = opened(tmp_path)
+        deliver(store, topic.values())
+        assert store.next_generation() == generation, written
+        store.begin_anew()
+        assert store.next_generation() == 0 and store.own_chunks(0) == store.own_chunks(1) == 0
+
+
 def test_what_is_delivered_again_changes_nothing(tmp_path):
     rng = random.Random(5)
     chunks = [*blob(OLD, 1), *blob(NEW, 2)]
@@ -100,9 +159,9 @@ def test_sites_do_not_disturb_each_other_and_the_own_one_is_only_noted(tmp_path)
         if chunk is not None:
             store.take(chunk.key, chunk.value, chunk.headers)
     assert contents(tmp_path) == {"b": OLD, "c.d-1": NEW}
-    assert (store.own_sequence, store.own_chunks) == (7, 5)
+    assert (store.own_sequence, store.own_chunks(0), store.own_chunks(1)) == (7, 5, 0)
     deliver(store, [ended("a", 4, 8), ended("a", 3, 8)])
-    assert store.own_chunks == 3
+    assert store.own_chunks(0) == 3
 
 
 def test_damage_is_refused_and_leaves_what_was_there(tmp_path):
@@ -138,6 +197,7 @@ def test_what_is_no_chunk_is_refused(tmp_path):
         replace(good, value=b""), changed(format=2), changed(sequence=-1), changed(sequence=1.5),
         changed(sequence=True), changed(sequence=2**60), changed(sequence=2**50), changed(bytes=0),
         changed(chunk_bytes=0), changed(sha256="x"), changed(sha256=None), changed(site="c"), changed(version="1"),
+        changed(generation=2), changed(generation=True), changed(generation=1), replace(good, key=b"b/500000000"),
         changed(bytes=10**15, chunk_bytes=4),
     ]  # fmt: skip
     assert len(deliver(store, bad)) == len(bad)

@@ -1,8 +1,11 @@
 """The doctor finds what would keep an agent from running, says what to do, and touches nothing."""
 
+import hashlib
 import shutil
 import socket
 import threading
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +17,11 @@ from agent.commands.doctor import Finding, examine
 from agent.commands.report import ReportError, write_report
 from agent.commits import CommitStore
 from agent.config import Config
+from agent.layout import FLEET
 from agent.releases import kept_releases
+from streams.blobs import Blob, Blobs, cut
 from streams.buffer import CutRule, TaskBuffer
+from streams.kafka.fleet import Described
 from tests.fakes import LIST, ListSource, pipeline, records
 
 
@@ -140,6 +146,43 @@ def test_the_stream_of_another_commit_is_a_problem(learned, archive):
 def test_an_archive_that_is_not_there_is_a_problem(tmp_path):
     found = findings(settings(tmp_path, source={"archive": {"path": tmp_path / "none.zip"}}), "source")["source"]
     assert found.level == "problem" and "none.zip" in found.text
+
+
+def test_the_topic_of_a_fleet_is_looked_at_and_the_sites_that_are_known_are_told(tmp_path, monkeypatch):
+    # given a site that has the state of another one, of an hour ago
+    state = tmp_path / "state"
+    store = Blobs(state / FLEET, "a", 1000, lambda site, path: None)
+    published = Blob("b", int(time.time() * 1000) - 3_600_000, 7, hashlib.sha256(b"state").hexdigest(), 5, 5)
+    for chunk in cut(published, b"state"):
+        store.take(chunk.key, chunk.value, chunk.headers)
+    config = settings(state, fleet={"topic": "meeting", "site": "a"})
+
+    def found(described: Described | None) -> list[tuple[str, str]]:
+        monkeypatch.setattr("streams.kafka.fleet.describe", lambda where, topic: described)
+        return [(finding.level, finding.text) for finding in doctor._fleet(config)]
+
+    # then what is wrong with the topic is told, and who is in it
+    good = Described(partitions=1, policy="compact", chunk_bytes=1_000_000, messages=12)
+    [(level, text)] = found(good)
+    assert level == "ok" and "12 message(s)" in text and "other sites: b (commit 7, 60 min old)" in text
+    for described, level, text in (
+        (None, "warning", "there is no topic meeting. The agent will try to create it"),
+        (replace(good, policy="compact,delete"), "warning", "cleanup.policy=compact,delete"),
+        (replace(good, partitions=3), "warning", "3 partitions"),
+        (replace(good, chunk_bytes=-24), "problem", "max.message.bytes of meeting is too small"),
+    ):
+        first = found(described)[0]
+        assert first[0] == level and text in first[1]
+    # a policy that may not be asked for is no finding, nor is a site without a fleet
+    assert [level for level, _ in found(replace(good, policy=""))] == ["ok"]
+    assert list(doctor._fleet(settings(state))) == []
+
+
+def test_a_fleet_whose_cluster_is_away_is_a_problem(tmp_path):
+    source = {"archive": {}, "kafka": {"bootstrap_servers": ("127.0.0.1:1",)}}
+    config = settings(tmp_path / "state", fleet={"topic": "meeting", "site": "a"}, source=source)
+    found = findings(config, "fleet")["fleet"]
+    assert found.level == "problem" and "127.0.0.1:1" in found.text and "[fleet]" in found.cure
 
 
 def test_whatever_a_look_raises_is_a_finding():

@@ -111,11 +111,11 @@ class SiteFolder:
         self.store = CommitStore(folder, 3)
         self.store.lock()
         self.log, self.faults, self.now = log, [], 0.0
-        self.registry = CollectorRegistry()
         self.commits = 0
         self.restart()
 
     def restart(self) -> None:
+        self.registry = CollectorRegistry()
         self.topics: list[LogTopic] = []
         self.member = FleetSite(self.config, Metrics(self.registry), self.connect, monotonic=lambda: self.now)
 
@@ -189,12 +189,12 @@ def test_after_a_restart_it_is_published_again_with_a_newer_number_and_changes_n
     a.step()
     b.step()
     before = b.known()
-    a.registry = CollectorRegistry()
     a.restart()
     a.step(3)
     b.step()
     sequences = [blob.sequence for blob, _ in kept(b.config.state.path / FLEET).values()]
-    assert len(a.log.messages) == 2 * len({sent.key for _, sent in a.log.messages})
+    # by other keys, so that the state before is there until this one is
+    assert len(a.log.messages) == len({sent.key for _, sent in a.log.messages}) == 4
     assert b.known() == before and len(sequences) == 1
 
 
@@ -203,10 +203,12 @@ def test_chunks_that_a_shorter_state_has_no_more_are_ended(sites):
     a.commit("cat", "dog", "ship")
     a.step()
     long = {sent.key for _, sent in a.log.messages}
-    a.commit("cat")
-    a.step()
+    for value in range(2):  # the second one takes the keys of the long one
+        a.commit("cat", value=value)
+        a.step()
     a.log.compact()
-    assert {sent.key for _, sent in a.log.messages if sent.value is not None} < long
+    assert not {sent.key for _, sent in a.log.messages if sent.value is None} - long
+    assert {sent.key for _, sent in a.log.messages if sent.value is not None} & long < long
     b.step()
     assert b.known()["a"]
 
@@ -225,25 +227,63 @@ def test_a_site_that_begins_to_read_after_compaction_finds_the_newest_of_all(sit
     assert c.known()["b"] == digest(newest) and set(c.known()) == {"a", "b"}
 
 
-def test_a_publisher_that_dies_in_between_leaves_others_what_they_had_and_publishes_at_its_next_start(sites):
+@pytest.mark.parametrize("sent", range(3))
+def test_a_publisher_that_dies_in_between_leaves_all_what_they_had_and_publishes_at_its_next_start(sites, sent):
+    # given a site that has published, and then dies at a chunk of its next state, and once more after a restart
     a, b, c = sites
-    old = a.commit("cat")
+    a.commit("cat")
+    a.step()
+    old = a.commit("cat", value=2)
     a.step()
     b.step()
     new = a.commit("cat", "dog")
-    a.faults[:] = [None, None, ConnectionError("gone")]
-    with pytest.raises(ConnectionError):
-        a.step()
+    for _ in range(2):
+        a.faults[:] = [None] * sent + [ConnectionError("gone")]
+        with pytest.raises(ConnectionError):
+            a.step()
+        a.restart()
+    # then those that had its state keep it, and who comes now finds it too, also after compaction
     a.log.compact()
     b.step()
     c.step()
-    assert b.known() == {"a": digest(old)} and c.known() == {}  # who comes now finds neither
-    a.registry = CollectorRegistry()
-    a.restart()
-    a.step()
+    assert b.known() == c.known() == {"a": digest(old)}
+    # and the next start publishes
+    a.faults.clear()
+    a.step(3)
+    a.log.compact()
     b.step()
     c.step()
     assert b.known() == c.known() == {"a": digest(new)}
+    c.restart()
+    c.step()
+    assert c.known() == {"a": digest(new)}
+
+
+def test_a_site_whose_first_state_was_never_finished_is_told_once_and_counts_when_it_is(sites, caplog):
+    a, b, _ = sites
+    new = a.commit("cat", "dog")
+    a.faults[:] = [None, ConnectionError("gone")]
+    with pytest.raises(ConnectionError):
+        a.step()
+    b.step(5)
+    assert b.known() == {} and caplog.text.count("of a the topic has no complete state yet") == 1
+    a.step()
+    b.step()
+    assert b.known() == {"a": digest(new)}
+
+
+def test_what_a_site_sent_itself_before_the_cluster_went_away_is_not_taken_for_another_agents(sites, caplog):
+    a, b, _ = sites
+    a.commit("cat")
+    a.step()
+    new = a.commit("cat", value=2)
+    a.faults[:] = [None, ConnectionError("gone")]
+    with pytest.raises(ConnectionError):
+        a.step()
+    a.step(3)
+    b.step()
+    assert b.known() == {"a": digest(new)}
+    assert "another agent publishes" not in caplog.text and not a.metric("refused_total")
 
 
 def test_what_does_not_verify_is_counted_and_the_rest_goes_on(sites):
@@ -308,7 +348,6 @@ def test_a_release_is_due_after_the_pause_and_once_for_each(sites):
     commit = a.commit("cat", fleet=fleet_of(a))
     assert not a.member.due(commit)
     a.now = 100
-    a.registry = CollectorRegistry()
     a.restart()
     assert not a.member.due(commit)
     c.commit("ship")

@@ -343,7 +343,61 @@ def test_learners_of_other_methods_that_add_up_are_merged_by_the_same_command(tm
     commit = merge_states(states, tmp_path / "out", settings(**keys))
     assert commit.classes == ("cat", "dog", "ship") and commit.report.last is not None
     counted = [set(origin.images.values()) == {None} for origin in commit.report.merged.of]
-    assert counted == [method["name"] == "ranpac"] * 2
+    assert counted == [method["name"] == "ranpac"] * 2 and not commit.report.merged.averaged
+
+
+def test_learners_that_train_become_an_average_which_is_said_wherever_it_is_told(tmp_path, quick, capsys):
+    # given two state folders of a method that trains
+    method = {"name": "mgclip", "mgclip": {"visual_epochs": 1}}
+    states = [
+        taught(tmp_path / name, images_of(name, "cat", start=start), method=method).config.state.path
+        for start, name in ((0, "ship"), (20, "dog"))
+    ]
+    keys = {**KEYS, "method.name": "mgclip"}
+
+    # when
+    words = [word for key, value in keys.items() for word in ("--set", f"{key}={value}")]
+    assert main(["merge", *map(str, states), "--out", str(tmp_path / "out"), *words]) == 0
+
+    # then the tensors are the mean, weighted by images
+    report = Report.read(tmp_path / "out" / "CURRENT" / REPORT)
+    one, other = (sum(origin.images.values()) for origin in report.merged.of)
+    assert one + other == report.samples and one > 0 < other
+    tensors, *of = (load_file(current_commit(state) / LEARNER_TENSORS) for state in (tmp_path / "out", *states))
+    for key in tensors.keys() - {"rows"}:
+        mean = (one * of[0][key] + other * of[1][key]) / (one + other)
+        torch.testing.assert_close(tensors[key], mean, rtol=1e-4, atol=1e-6)
+    # and terminal, report and page say what it is
+    printed = capsys.readouterr().out
+    assert "mgclip trains, so this is an average, not what one learner of all streams would be" in printed
+    assert printed.count("averaged") == 2
+    assert report.merged.averaged and report.merged.adapted and report.last is not None
+    write_report(tmp_path / "out", tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "this is inexact, an average, not what one learner" in page and "was added up" not in page
+    # and learners that would answer in another way are refused before anything is made
+    method["mgclip"] = {"fusion": "faithful"}
+    faithful = taught(tmp_path / "faithful", images_of("frog", "cat", start=40), method=method).config.state.path
+    with pytest.raises(MergeError, match=r"ship/state and .*faithful/state .* fusion 'calibrated' .* 'faithful'"):
+        merge_states([states[0], faithful], tmp_path / "none", settings(**{"method.name": "mgclip"}))
+    assert not (tmp_path / "none").exists()
+
+
+def test_learners_that_have_trained_nothing_are_not_taken_for_one(tmp_path, quick):
+    # given learners of a single class each, which has nothing to be told apart from: their tensors are the same
+    states = [
+        taught(tmp_path / name, images_of(name), method={"name": "finetune"}).config.state.path
+        for name in ("dog", "ship")
+    ]
+    one, other = (load_file(current_commit(state) / LEARNER_TENSORS) for state in states)
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    # then they are merged, and a copy is refused all the same
+    config = settings(**{"method.name": "finetune"})
+    commit = merge_states(states, tmp_path / "out", config)
+    assert commit.classes == ("dog", "ship") and commit.report.merged.averaged and not commit.report.merged.adapted
+    shutil.copytree(states[0], tmp_path / "copy", symlinks=True)
+    with pytest.raises(StateError, match="have learned in part the same"):
+        merge_states([states[0], tmp_path / "copy"], tmp_path / "none", config)
 
 
 def test_a_folder_of_an_older_version_is_merged(sites, tmp_path, quick):

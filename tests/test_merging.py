@@ -12,7 +12,7 @@ from torch import Tensor
 
 from agent import config, methods
 from agent.methods.base import LearnerState, Method, TaskData
-from agent.methods.merging import ALIKE, MergeError, adapted, images, merge
+from agent.methods.merging import ALIKE, AVERAGED, MERGED, MergeError, adapted, images, merge
 from agent.model.clip import Clip
 from tests.tiny import silent, tiny_clip, tiny_task
 
@@ -252,10 +252,20 @@ def test_features_of_another_depth_are_refused(clip):
         merge("gapstream", named([a, old]))
 
 
-@pytest.mark.parametrize("name", sorted(methods.METHODS.keys() - set(ADDITIVE)))
-def test_methods_that_keep_what_does_not_add_up_are_refused(name):
-    with pytest.raises(MergeError, match=rf"learners of {name} cannot be merged.* gapstream, ncm, ranpac can"):
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("seca", "a pool of the adapters"), ("bofa", "moved its projection"), ("zeroshot", "nothing but names")],
+)
+def test_methods_that_keep_what_does_not_add_up_are_refused_with_the_reason(name, reason):
+    with pytest.raises(
+        MergeError, match=rf"learners of {name} cannot be merged, since .*{reason}.*; .* gapstream, ncm"
+    ):
         merge(name, named([LearnerState({}, {"classes": []})] * 2))
+
+
+def test_every_method_is_merged_or_refused_with_a_reason():
+    assert {*MERGED, "seca", "bofa", "zeroshot"} == methods.METHODS.keys()
+    assert {*ADDITIVE, *AVERAGED} == {*MERGED}
 
 
 def test_learners_are_left_as_they_were(clip, name):

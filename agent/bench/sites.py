@@ -17,10 +17,12 @@ from agent import methods
 from agent.bench.data import BenchError, Data, Scored, list_images, load_data
 from agent.config import Config
 from agent.config.fleet import FLEET_METHODS
-from agent.methods.base import Method, TaskData, task_generator
+from agent.methods.base import Cropped, Method, TaskData, task_generator
+from agent.methods.merging import MERGED, merge
 from agent.methods.publishing import SiteLearner, incoming
 from agent.model.clip import Clip, load_clip
 from agent.model.images import TokensAt
+from agent.model.ranks import Part
 
 Deal = Literal["class", "random"]
 """Whether a class, or an image, comes to a site whole and by itself."""
@@ -52,9 +54,9 @@ def bench_sites(
 
     Raises BenchError, StreamError, ModelError.
     """
-    unfit = sorted({row.method.name for row in rows.values()} - set(FLEET_METHODS))
+    unfit = sorted({row.method.name for row in rows.values()} - set(MERGED))
     if unfit:
-        raise BenchError(f"learners of {', '.join(unfit)} do not add up; expected {' or '.join(FLEET_METHODS)}")
+        raise BenchError(f"learners of {', '.join(unfit)} cannot be merged; expected {' or '.join(MERGED)}")
     if sites < 2:
         raise BenchError(f"got {sites} sites, expected 2 or more")
     if config.model.threads:
@@ -72,6 +74,8 @@ def bench_sites(
     head = ["method", "alone %", "union %", "lowest union %", "central %", "union - central, points"]
     lines = [[spec, *_cells(results)] for spec, results in found.items()]
     title = f"{sites} sites, dealt by {deal}, at least {config.fleet.min_images} images of a class leave together"
+    merged = dict.fromkeys(row.method.name for row in rows.values() if row.method.name not in FLEET_METHODS)
+    title += f"; learners of {', '.join(merged)} are merged at the end" if merged else ""
     table = Table(*head, title=title)
     for line in lines:
         table.add_row(*line)
@@ -83,10 +87,15 @@ def bench_sites(
 
 
 def compared(config: Config, data: Data, clip: Clip, sites: int, deal: Deal) -> Scores:
-    """Learn a stream with one learner, and with one for each site; the methods are those of FLEET_METHODS."""
+    """Learn a stream with one learner, and with one for each site; the methods are those of merging.MERGED.
+
+    Sites of FLEET_METHODS publish after each task, as in a fleet; those of the others are merged after the last one.
+    """
     central = methods.build(clip, config.method)
     for task in data.tasks:
         central.update(task, _unheard)
+    if config.method.name not in FLEET_METHODS:
+        return _merged_at_the_end(config, central, data, clip, sites, deal)
     classes = list(dict.fromkeys(name for task in data.tasks for name in task.classes))
     learners = [SiteLearner(methods.build(clip, config.method), config.fleet.min_images) for _ in range(sites)]
     sent: list[tuple[dict[str, Tensor], list[str], bool]] = [({}, [], False)] * sites
@@ -124,6 +133,24 @@ def compared(config: Config, data: Data, clip: Clip, sites: int, deal: Deal) -> 
     return Scores(_accuracy(central, data.test, batch), tuple(alone), tuple(union))
 
 
+def _merged_at_the_end(config: Config, central: Method, data: Data, clip: Clip, sites: int, deal: Deal) -> Scores:
+    """Learn a stream with one learner for each site, and merge them once all has come: the union is the same for each
+    site."""
+    classes = list(dict.fromkeys(name for task in data.tasks for name in task.classes))
+    learners = [methods.build(clip, config.method) for _ in range(sites)]
+    for task in data.tasks:
+        at = _dealt(task, classes, sites, deal, config.method.seed)
+        for site, learner in enumerate(learners):
+            if (at == site).any():
+                learner.update(_part(task, (at == site).nonzero().squeeze(1)), _unheard)
+    learned = {f"site {site}": learner.state() for site, learner in enumerate(learners) if learner.classes}
+    union = methods.build(clip, config.method)
+    union.load_state(merge(union.name, learned))
+    batch = config.evaluation.batch_size
+    alone = tuple(_accuracy(one, data.test, batch) if one.classes else 0.0 for one in learners)
+    return Scores(_accuracy(central, data.test, batch), alone, (_accuracy(union, data.test, batch),) * sites)
+
+
 def _dealt(task: TaskData, classes: Sequence[str], sites: int, deal: Deal, seed: int) -> Tensor:
     """Give the site of each image of a task, int64 [N]."""
     if deal == "class":
@@ -137,7 +164,20 @@ def _part(task: TaskData, index: Tensor) -> TaskData:
     place = torch.zeros(len(task.classes), dtype=torch.int64)
     place[present] = torch.arange(len(present))
     names = tuple(task.classes[label] for label in present)
-    return TaskData(task.number, names, place[task.labels[index]], TokensAt(task.tokens, index))
+    cropped = None if task.cropped is None else _CroppedAt(task.cropped, index)
+    return TaskData(task.number, names, place[task.labels[index]], TokensAt(task.tokens, index), cropped)
+
+
+@dataclass(frozen=True)
+class _CroppedAt:
+    """They are some images of a task, cropped at random like all of them."""
+
+    cropped: Cropped
+    index: Tensor
+    """int64 [n] on the CPU: where they are in the task."""
+
+    def batch(self, index: Tensor, generator: torch.Generator, part: Part | None = None) -> Tensor:
+        return self.cropped.batch(self.index[index], generator, part)
 
 
 @torch.no_grad()

@@ -72,7 +72,8 @@ Finished runs are kept in DIR/runs and not run again while all their settings st
         default=0,
         metavar="N",
         help="deal the stream over the N sites of a fleet instead, and compare what each answers alone, what all "
-        "answer together, and what one learner that saw everything answers",
+        "answer together, and what one learner that saw everything answers; learners of methods that cannot be in a "
+        "fleet are merged at the end",
     )
     add(
         "--deal",

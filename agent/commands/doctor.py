@@ -12,6 +12,7 @@ import os
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +25,8 @@ from agent.commands.arguments import add_config, config_from
 from agent.commits import CommitStore, StateError
 from agent.config import Config, Training
 from agent.config.training import parted
-from agent.layout import LOCK, SPOOL, has_learned
-from agent.parts import open_exchange, source_parts
+from agent.layout import FLEET, LOCK, SPOOL, has_learned
+from agent.parts import connection, open_exchange, source_parts
 from agent.process import is_ours
 from agent.values import Commit
 from exporter.masking import masked
@@ -82,6 +83,8 @@ def examine(config: Config) -> Iterator[Finding]:
     yield from _looked_at("source", cure, lambda: _source(config, commit))
     cure = "check [serve.kafka], and that its topics can be read and written from here"
     yield from _looked_at("answers", cure, lambda: _answers(config))
+    cure = "check [fleet] and [source.kafka], and that the topic can be read and written from here"
+    yield from _looked_at("fleet", cure, lambda: _fleet(config))
     if config.training.shared:
         cure = "check [training] and model.device"
         yield from _looked_at("ranks", cure, lambda: _ranks(config, running))
@@ -213,6 +216,41 @@ def _answers(config: Config) -> Iterator[Finding]:
         yield Finding("answers", "warning", text, "create it yourself where that process may not")
     else:
         yield Finding("answers", "ok", f"{', '.join(section.topics)} can be answered in {section.output}")
+
+
+def _fleet(config: Config) -> Iterator[Finding]:
+    """Look at the topic of the fleet, where one is configured, and at what this site knows of the others."""
+    name = config.fleet.topic
+    if not name:
+        return
+    from agent.commands.fleet import age
+    from streams.blobs import kept
+    from streams.kafka.fleet import describe
+
+    topic = describe(connection(config), name)
+    if topic is None:
+        cure = "create it yourself, with one partition and cleanup.policy=compact, where the agent may not"
+        yield Finding("fleet", "warning", f"there is no topic {name}. The agent will try to create it", cure)
+        return
+    if topic.chunk_bytes <= 0:
+        text = f"max.message.bytes of {name} is too small: a message has no room for a part of a state"
+        yield Finding("fleet", "problem", text, "raise it to 1048588, the usual one")
+    if topic.policy not in ("compact", ""):
+        text = f"{name} has cleanup.policy={topic.policy}, which loses the states of sites that learn nothing for long"
+        yield Finding("fleet", "warning", text, "set it to compact")
+    if topic.partitions != 1:
+        text = f"{name} has {topic.partitions} partitions, and a fleet uses one for each site"
+        yield Finding("fleet", "warning", text, "one partition is enough for all of them")
+    now = time.time() * 1000
+    others = [
+        f"{site} (commit {blob.version}, {age((now - blob.sequence) / 1000)} old)"
+        for site, (blob, _) in sorted(kept(config.state.path / FLEET).items())
+    ]
+    known = ", ".join(others) or "none that this site has a state of yet"
+    size = (
+        f"{topic.messages} message(s), at most {topic.chunk_bytes} bytes of a state each" if topic.messages else "empty"
+    )
+    yield Finding("fleet", "ok", f"{config.fleet.site} on {name} ({size}); other sites: {known}")
 
 
 def _learner(config: Config, commit: Commit | None) -> Iterator[Finding]:

@@ -64,7 +64,7 @@ def _list(config: Config) -> None:
             continue
         blob, path = found[site]
         published = datetime.fromtimestamp(blob.sequence / 1000, UTC)
-        row = [str(blob.version), published.isoformat(timespec="seconds"), _age(time.time() - blob.sequence / 1000)]
+        row = [str(blob.version), published.isoformat(timespec="seconds"), age(time.time() - blob.sequence / 1000)]
         table.add_row(site, *row, *_size(path), f"{blob.bytes / 1e6:.1f}", escape(_fate(blob, told.get(site))))
     Console().print(table)
     own = f"{config.fleet.site} (this site)"
@@ -90,7 +90,8 @@ def _fate(blob: Blob, told: Site | None) -> str:
     return f"refused: {told.refused}" if told.refused else "yes"
 
 
-def _age(seconds: float) -> str:
+def age(seconds: float) -> str:
+    """Write a time since something for people."""
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit}"

@@ -1,6 +1,7 @@
 """`gapstream merge`: makes a state folder whose learner saw what the learners of several state folders saw.
 
-What they counted is added up, see agent/methods/merging.py. The folders are only read, also while agents run on them.
+What they counted is added up, and what they trained averaged, see agent/methods/merging.py. The folders are only read,
+also while agents run on them.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         type=Path,
         metavar="STATE",
-        help="add up what the learner of this state folder counted; two or more, in any order",
+        help="merge the learner of this state folder; two or more, in any order",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="STATE", help="make this new state folder")
 
@@ -41,16 +42,19 @@ def run(arguments: argparse.Namespace) -> None:
     """Merge, and say what came from where. Raises what `merge_states` raises."""
     made = merge_states(arguments.states, arguments.out, config_from(arguments))
     report = made.report
-    assert report is not None and report.merged is not None
+    assert report is not None and report.merged is not None and report.learner is not None
     table = Table("state", "commit", "classes", "images", "adapters")
     for origin in report.merged.of:
         counts = [count for count in origin.images.values() if count is not None]
-        fate = "" if not origin.adapted else "kept" if report.merged.adapted else "left out, they differ"
+        kept = "averaged" if report.merged.averaged else "kept"
+        fate = "" if not origin.adapted else kept if report.merged.adapted else "left out, they differ"
         images = str(sum(counts)) if counts else "not counted"
         table.add_row(origin.state, str(origin.commit), str(len(origin.images)), images, fate)
     Console().print(table)
     accuracy = "" if report.last is None else f", {report.last:.1%} of {report.test_images} images held back are right"
     print(f"{arguments.out} knows {len(made.classes)} classes{accuracy}")
+    if report.merged.averaged:
+        print(f"{report.learner.method} trains, so this is an average, not what one learner of all streams would be")
     if report.release is not None and report.release.refused:
         print(f"nothing is released: {report.release.refused}")
     print(f"`gapstream run --set state.path={arguments.out}` begins its stream with what they know")
@@ -59,8 +63,8 @@ def run(arguments: argparse.Namespace) -> None:
 def merge_states(states: list[Path], out: Path, config: Config) -> Commit:
     """Make the state folder `out` from the current commits of `states`; `config` is that of its learner.
 
-    Raises StateError for folders that cannot be used, MergeError where the learners do not add up, and what the trainer
-    raises.
+    Raises StateError for folders that cannot be used, MergeError where the learners cannot become one, and what the
+    trainer raises.
     """
     if len(states) < 2:
         raise StateError(f"{states[0]} alone is merged already; name two state folders or more")
@@ -130,9 +134,12 @@ def _check_apart(commits: Mapping[str, Commit], states: list[Path]) -> None:
 
 
 def _marks(commit: Commit) -> set[str]:
-    """Give what no two learners have in common that began apart: its tensors, and the roots of its report."""
+    """Give what no two learners have in common that began apart: the roots of its report; its tensors, where the report
+    does not know when it began."""
     assert commit.report is not None, "what is learned is scored in the same commit"
-    return {digest(commit.path / LEARNER_TENSORS)[1], *commit.report.roots}
+    # Not the tensors of all: those of learners that have trained nothing, as with a single class each, are the same.
+    began = commit.report.began
+    return commit.report.roots if began else {digest(commit.path / LEARNER_TENSORS)[1], *commit.report.roots}
 
 
 def _check_new(out: Path) -> None:

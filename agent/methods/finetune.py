@@ -5,7 +5,7 @@ from __future__ import annotations
 from agent import config
 from agent.methods.base import OnProgress, TaskData
 from agent.methods.student import FineTuning
-from agent.methods.training import admit, local_loss
+from agent.methods.training import local_loss
 from agent.model.clip import Clip
 from agent.values import Update
 
@@ -31,5 +31,5 @@ class Finetune(FineTuning):
                 training.descend(loss)
             if not training.keep():
                 break
-        admit(self._classes, task)
+        self._count(task)
         return training.update()

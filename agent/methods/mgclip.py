@@ -175,7 +175,7 @@ class MgClip(StudentMethod):
         tensors = {**self._student.tensors(), "rows": self._visual.rows.clone()}
         counts = list(self._visual.counts)
         values = {"classes": list(self.classes), "counts": counts, "epochs_fixed": self._epochs_fixed}
-        return LearnerState(tensors, values)
+        return LearnerState(tensors, {**values, "fusion": self._settings.fusion})  # for who merges it
 
     def load_state(self, state: LearnerState) -> None:
         self._student.load_tensors(state.tensors)

@@ -22,7 +22,7 @@ from agent.methods.base import (
     task_generator,
 )
 from agent.methods.classifiers import TextHead
-from agent.methods.training import GapWatch, Training, cosine
+from agent.methods.training import GapWatch, Training, admit, cosine
 from agent.model import ranks
 from agent.model.clip import Clip
 from agent.model.lora import Adapters, merged
@@ -165,6 +165,9 @@ class FineTuning(StudentMethod):
         self._student = Student(clip, method.lora, method.seed, section.trainable)
         self._section = section
         self._classes: list[str] = []
+        self._counts: list[int | None] = []
+        """Images learned of each class, for who merges learners; None where the learner is of a version that did not
+        count them."""
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -191,17 +194,27 @@ class FineTuning(StudentMethod):
             **options,
         )
 
+    def _count(self, task: TaskData) -> None:
+        """Admit a task's names that are new, and count its images."""
+        admit(self._classes, task)
+        self._counts += [0] * (len(self._classes) - len(self._counts))
+        for name, images in zip(task.classes, task.labels.bincount(minlength=len(task.classes)).tolist(), strict=True):
+            at = self._classes.index(name)
+            before = self._counts[at]
+            self._counts[at] = None if before is None else before + images
+
     def inference_module(self) -> InferenceModule:
         check_learned(self._classes)
         names = self.encode_names(self._classes)
         return TextHead(self._student.merged_image_tower(), self.classes, names, self._clip.logit_scale)
 
     def state(self) -> LearnerState:
-        return LearnerState(self._student.tensors(), {"classes": list(self._classes)})
+        return LearnerState(self._student.tensors(), {"classes": list(self._classes), "counts": list(self._counts)})
 
     def load_state(self, state: LearnerState) -> None:
         self._student.load_tensors(state.tensors)
         self._classes = list(state.values["classes"])
+        self._counts = list(state.values.get("counts", [None] * len(self._classes)))
 
 
 class Teacher:

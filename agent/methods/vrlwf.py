@@ -21,10 +21,18 @@ import torch
 from torch import Tensor, nn
 
 from agent import config
-from agent.methods.base import InferenceModule, OnProgress, TaskData, TextModule, check_learned, task_generator
+from agent.methods.base import (
+    InferenceModule,
+    LearnerState,
+    OnProgress,
+    TaskData,
+    TextModule,
+    check_learned,
+    task_generator,
+)
 from agent.methods.classifiers import TextHead
 from agent.methods.student import FineTuning, Student, Teacher
-from agent.methods.training import admit, divergence, local_loss
+from agent.methods.training import divergence, local_loss
 from agent.model.clip import Clip, ModelError
 from agent.model.ranks import Part
 from agent.values import Update
@@ -75,7 +83,7 @@ class VrLwf(FineTuning):
                 training.descend(loss)
             if not training.keep():
                 break
-        admit(self._classes, task)
+        self._count(task)
         return training.update({"preset": settings.preset})
 
     @property
@@ -86,6 +94,10 @@ class VrLwf(FineTuning):
     @torch.no_grad()
     def _scale_now(self) -> float:
         return float(self._scale)
+
+    def state(self) -> LearnerState:
+        state = super().state()
+        return LearnerState(state.tensors, {**state.values, "preset": self._settings.preset})  # for who merges it
 
     def inference_module(self) -> InferenceModule:
         check_learned(self._classes)

@@ -237,8 +237,9 @@ class Merged:
     of: tuple[Origin, ...]
     """In the order in which `gapstream merge` was given them."""
     adapted: bool
-    """Whether its towers are adapted: where all of these had the same adapters. Else it began with the untouched ones.
-    """
+    """Whether its towers are adapted: averaged, or those that all had alike. Else it began with untouched ones."""
+    averaged: bool = False
+    """Whether what they trained was averaged: not what one learner of all streams would be."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

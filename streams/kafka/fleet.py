@@ -7,6 +7,7 @@ import logging
 import zlib
 from collections import deque
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from kafka import KafkaProducer
@@ -26,6 +27,7 @@ from streams.kafka.connection import (
 )
 from streams.kafka.record_batches import Unreadable
 from streams.record import Offsets, Partition, Raw
+from streams.source import StreamError
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +53,42 @@ _BLOCK_MS = 10_000
 """Time that the client may hold up a `send` for metadata or room. It is in a thread where nothing else waits."""
 
 
+@dataclass(frozen=True)
+class Described:
+    """It is what a cluster says of the topic."""
+
+    partitions: int
+    policy: str
+    """Its cleanup.policy; empty where we may not ask."""
+    chunk_bytes: int
+    """Bytes of a state that a message takes: not above 0 where key and header alone are too long for it."""
+    messages: int
+    """Offsets from its beginning to its end; compaction has taken some of the messages."""
+
+
+def describe(connection: Connection, topic: str) -> Described | None:
+    """Look at the topic and change nothing; None where it does not exist. Raises StreamError, KafkaError."""
+    with connecting(connection):
+        admin = KafkaAdminClient(**connection.settings(), request_timeout_ms=REQUEST_MS)
+        try:
+            [described] = admin.describe_topics([topic])
+            if described["error_code"] == UNKNOWN_TOPIC:
+                return None
+            if described["error_code"]:
+                raise StreamError(
+                    f"{connection} does not describe topic {topic} (error {described['error_code']}); is reading it "
+                    "allowed?"
+                )
+            policy, chunk_bytes = _policy(admin, topic), _chunk_bytes(admin, topic)
+        finally:
+            admin.close()
+        client = Client(connection, "", _FETCH_BYTES)
+    with contextlib.closing(client):
+        partitions = [Partition(topic, one["partition_index"]) for one in described["partitions"]]
+        first, ends = client.beginnings(partitions), client.ends(partitions)
+    return Described(len(partitions), policy, chunk_bytes, sum(ends[where] - first[where] for where in partitions))
+
+
 class FleetTopic:
     """It reads the topic, and writes the chunks of one site. Used from one thread; every call is bounded in time.
 
@@ -68,7 +106,7 @@ class FleetTopic:
             admin = KafkaAdminClient(**connection.settings(), request_timeout_ms=REQUEST_MS)
             try:
                 _prepare(admin, topic)
-                self.chunk_bytes = min(_LARGEST_CHUNK, longest_message(admin, topic)) - _OVERHEAD
+                self.chunk_bytes = _chunk_bytes(admin, topic)
             finally:
                 admin.close()
             self._client = Client(connection, "", _FETCH_BYTES)
@@ -155,6 +193,10 @@ def _prepare(admin: KafkaAdminClient, topic: str) -> None:
             "time; set it to compact",
             topic, policy,
         )  # fmt: skip
+
+
+def _chunk_bytes(admin: KafkaAdminClient, topic: str) -> int:
+    return min(_LARGEST_CHUNK, longest_message(admin, topic)) - _OVERHEAD
 
 
 def _policy(admin: KafkaAdminClient, topic: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from agent.commands.doctor import Finding, _answers, _looked_at, _source
+from agent.commands.doctor import Finding, _answers, _fleet, _looked_at, _source
 from agent.config import Config
 from agent.values import Commit
 from streams.record import Partition
@@ -67,3 +67,20 @@ def test_topics_to_answer_are_looked_at_and_none_is_made(bootstrap, new_topic, a
     new_topic(name=f"{topic}.out")
     assert found().level == "ok"
     assert list(_answers(Config())) == []
+
+
+def test_the_topic_of_a_fleet_is_looked_at_and_none_is_made(bootstrap, new_topic, producer, admin, tmp_path: Path):
+    def found(topic: str) -> list[Finding]:
+        sections = {"fleet": {"topic": topic, "site": "a"}, "state": {"path": tmp_path}}
+        config = Config.model_validate({**sections, "source": {"kafka": {"bootstrap_servers": (bootstrap,)}}})
+        return list(_looked_at("fleet", "look there", lambda: _fleet(config)))
+
+    [missing] = found("no-fleet-yet")
+    assert missing.level == "warning" and "no-fleet-yet" in missing.text
+    assert "no-fleet-yet" not in admin.list_topics()
+    topic = new_topic(1, **{"cleanup.policy": "compact", "max.message.bytes": "20000"})
+    producer.send(topic, b"part of a state", b"b/0").get(10)
+    [good] = found(topic)
+    assert good.level == "ok" and "1 message(s), at most 18" in good.text
+    other = new_topic(2, **{"max.message.bytes": "900"})
+    assert [finding.level for finding in found(other)] == ["problem", "warning", "warning", "ok"]
