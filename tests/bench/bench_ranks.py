@@ -1,9 +1,9 @@
 """What a task over two ranks on one machine costs beside one of the trainer alone, each rank with one CPU thread.
 
-Both learn the same two tasks of the bundled stream in turn, and the second one is measured, what is scored and how by
-itself. CPU seconds are those of a rank with its decoders; the longest rank's over the trainer's alone is what as many
-free cores take at least, and what is beyond an even share is what every rank computes for itself, as the class names,
-or rank 0 alone. Exit code 1 where the models differ by more than rounding.
+Both learn the same two tasks of the bundled stream in turn. The second one is measured without its scoring, and the
+scoring of both by itself. CPU seconds are those of a rank with its decoders; the longest rank's over the trainer's
+alone is what as many free cores take at least, and what is beyond an even share is what every rank computes for itself,
+as the class names, or rank 0 alone. Exit code 1 where the models differ by more than rounding.
 
     .venv/bin/python -m tests.bench.bench_ranks --methods gapstream,mgclip,finetune,ncm --per-class 100 --rounds 3
     .venv/bin/python -m tests.bench.bench_ranks --methods gapstream,mgclip,ncm --per-class 100 --rounds 3 --scored 100
@@ -53,7 +53,7 @@ class Measured:
     cpu_s: list[float]
     """CPU seconds of each rank without scoring, its decoders included."""
     scoring_s: list[float]
-    """Those that scoring took: of decoding and embedding what is new, and of all that follows the update."""
+    """Those that scoring both tasks took: decoding and embedding what is new, and all that follows an update."""
     wall_s: float
     waiting: list[float]
     """The share of its time that each rank spent in collectives."""
@@ -128,23 +128,26 @@ def learn(method: str, processes: int, per_class: int, scored: int) -> Measured:
         store.lock()
         trainer = Trainer(config, None)
         trainer._exporter.release = _refused  # type: ignore[method-assign, assignment]
+        scoring_s, sent = [0.0] * processes, 0
         for number in (1, 2):
             task = task_of(spool, number, per_class)
             trees = [psutil.Process()] + [psutil.Process(rank.pid) for rank in trainer._sharing._own.values()]
-            with _scoring(trainer, trees) as (scoring_s, sent):
+            with _scoring(trainer, trees) as (scored_s, images):
                 before, started = _cpu_of(trees), time.perf_counter()
                 outcome = trainer.learn(task, store.stage(), lambda progress: None)
                 wall_s = time.perf_counter() - started
                 whole = [cpu - earlier for cpu, earlier in zip(_cpu_of(trees), before, strict=True)]
+            cpu_s = [cpu - some for cpu, some in zip(whole, scored_s, strict=True)]
+            scoring_s = [one + other for one, other in zip(scoring_s, scored_s, strict=True)]
+            sent += sum(images)
             commit = store.commit(outcome, Provenance("bench", task.classes, {}, {}))
             spool.release(task.samples)
         waiting = [share.waited_s / share.seconds for share in outcome.shares]
         trainer._sharing.close()
         trainer._decoders.close()
         store.close()
-        cpu_s = [cpu - some for cpu, some in zip(whole, scoring_s, strict=True)]
         tensors = load_file(commit.path / LEARNER_TENSORS)
-        return Measured(cpu_s, scoring_s, wall_s, waiting, tensors, outcome.report.last, sum(sent))
+        return Measured(cpu_s, scoring_s, wall_s, waiting, tensors, outcome.report.last, sent)
 
 
 @contextmanager
