@@ -125,7 +125,10 @@ def test_an_idle_rank_that_dies_is_started_again_for_the_next_task(steps):
     assert len(outcome.shares) == 2 and outcome.shares[1].process == rank_of(trainer).pid != dead.pid
 
 
-@pytest.mark.parametrize("sign", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "sign",
+    [pytest.param(signal.SIGKILL, id="killed"), pytest.param(signal.SIGSTOP, id="stopped", marks=pytest.mark.slow)],
+)
 def test_a_rank_lost_while_a_task_is_scored_ends_the_attempt_and_changes_neither_model_nor_scores(tmp_path, sign):
     # given
     settings = {"model": THREADS, "method": {"name": "ncm"}}

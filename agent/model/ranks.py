@@ -2,8 +2,9 @@
 
 Every rank runs the same code, knows every label and draws the same random numbers; only an image's tokens are on one
 rank alone, its owner. A batch is the same one that a single process draws: each rank computes with the images of it
-that it owns, and gradients are added up, weighted so that they are those of the mean over the whole batch. In a single
-process every function here gives what it was given.
+that it owns, and gradients are added up, weighted so that they are those of the mean over the whole batch. What is
+scored after it rank 0 alone decides (agent.sharing.scores). In a single process every function here gives what it was
+given.
 
 Ranks exchange tensors alone, by torch.distributed's default group: nothing that arrives is ever unpickled.
 """

@@ -1,4 +1,4 @@
-"""The trainer as rank 0: it starts the ranks of its machine, lets others join, and shares each update with them."""
+"""The trainer as rank 0: it starts the ranks of its machine, lets others join, and shares each task with them."""
 
 from __future__ import annotations
 

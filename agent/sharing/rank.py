@@ -1,4 +1,4 @@
-"""What a rank other than the trainer does: it keeps the model in memory, and learns its share of every task."""
+"""What a rank other than the trainer does: it keeps the model in memory, and learns and scores its share of a task."""
 
 from __future__ import annotations
 
