@@ -114,6 +114,7 @@ class Trainer:
             probe=self._archive(settings.probe_archive, settings.probe_split),
             decoders=self._decoders,
             cache_bytes=config.method.cache_bytes,
+            ask=self._sharing.ask,
         )
         release = config.release
         self._exporter = OnnxExporter(
@@ -135,26 +136,28 @@ class Trainer:
         parent = parent_of(staging)
         if parent is not None:  # commits that learned nothing may have taken the place of the one read from so far
             self._holdout.moved(parent)
-        # Only up to the update: what fails after it fails for the model, the disk or the release, whatever was learned.
-        with self._sharing.together(task, self._method, on_progress), _blaming_the_task():
-            started = time.perf_counter()
-            loaded = self._decode(task, on_progress)
-            seconds = {"decode": time.perf_counter() - started}
+        with self._sharing.together(task, self._method, on_progress):
+            # Only up to the update: what fails after it fails for the model, the disk or the release, whatever was
+            # learned.
+            with _blaming_the_task():
+                started = time.perf_counter()
+                loaded = self._decode(task, on_progress)
+                seconds = {"decode": time.perf_counter() - started}
 
-            # Split after decoding: an image that cannot be decoded must not be held out.
-            good = [task.samples[i] for i in loaded.kept]
-            choices = self._holdout.split(good)
-            kept = [i for i, choice in enumerate(choices) if choice == "train"]
-            rows = Rows.of(task.classes, [sample.label for sample in good], kept)
-            data = rows.data(task.number, loaded, [s.read for s in task.samples], self._clip, self._decoders)
-            self._sharing.go_on(rows, lambda: self._evaluator.admit(self._method, data, on_progress))
-            before = self._evaluator.before(self._answers, self._module, data, on_progress)
-            update = self._update(data, on_progress)
-        if update is not None:
-            self._take_up()
-        report = self._evaluator.after(
-            self._answers, self._module, data, update, before, last_report(parent), on_progress
-        )
+                # Split after decoding: an image that cannot be decoded must not be held out.
+                good = [task.samples[i] for i in loaded.kept]
+                choices = self._holdout.split(good)
+                kept = [i for i, choice in enumerate(choices) if choice == "train"]
+                rows = Rows.of(task.classes, [sample.label for sample in good], kept)
+                data = rows.data(task.number, loaded, [s.read for s in task.samples], self._clip, self._decoders)
+                self._sharing.go_on(rows, lambda: self._evaluator.admit(self._method, data, on_progress))
+                before = self._evaluator.before(self._answers, self._module, data, on_progress)
+                update = self._update(data, on_progress)
+            if update is not None:
+                self._take_up()
+            report = self._evaluator.after(
+                self._answers, self._module, data, update, before, last_report(parent), on_progress
+            )
 
         held = [sample for sample, choice in zip(good, choices, strict=True) if choice == "hold"]
         outcome = self._complete(report, held, staging, parent, seconds, on_progress)

@@ -114,9 +114,10 @@ class Share:
     device: str
     """`cpu`, or a CUDA device."""
     seconds: float
-    """Wall seconds from the first image it was sent to the end of the update."""
+    """Wall seconds from the first image it was sent to the end of the scoring."""
     waited_s: float
-    """Of these, what it spent in collectives: moving data and waiting for other ranks, as far as the CPU waits."""
+    """Of these, what it spent in collectives: moving data and waiting for other ranks, as far as the CPU waits. What
+    passes until rank 0 has another order is not in it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -101,9 +101,9 @@ def test_a_rank_does_not_trust_a_trainer_without_the_secret():
 
 
 def test_a_trainer_of_another_protocol_is_named(trainer, monkeypatch):
-    monkeypatch.setattr(members, "PROTOCOL", 2)  # the trainer of this test sends it late: both are one module
+    monkeypatch.setattr(members, "PROTOCOL", 3)  # the trainer of this test sends it late: both are one module
     connection = Connection(socket.create_connection((trainer.host, trainer.port)))
-    assert connection.receive(5)["gapstream ranks"] == 2
+    assert connection.receive(5)["gapstream ranks"] == 3
     connection.close()
 
 

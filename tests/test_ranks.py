@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import multiprocessing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import closing
 from dataclasses import replace
 from datetime import timedelta
@@ -19,10 +19,14 @@ from PIL import Image
 
 from agent import methods
 from agent.methods import gapstream
-from agent.methods.base import LearnerState, TaskData
+from agent.methods.base import InferenceModule, LearnerState, TaskData
 from agent.model import ranks
 from agent.model.clip import Clip
 from agent.model.images import CroppedImages, StoredTokens, TokensOfRank
+from agent.scoring.holdout import ImageRef
+from agent.scoring.scored_images import ScoredImages
+from agent.sharing import scores
+from agent.sharing.scores import ShareOfScoring
 from exporter.decoders import Decoders
 from tests.test_method_contract import answers, built
 from tests.tiny import silent, tiny_clip, tiny_task
@@ -175,6 +179,98 @@ def test_several_ranks_learn_what_one_process_learns(clip, group, case, monkeypa
         assert state.values == together.values
         for key, tensor in together.tensors.items():
             torch.testing.assert_close(state.tensors[key], tensor, rtol=1e-5, atol=1e-5, msg=key)
+
+
+class Scaled(InferenceModule):
+    """Stands for a module whose one tower changes and whose other one does not."""
+
+    parts = ("embedding", "features")
+
+    def __init__(self, clip: Clip, scale: float) -> None:
+        super().__init__()
+        self._clip, self._scale = clip, torch.tensor(scale)
+
+    def encoder(self, part: str) -> dict[str, torch.Tensor]:
+        return {"scale": self._scale if part == "embedding" else torch.ones(1)}
+
+    def encode(self, tokens: torch.Tensor, parts: Collection[str]) -> dict[str, torch.Tensor]:
+        made = {"embedding": self._scale * self._clip.encode_tokens(tokens), "features": tokens.mean(1)}
+        return {part: made[part] for part in parts}
+
+
+class Read:
+    """Encoded images of a list, the fourth of which is broken, that counts how often one is read."""
+
+    def __init__(self) -> None:
+        self.times = 0
+
+    def refs(self, start: int, stop: int) -> list[ImageRef]:
+        return [ImageRef(f"class {i % 3}", f"image {i}", partial(self._read, i)) for i in range(start, stop)]
+
+    def _read(self, number: int) -> bytes:
+        self.times += 1
+        return b"broken" if number == 3 else png(20 * number)
+
+
+Scored = tuple[ScoredImages, list[torch.Tensor], list[int], Read]
+"""Images, what was made of them, how often images were read until then, and what reads them."""
+
+
+def scored(clip: Clip, cache_bytes: int, rank: int, size: int) -> Scored | None:
+    """On rank 0: images taken in and encoded twice, by towers that are others the second time. Others help."""
+    with closing(Decoders(10**6, workers=1)) as decoders:
+        if rank:
+            share = ShareOfScoring(clip, decoders, cache_bytes)
+            while scale := ranks.told():
+                share.encode(clip, Scaled(clip, float(scale)))  # type: ignore[arg-type]
+            return None
+
+        def ask(*order: Any) -> None:
+            ranks.told(str(module._scale.item()).encode())
+            scores.ask(*order)
+
+        read, module, made, times = Read(), Scaled(clip, 1.0), [], []
+        images = ScoredImages(clip, 3, decoders, cache_bytes, ask)
+        for scale, (start, stop) in ((1.0, (0, 10)), (2.0, (10, 11))):
+            module = Scaled(clip, scale)
+            images.add(read.refs(start, stop), lambda: None)
+            numbers = list(range(len(images.refs)))
+            # all that was taken in is there, in another order, and of some all is known
+            encoded = [rows for _, rows in images.encoded(numbers[::-1], module)]
+            made += [torch.cat([rows[part] for rows in encoded]) for part in module.parts]
+            times.append(read.times)
+            made.append(torch.cat(list(images.embedded(numbers, clip))))  # type: ignore[arg-type]
+        made.append(images.embeddings)
+        if size > 1:
+            ranks.told()
+        return images, made, times, read
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 2**24])
+def test_several_ranks_encode_the_images_to_score_as_one_process_does_and_each_is_sent_once(clip, group, cache_bytes):
+    # given
+    _, expected, _, _ = scored(clip, cache_bytes, 0, 1)
+
+    # when
+    [(images, made, times, read), *_] = group.all_do(clip, scored, cache_bytes)
+
+    # then what is made is the same but for the order of sums in a batch of another size, and the broken one is left out
+    assert [ref.key for ref in images.refs] == [f"image {i}" for i in range(11) if i != 3]
+    for one, several in zip(expected, made, strict=True):
+        torch.testing.assert_close(several, one, rtol=1e-5, atol=1e-6)
+
+    # and where memory reaches nothing is read, decoded or sent again, whatever changed
+    assert (times == [10, 11]) if cache_bytes else (times[0] > 10)
+
+    # when this process is alone again, then it decodes what others had, once
+    numbers, before = list(range(len(images.refs))), read.times
+    images._decoders = decoders = Decoders(10**6, workers=1)
+    with closing(decoders):
+        for _ in range(2):
+            alone = torch.cat(list(images.embedded(numbers, clip)))
+    torch.testing.assert_close(alone, images.embeddings, rtol=1e-5, atol=1e-6)
+    elsewhere = sum(serial % group.size > 0 for serial in range(11) if serial != 3)
+    assert read.times - before == (elsewhere if cache_bytes else 20)
 
 
 def test_what_is_drawn_for_crops_is_drawn_for_the_whole_batch(clip):

@@ -21,7 +21,7 @@ from agent.layout import LEARNER_TENSORS
 from agent.sharing.lead import Sharing
 from agent.sharing.machine import SharingError, device_of, interface_of
 from agent.trainer import Trainer
-from agent.values import Progress
+from agent.values import Outcome, Progress
 from agent.worker import RankLost
 from streams.buffer import Task
 from tests.bad_images import bad_images
@@ -46,6 +46,17 @@ def secret_in(folder: Path) -> Path:
 
 def trainer_of(bench: Bench, commit: Path | None = None) -> Trainer:
     return unreleased(Trainer(bench.config, commit))
+
+
+def scores_of(outcome: Outcome) -> list[object]:
+    """All that is counted of right answers."""
+    report = outcome.report
+    return [report.matrix, report.avg, report.zero_shot, report.test_images, report.probe, report.old_classes]
+
+
+def scoring(progress: Progress) -> bool:
+    """Whether images are scored after an update."""
+    return progress.phase == "evaluate" and bool(progress.steps)
 
 
 def rank_of(trainer: Trainer) -> psutil.Process:
@@ -92,6 +103,7 @@ def test_a_trainer_learns_with_another_rank_what_it_learns_alone_though_it_is_ki
         assert all(0 < share.waited_s < share.seconds for share in outcome.shares)
         assert outcome.classes == alone.classes and outcome.rejected == alone.rejected
         assert outcome.report.predict_before_learn == alone.report.predict_before_learn
+        assert scores_of(outcome) == scores_of(alone)
         assert outcome.update.samples == alone.update.samples and outcome.update.steps == alone.update.steps
         assert outcome.report.gap.drift.after == pytest.approx(alone.report.gap.drift.after, abs=1e-4)
         tensors, others = (load_file(path / LEARNER_TENSORS) for path in (commit.path, at.path))
@@ -113,13 +125,44 @@ def test_an_idle_rank_that_dies_is_started_again_for_the_next_task(steps):
     assert len(outcome.shares) == 2 and outcome.shares[1].process == rank_of(trainer).pid != dead.pid
 
 
+@pytest.mark.parametrize(
+    "sign",
+    [pytest.param(signal.SIGKILL, id="killed"), pytest.param(signal.SIGSTOP, id="stopped", marks=pytest.mark.slow)],
+)
+def test_a_rank_lost_while_a_task_is_scored_ends_the_attempt_and_changes_neither_model_nor_scores(tmp_path, sign):
+    # given
+    settings = {"model": THREADS, "method": {"name": "ncm"}}
+    alone = Bench(tmp_path / "alone", **settings)
+    expected, at = alone.learn(trainer_of(alone), tasks_of(alone)[0])
+    bench = Bench(tmp_path / "two", training=SHARED | {"timeout_s": 5.0}, **settings)
+    [first, _] = tasks_of(bench)
+    trainer = trainer_of(bench)
+
+    # when
+    said = r"^rank 1, .* is gone" if sign == signal.SIGKILL else "no rank is known to be gone, but one was not heard"
+    with pytest.raises(RankLost, match=said):
+        trainer.learn(first, bench.store.stage(), killing(trainer, scoring, sign))
+    trainer._sharing.close()
+    trainer = trainer_of(bench)
+    outcome, commit = bench.learn(trainer, first)
+    trainer._sharing.close()
+
+    # then
+    assert len(outcome.shares) == 2 and outcome.classes == expected.classes
+    assert scores_of(outcome) == scores_of(expected) and outcome.report.probe.images > 0
+    tensors, others = (load_file(path / LEARNER_TENSORS) for path in (commit.path, at.path))
+    assert tensors.keys() == others.keys()
+    for name, tensor in tensors.items():
+        torch.testing.assert_close(tensor, others[name], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_rank_killed_in_any_phase_leaves_the_same_final_model(tmp_path):
     # given
     whole = Bench(tmp_path / "whole", training=SHARED, model=THREADS)
     trainer = trainer_of(whole)
-    expected = [whole.learn(trainer, task)[1].path for task in tasks_of(whole)][-1] / LEARNER_TENSORS
+    undisturbed, expected = [whole.learn(trainer, task) for task in tasks_of(whole)][-1]
     trainer._sharing.close()
     bench = Bench(tmp_path / "killed", training=SHARED, model=THREADS)
     first, second = tasks_of(bench)
@@ -127,18 +170,18 @@ def test_a_rank_killed_in_any_phase_leaves_the_same_final_model(tmp_path):
     _, commit = bench.learn(trainer, first)
 
     # when it is killed in every phase, and then in none
-    for phase in ("decode", "evaluate", "train", "compensate"):
+    phases = [lambda p, now=now: p.phase == now for now in ("decode", "evaluate", "train", "compensate")]
+    for phase in (*phases, scoring):
         with pytest.raises(RankLost):
-            trainer.learn(
-                second, bench.store.stage(), killing(trainer, lambda progress, now=phase: progress.phase == now)
-            )
+            trainer.learn(second, bench.store.stage(), killing(trainer, phase))
         trainer._sharing.close()
         trainer = trainer_of(bench, commit.path)
-    _, commit = bench.learn(trainer, second)
+    outcome, commit = bench.learn(trainer, second)
     trainer._sharing.close()
 
-    # then the model is the same to the bit
-    assert (commit.path / LEARNER_TENSORS).read_bytes() == expected.read_bytes()
+    # then the model is the same to the bit, and so are the scores
+    assert (commit.path / LEARNER_TENSORS).read_bytes() == (expected.path / LEARNER_TENSORS).read_bytes()
+    assert scores_of(outcome) == scores_of(undisturbed)
 
 
 @pytest.mark.slow

@@ -252,7 +252,8 @@ class Method(Section):
     """All randomness of training follows from this number and the task's, and from nothing else."""
     cache_bytes: int = Field(2**30, ge=0)
     """Of a task's images the frozen part's output takes at most this number of bytes of memory; where it is larger it
-    goes to a file on disk. Test images may take as many again, and those beyond are decoded anew."""
+    goes to a file on disk. Test images may take as many again, and those beyond are decoded anew. Each rank that shares
+    an update has both bounds for its share; of test images beyond, it is sent its share anew."""
     lora: Lora = Lora()
     gapstream: Gapstream = Gapstream()
     mgclip: MgClip = MgClip()

@@ -28,9 +28,9 @@ def _an_address(address: str) -> str:
 
 
 class Training(Section):
-    """Several processes (ranks) can share an update, on this machine and on others: each computes with its part of the
-    images, and the model is the same but for rounding. The network between machines must be private: images and model
-    travel over it unencrypted."""
+    """Several processes (ranks) can share an update and its scoring, on this machine and on others: each computes with
+    its part of the images, and the model is the same but for rounding. The network between machines must be private:
+    images and model travel over it unencrypted."""
 
     processes: int = Field(1, ge=1)
     """This number of ranks is on this machine, the trainer counted: one for each CUDA device, or on a CPU each with its

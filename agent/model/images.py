@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from agent.model import ranks
 from agent.model.clip import Clip
 from agent.model.ranks import Part
 from exporter.decoders import Decoders
@@ -102,9 +104,13 @@ class TokensOfRank:
         place = self._place[index.cpu()]
         if (place >= 0).all():
             return self._own.batch(place)
-        size = self._clip.preprocess.size
-        blank = self._clip.prefix(torch.zeros(1, 3, size, size))
-        return blank.expand(len(index), -1, -1)
+        return blank(self._clip).expand(len(index), -1, -1)
+
+
+def blank(clip: Clip) -> Tensor:
+    """Give the tokens of an image whose pixels are all 0, float [1, tokens, width] on the device."""
+    size = clip.preprocess.size
+    return clip.prefix(torch.zeros(1, 3, size, size))
 
 
 class Batches(Protocol):
@@ -190,6 +196,12 @@ def load_tokens(
         advance(done)
     tokens = torch.empty(0, 1, 1) if store is None else store[: len(kept)]
     return LoadedImages(StoredTokens(tokens, clip.device), tuple(kept), tuple(failed))
+
+
+def failed_anywhere(own: Mapping[int, ImageError]) -> dict[int, ImageError]:
+    """Give the images that any rank could not decode, by number and in order, and why; `own` are those of this one."""
+    told = ranks.told_by_all(json.dumps([(at, str(error.reason), error.detail) for at, error in own.items()]).encode())
+    return dict(sorted((at, ImageError(reason, detail)) for one in told for at, reason, detail in json.loads(one)))
 
 
 def _chunks(

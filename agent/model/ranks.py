@@ -2,8 +2,9 @@
 
 Every rank runs the same code, knows every label and draws the same random numbers; only an image's tokens are on one
 rank alone, its owner. A batch is the same one that a single process draws: each rank computes with the images of it
-that it owns, and gradients are added up, weighted so that they are those of the mean over the whole batch. In a single
-process every function here gives what it was given.
+that it owns, and gradients are added up, weighted so that they are those of the mean over the whole batch. What is
+scored after it rank 0 alone decides (agent.sharing.scores). In a single process every function here gives what it was
+given.
 
 Ranks exchange tensors alone, by torch.distributed's default group: nothing that arrives is ever unpickled.
 """
@@ -120,6 +121,8 @@ def told(data: bytes = b"") -> bytes:
 
 def told_by_all(data: bytes) -> list[bytes]:
     """Give every rank's `data` on every rank, in their order."""
+    if size() == 1:
+        return [data]
     lengths = gathered(torch.tensor([len(data)]), torch.arange(size())).tolist()
     rows = gathered(_as_tensor(data, max(lengths))[None], torch.arange(size()))
     return [_as_bytes(row, length) for row, length in zip(rows, lengths, strict=True)]
@@ -168,15 +171,38 @@ def gathered(rows: Tensor, owners: Tensor) -> Tensor:
     owners: the rank that has each of the N rows, int64 [N] on the CPU. A rank that has none gives a row all the same,
     for its shape; it is not used.
     """
+    padded = _padded(rows, owners)
+    parts = [torch.empty_like(padded) for _ in range(size())]
+    _timed(dist.all_gather, parts, padded)
+    return _in_order(parts, owners)
+
+
+def collected(rows: Tensor, owners: Tensor) -> Tensor:
+    """Bring together what `gathered` does on rank 0 alone, where every rank's rows cross the network once; another rank
+    gets back its own."""
+    if size() == 1:
+        return rows
+    padded = _padded(rows, owners)
+    parts = [torch.empty_like(padded) for _ in range(size())] if rank() == 0 else None
+    _timed(dist.gather, padded, parts)
+    return rows if parts is None else _in_order(parts, owners)
+
+
+def _padded(rows: Tensor, owners: Tensor) -> Tensor:
+    """Give as many rows as the rank with most of them has, and at least one: those of this rank, and zeros."""
     counts = owners.bincount(minlength=size()).tolist()
     padded = rows.new_zeros(max(1, *counts), *rows.shape[1:])
     own = counts[rank()]
     padded[:own] = rows[:own]
-    parts = [torch.empty_like(padded) for _ in counts]
-    _timed(dist.all_gather, parts, padded)
-    whole = rows.new_empty(len(owners), *rows.shape[1:])
-    for number, (part, count) in enumerate(zip(parts, counts, strict=True)):
-        whole[(owners == number).to(whole.device)] = part[:count]
+    return padded
+
+
+def _in_order(parts: Sequence[Tensor], owners: Tensor) -> Tensor:
+    """Put every rank's rows to where their owner is in `owners`."""
+    whole = parts[0].new_empty(len(owners), *parts[0].shape[1:])
+    for number, part in enumerate(parts):
+        here = owners == number
+        whole[here.to(whole.device)] = part[: int(here.sum())]
     return whole
 
 

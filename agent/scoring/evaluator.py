@@ -34,7 +34,7 @@ from agent.scoring.report import (
     Report,
     TaskReport,
 )
-from agent.scoring.scored_images import ImageFolder, ScoredImages, image_refs
+from agent.scoring.scored_images import Ask, ImageFolder, ScoredImages, image_refs
 from agent.values import OnProgress, Progress, Update
 from exporter.decoders import Decoders
 from exporter.tensors import Unchanged
@@ -93,15 +93,17 @@ class Evaluator:
         probe: ImageFolder | None = None,
         decoders: Decoders,
         cache_bytes: int,
+        ask: Ask | None = None,
     ) -> None:
-        """test: images of the stream's classes, scored beside the hold-out. probe: classes that are never learned."""
+        """test: images of the stream's classes, scored beside the hold-out. probe: classes that are never learned.
+        ask: see ScoredImages."""
         self._clip = clip
         self._settings = settings
         self._holdout = holdout
         self._test = test
         self._probe = probe
         self._decoders = decoders
-        self._images = ScoredImages(clip, settings.batch_size, decoders, cache_bytes)
+        self._images = ScoredImages(clip, settings.batch_size, decoders, cache_bytes, ask)
         self._names: dict[str, Tensor] = {}
         """Class name -> the untouched model's feature of it, float32 [D]."""
         self._names_now: dict[str, Tensor] = {}
@@ -301,8 +303,8 @@ class Evaluator:
         untouched = (self._images.embeddings[numbers] @ self._untouched(names).T).argmax(1)
         text = self._current(method, names)
         now = []
-        for _, tokens in self._images.batches(numbers):
-            now.append((method.encode_tokens(tokens) @ text.T).argmax(1).cpu())
+        for embeddings in self._images.embedded(numbers, method):
+            now.append((embeddings @ text.T).argmax(1).cpu())
             on_progress(Progress("evaluate", task))
         return Probe(
             of="probe" if self._probe else "not learned yet",

@@ -3,6 +3,9 @@
 Scoring meets the same images after every task. Their embeddings by the untouched model never change and are small, so
 they are kept for all. What a model's towers make of them is kept until the towers change, for which tokens (the output
 of the frozen part, many times larger) give way: with both at hand an image costs the classifier alone.
+
+Where several ranks share a task, each encodes the images whose serial number falls to it, and keeps their tokens; what
+is made of them comes to rank 0. Every batch is that many times larger then, so that each rank has about one of them.
 """
 
 from __future__ import annotations
@@ -10,16 +13,18 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from agent.methods.base import InferenceModule
+from agent.methods.base import InferenceModule, Method
+from agent.model import ranks
 from agent.model.clip import Clip
-from agent.model.images import LoadedImages, load_tokens
+from agent.model.images import LoadedImages, blank, failed_anywhere, load_tokens
 from agent.scoring.holdout import ImageRef
 from exporter.decoders import Decoders
 from exporter.image_header import ImageError
@@ -52,10 +57,39 @@ class ImageFile(Protocol):
     def read(self) -> bytes: ...
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """It says what images are to be encoded to, in words that go to other ranks."""
+
+    by: Literal["clip", "method", "module"]
+    """By the untouched model, a method as it is now, or the module that is released."""
+    parts: tuple[str, ...] = ("embedding",)
+    """For a module those of its `parts` that are wanted."""
+
+    def encode(
+        self, tokens: Tensor, clip: Clip, method: Method | None = None, module: InferenceModule | None = None
+    ) -> dict[str, Tensor]:
+        """Encode tokens [B, tokens, width] to what is wanted: part -> rows [B, ...]."""
+        if self.by == "module":
+            assert module is not None, "nothing is wanted of a module that is not there yet"
+            # In float32 whatever model.precision says: the module is scored as it is released.
+            return module.encode(tokens.float(), self.parts)
+        encoder = clip if self.by == "clip" else method
+        assert encoder is not None, "who wants a method's embeddings has it"
+        return {"embedding": encoder.encode_tokens(tokens)}
+
+
+Ask = Callable[[Wanted, Sequence[int], Sequence[Callable[[], bytes]]], None]
+"""Tells other ranks what is wanted of images by serial number, and sends them what they lack (agent.sharing.scores)."""
+
+
 class ScoredImages:
     """It has test images by number: where they are, the untouched model's embeddings, and what else of them fits."""
 
-    def __init__(self, clip: Clip, batch_size: int, decoders: Decoders, cache_bytes: int) -> None:
+    def __init__(
+        self, clip: Clip, batch_size: int, decoders: Decoders, cache_bytes: int, ask: Ask | None = None
+    ) -> None:
+        """ask: needed where several ranks share a task, see agent.model.ranks."""
         self.refs: list[ImageRef] = []
         self.embeddings = torch.zeros(0, clip.embed_dim)
         """float32 [n, D], L2-normalised, on the CPU."""
@@ -63,6 +97,13 @@ class ScoredImages:
         self._batch_size = batch_size
         self._decoders = decoders
         self._free_bytes = cache_bytes
+        self._ask = ask
+        self._serials: list[int] = []
+        """The serial number of each image: how many came to be decoded before it."""
+        self._offered = 0
+        """Images that came to be decoded, also those that cannot be."""
+        self._elsewhere: set[int] = set()
+        """Numbers of images that only other ranks have decoded so far."""
         self._tokens: dict[int, Tensor] = {}
         self._encoded: dict[str, dict[int, Tensor]] = {}
         """Part (see InferenceModule.parts) -> number -> what the current towers made of that image."""
@@ -75,21 +116,32 @@ class ScoredImages:
         """
         first = len(self.refs)
         embeddings = [self.embeddings]
-        for at in range(0, len(refs), self._batch_size):
-            part = refs[at : at + self._batch_size]
-            loaded = self._load(part, tick)
+        wanted = Wanted("clip")
+        for at in range(0, len(refs), self._together):
+            part = refs[at : at + self._together]
+            serials = range(self._offered, self._offered + len(part))
+            self._offered += len(part)
+            here = self._asked(wanted, part, serials)
+            loaded = self._load([part[index] for index in here], tick)
             tick()
-            for index, error in loaded.failed:
+            failed = failed_anywhere({here[index]: error for index, error in loaded.failed})
+            for index, error in failed.items():
                 log.warning("test image %s of %r is left out: %s", part[index].key, part[index].label, error)
-            if not loaded.kept:
+            kept = [index for index in range(len(part)) if index not in failed]
+            if not kept:
                 continue
-            tokens = loaded.tokens.batch(torch.arange(len(loaded.kept)))
-            embeddings.append(self._clip.encode_tokens(tokens).cpu())
-            if tokens.nbytes <= self._free_bytes:
+            tokens = loaded.tokens.batch(torch.arange(len(loaded.kept))) if loaded.kept else blank(self._clip)
+            rows = wanted.encode(tokens, self._clip)["embedding"]
+            embeddings.append(ranks.collected(rows, _owners(serials)[kept]).cpu())
+            numbers = {index: number for number, index in enumerate(kept, len(self.refs))}
+            own = [numbers[here[index]] for index in loaded.kept]
+            if own and tokens.nbytes <= self._free_bytes:
                 self._free_bytes -= tokens.nbytes
                 # Copies, each in memory of its own, so that giving one up gives its memory back.
-                self._tokens |= enumerate((one.clone() for one in tokens), len(self.refs))
-            self.refs += [part[index] for index in loaded.kept]
+                self._tokens |= zip(own, (one.clone() for one in tokens), strict=True)
+            self._elsewhere |= set(numbers.values()).difference(own)
+            self.refs += [part[index] for index in kept]
+            self._serials += [serials[index] for index in kept]
         self.embeddings = torch.cat(embeddings)
         return list(range(first, len(self.refs)))
 
@@ -102,6 +154,15 @@ class ScoredImages:
             part = list(numbers[at : at + self._batch_size])
             yield part, self._tokens_of(part)
 
+    def embedded(self, numbers: Sequence[int], method: Method) -> Iterator[Tensor]:
+        """Give embeddings [B, D] of the images asked for, in order, by the method's towers as they are now.
+
+        Raises EvaluationError as `batches` does.
+        """
+        for at in range(0, len(numbers), self._together):
+            part = numbers[at : at + self._together]
+            yield self._made(Wanted("method"), part, method=method)["embedding"]
+
     def encoded(self, numbers: Sequence[int], module: InferenceModule) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
         """Give (numbers, all parts that `module.encode` makes of them) of the images asked for, in order.
 
@@ -112,19 +173,52 @@ class ScoredImages:
             if not self._same_towers.setdefault(part, Unchanged())(module.encoder(part)):
                 self._free_bytes += sum(row.nbytes for row in self._encoded.get(part, {}).values())
                 self._encoded[part] = {}
-        for at in range(0, len(numbers), self._batch_size):
-            here = list(numbers[at : at + self._batch_size])
+        for at in range(0, len(numbers), self._together):
+            here = list(numbers[at : at + self._together])
             known = {part: {n: rows[n] for n in here if n in rows} for part, rows in self._encoded.items()}
             lacking: dict[tuple[str, ...], list[int]] = {}
             for number in here:
                 lacking.setdefault(tuple(part for part in module.parts if number not in known[part]), []).append(number)
             for parts, absent in lacking.items():
-                # In float32 whatever model.precision says: the module is scored as it is released.
-                made = module.encode(self._tokens_of(absent).float(), parts) if parts else {}
+                made = self._made(Wanted("module", parts), absent, module=module) if parts else {}
                 for part, rows in made.items():
                     known[part] |= zip(absent, rows, strict=True)
                     self._keep(part, absent, rows)
             yield here, {part: torch.stack([known[part][n] for n in here]) for part in module.parts}
+
+    @property
+    def _together(self) -> int:
+        """The number of images that all ranks encode together at once."""
+        return self._batch_size * ranks.size()
+
+    def _made(
+        self,
+        wanted: Wanted,
+        numbers: Sequence[int],
+        method: Method | None = None,
+        module: InferenceModule | None = None,
+    ) -> dict[str, Tensor]:
+        """Encode images, each on the rank whose it is: part -> rows [B, ...] in their order."""
+        serials = [self._serials[number] for number in numbers]
+        here = self._asked(wanted, [self.refs[number] for number in numbers], serials)
+        tokens = self._tokens_of([numbers[index] for index in here]) if here else blank(self._clip)
+        for index, error in failed_anywhere({}).items():
+            raise self._lost(numbers[index], error)
+        made = wanted.encode(tokens, self._clip, method, module)
+        return {part: ranks.collected(made[part], _owners(serials)) for part in wanted.parts}
+
+    def _asked(self, wanted: Wanted, refs: Sequence[ImageRef], serials: Sequence[int]) -> list[int]:
+        """Ask other ranks to encode their share of some images; gives the indices of those that are left for this one.
+
+        All ranks go on with `failed_anywhere`, and then `ranks.collected` for every part.
+        """
+        if ranks.size() > 1:
+            assert self._ask is not None, "a trainer with other ranks can ask them"
+            self._ask(wanted, serials, [ref.read for ref in refs])
+        return (_owners(serials) == 0).nonzero().squeeze(1).tolist()
+
+    def _lost(self, number: int, error: ImageError) -> EvaluationError:
+        return EvaluationError(f"test image {self.refs[number].key} could be read before but not now: {error}")
 
     def _keep(self, part: str, numbers: Sequence[int], rows: Tensor) -> None:
         """Keep what was encoded, as far as there is room when the tokens taken in last have given way."""
@@ -144,10 +238,13 @@ class ScoredImages:
             loaded = self._load([self.refs[number] for number in absent])
             if loaded.failed:
                 index, error = loaded.failed[0]
-                raise EvaluationError(
-                    f"test image {self.refs[absent[index]].key} could be read before but not now: {error}"
-                )
+                raise self._lost(absent[index], error)
             again = dict(zip(absent, loaded.tokens.batch(torch.arange(len(absent))), strict=True))
+            for number in self._elsewhere.intersection(absent):
+                if again[number].nbytes <= self._free_bytes:
+                    self._free_bytes -= again[number].nbytes
+                    self._tokens[number] = again[number].clone()
+                    self._elsewhere.remove(number)
         return torch.stack([self._tokens[n] if n in self._tokens else again[n] for n in part])
 
     def _load(self, refs: Sequence[ImageRef], tick: Callable[[], None] = lambda: None) -> LoadedImages:
@@ -159,6 +256,11 @@ class ScoredImages:
             scratch=Path(),
             advance=lambda done: tick(),
         )
+
+
+def _owners(serials: Sequence[int]) -> Tensor:
+    """Give the rank whose each image is, int64 [B]."""
+    return torch.tensor(serials, dtype=torch.int64) % ranks.size()
 
 
 def image_refs(folder: ImageFolder, label: str, limit: int) -> list[ImageRef]:

@@ -6,7 +6,7 @@ Everything goes by tensors of torch.distributed: JSON as bytes, encoded images a
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 
@@ -16,7 +16,7 @@ from agent.config import Config
 from agent.methods.base import LearnerState, TaskData
 from agent.model import ranks
 from agent.model.clip import Clip
-from agent.model.images import CroppedImages, LoadedImages, StoredTokens, TokensAt, TokensOfRank
+from agent.model.images import CroppedImages, LoadedImages, StoredTokens, TokensAt, TokensOfRank, failed_anywhere
 from exporter.decoders import Decoders
 from exporter.image_header import ImageError
 
@@ -63,15 +63,7 @@ def give(number: int, state: LearnerState, read: Sequence[Callable[[], bytes]]) 
     for tensor in tensors.values():
         ranks.from_first(tensor)
     for rank in range(1, ranks.size()):
-        chunk: list[bytes] = []
-        for at in share(len(read), rank):
-            chunk.append(_read(read[at]))
-            if sum(map(len, chunk)) >= CHUNK_BYTES:
-                _send(rank, chunk)
-                chunk = []
-        if chunk:
-            _send(rank, chunk)
-        _send(rank, [])  # that was all
+        send_images(rank, [read[at] for at in share(len(read), rank)])
 
 
 def take(device: torch.device) -> tuple[int, LearnerState, list[bytes | None]]:
@@ -81,13 +73,32 @@ def take(device: torch.device) -> tuple[int, LearnerState, list[bytes | None]]:
     for name, (dtype, shape) in head["tensors"].items():
         tensors[name] = ranks.from_first(torch.empty(shape, dtype=_DTYPES[dtype])).to(device)
     images: list[bytes | None] = [None] * head["images"]
-    own = iter(share(len(images), ranks.rank()))
+    for at, image in zip(share(len(images), ranks.rank()), received_images(), strict=True):
+        images[at] = image
+    return head["task"], LearnerState(tensors, head["values"]), images
+
+
+def send_images(rank: int, read: Iterable[Callable[[], bytes]]) -> None:
+    """Send encoded images to a rank, which has to take all of them from `received_images` now. One that cannot be read
+    (ImageError) is an empty one to it."""
+    chunk: list[bytes] = []
+    for one in read:
+        chunk.append(_read(one))
+        if sum(map(len, chunk)) >= CHUNK_BYTES:
+            _send(rank, chunk)
+            chunk = []
+    if chunk:
+        _send(rank, chunk)
+    _send(rank, [])  # that was all
+
+
+def received_images() -> Iterator[bytes]:
+    """Receive what rank 0 sends to this one by `send_images`, image after image."""
     while lengths := json.loads(ranks.receive()):
         data, start = ranks.receive(), 0
-        for length, at in zip(lengths, own, strict=False):
-            images[at] = data[start : start + length]
+        for length in lengths:
+            yield data[start : start + length]
             start += length
-    return head["task"], LearnerState(tensors, head["values"]), images
 
 
 @dataclass(frozen=True)
@@ -137,15 +148,12 @@ def share(count: int, rank: int) -> range:
 def joined(own: LoadedImages, count: int, clip: Clip) -> LoadedImages:
     """Make of what this rank has decoded of its share what all have decoded of `count` images."""
     here = share(count, ranks.rank())
-    told = ranks.told_by_all(
-        json.dumps([(here[at], str(error.reason), error.detail) for at, error in own.failed]).encode()
-    )
-    failed = {at: ImageError(reason, detail) for one in told for at, reason, detail in json.loads(one)}
+    failed = failed_anywhere({here[at]: error for at, error in own.failed})
     kept = tuple(at for at in range(count) if at not in failed)
     owners = torch.tensor(kept, dtype=torch.int64) % ranks.size()
     assert isinstance(own.tokens, StoredTokens)
     tokens = TokensOfRank(own.tokens, owners, ranks.rank(), clip)
-    return LoadedImages(tokens, kept, tuple(sorted(failed.items())))
+    return LoadedImages(tokens, kept, tuple(failed.items()))
 
 
 def _read(read: Callable[[], bytes]) -> bytes:

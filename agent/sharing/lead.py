@@ -1,4 +1,4 @@
-"""The trainer as rank 0: it starts the ranks of its machine, lets others join, and shares each update with them."""
+"""The trainer as rank 0: it starts the ranks of its machine, lets others join, and shares each task with them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from agent.methods.base import Method
 from agent.model import ranks
 from agent.model.clip import Clip
 from agent.model.images import LoadedImages
-from agent.sharing import deal
+from agent.scoring.scored_images import Wanted
+from agent.sharing import deal, scores
 from agent.sharing.deal import Rows
 from agent.sharing.machine import SharingError, device_of, interface_of, threads_of, use_interface
 from agent.sharing.members import Gone, Member, Members
@@ -83,6 +84,7 @@ class Sharing:
                 torch.set_num_threads(threads_of(self._config))
                 deal.give(task.number, method.state(), [sample.read for sample in task.samples])
                 yield
+                self._tell({"go on": True})  # there is nothing more to score
             wall = time.perf_counter() - started
             own = {"host": socket.gethostname(), "process": os.getpid(), "device": str(self._clip.device)}
             shares = [_share(own, {"seconds": wall, "waited_s": ranks.waited_s() - waited})]
@@ -108,12 +110,19 @@ class Sharing:
         if not self._with:
             return
         prepare()
-        for member in self._with:
-            try:
-                member.connection.send({"go on": True})
-            except Gone as error:
-                raise RankLost(self._whom(error)) from error
+        self._tell({"go on": True})
         ranks.told(rows.to_json())
+
+    def ask(self, wanted: Wanted, serials: Sequence[int], read: Sequence[Callable[[], bytes]]) -> None:
+        """Let the ranks encode images to be scored, see agent.sharing.scores: before `go_on`, and once the update is
+        done."""
+        self._tell({"encode": True})
+        scores.ask(wanted, serials, read)
+
+    def _tell(self, message: Mapping[str, Any]) -> None:
+        """Tell all ranks what they wait for without a bound."""
+        for member in self._with:
+            member.connection.send(message)
 
     def close(self) -> None:
         """End this machine's other ranks, and hang up on those of others."""

@@ -27,7 +27,7 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
-PROTOCOL = 1
+PROTOCOL = 2
 """The version of these messages; a rank with another is refused before anything else is compared."""
 
 MESSAGE_BYTES = 2**16

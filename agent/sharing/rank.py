@@ -1,4 +1,4 @@
-"""What a rank other than the trainer does: it keeps the model in memory, and learns its share of every task."""
+"""What a rank other than the trainer does: it keeps the model in memory, and learns and scores its share of a task."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from PIL import Image
 from agent import methods
 from agent.config import Config
 from agent.layout import SCRATCH
+from agent.methods.base import InferenceModule, Method
 from agent.model import ranks
 from agent.model.clip import load_clip
 from agent.model.images import load_tokens
@@ -25,6 +26,7 @@ from agent.scoring.answering import predicted
 from agent.sharing import deal
 from agent.sharing.machine import device_of, interface_of, use_interface
 from agent.sharing.members import Connection, Gone
+from agent.sharing.scores import ShareOfScoring
 from exporter.decoders import Decoders
 
 log = logging.getLogger(__name__)
@@ -40,6 +42,7 @@ class Rank:
         device = device_of(config, number)
         self._clip = load_clip(config.model.model_copy(update={"device": device}))
         self._decoders = Decoders(config.source.max_image_pixels, workers=threads)
+        self._scoring = ShareOfScoring(self._clip, self._decoders, config.method.cache_bytes)
         self.device = str(self._clip.device)
         self.terms = deal.terms(config, self._clip)
         """What it must have in common with its trainer."""
@@ -82,12 +85,19 @@ class Rank:
                 scratch=self._config.state.path / SCRATCH,
             )
             loaded = deal.joined(loaded, len(read), self._clip)
-            connection.receive(None)  # for ever: the trainer may have thousands of images to decode for its scores
+            self._help(connection, method, module)
             rows = deal.Rows.from_json(ranks.told())
             task = rows.data(number, loaded, read, self._clip, self._decoders)
             if len(task):
                 predicted(self._clip, method, module, task, self._config.evaluation.batch_size, method.encode_names)
                 method.update(task, lambda progress: None)
+                module = method.inference_module()
+            self._help(connection, method, module)
+
+    def _help(self, connection: Connection, method: Method, module: InferenceModule | None) -> None:
+        """Encode images for the trainer's scores until it goes on, for ever: it may have thousands to compare."""
+        while not connection.receive(None).get("go on"):
+            self._scoring.encode(method, module)
 
 
 def _encoded(image: bytes | None) -> bytes:
