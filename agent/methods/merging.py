@@ -91,6 +91,7 @@ def adapted(learner: LearnerState) -> bool:
 def _gapstream(learners: Learners) -> LearnerState:
     _check_projections(learners, "random.tokens", "random.embedding")
     _check_depth(learners)
+    learners = {name: _with_embeddings(state) for name, state in learners.items()}
     states = list(learners.values())
     first = states[0]
     counts, means, shifts = _joined(learners, [state.tensors["counts"] for state in states])
@@ -111,6 +112,12 @@ def _gapstream(learners: Learners) -> LearnerState:
     }
     depth = {"depth": first.values["depth"]} if "depth" in first.values else {}
     return LearnerState(tensors | _common_adapters(states), {"classes": list(spellings(learners).values()), **depth})
+
+
+def _with_embeddings(state: LearnerState) -> LearnerState:
+    """Give a state with class means of embeddings: NaN, as not known, where an earlier version made it."""
+    unknown = torch.full((len(state.values["classes"]), len(state.tensors["random.embedding"])), torch.nan)
+    return LearnerState({"embeddings": unknown, **state.tensors}, state.values)
 
 
 def _ncm(learners: Learners) -> LearnerState:
