@@ -96,9 +96,7 @@ def loop(bootstrap: str, topic: str, count: int, classifier: Classifier, broker:
     """Time of the bare loop."""
     KafkaTCPTransport._sock_recv = AS_IT_COMES  # the exchange before has replaced it, see streams.kafka.transport
     group = uuid.uuid4().hex
-    producer = KafkaProducer(
-        bootstrap_servers=bootstrap, transactional_id=group, batch_size=2**17, retry_backoff_ms=20
-    )
+    producer = KafkaProducer(bootstrap_servers=bootstrap, transactional_id=group, batch_size=2**17, retry_backoff_ms=20)
     producer.init_transactions()
     consumer = KafkaConsumer(
         topic,
@@ -179,7 +177,10 @@ def main() -> int:
     parser.add_argument("--small", type=int, default=4000)
     parser.add_argument("--threads", type=int, default=0, help="threads of onnxruntime, in both; 0: one for each core")
     options = parser.parse_args()
-    kinds = {"500 x 400": (photo(), options.photos), "32 x 32": (encoded(picture(size=(32, 32)), "JPEG"), options.small)}
+    kinds = {
+        "500 x 400": (photo(), options.photos),
+        "32 x 32": (encoded(picture(size=(32, 32)), "JPEG"), options.small),
+    }
     good = True
     with tempfile.TemporaryDirectory() as folder:
         two_releases(load_clip(model("tinyclip")), Path(folder) / "state")
@@ -190,7 +191,8 @@ def main() -> int:
             admin = KafkaAdminClient(bootstrap_servers=broker.bootstrap)
             names = [f"t{number}{end}" for number in range(len(kinds)) for end in ("", ".out")]
             admin.create_topics(
-                {name: {"num_partitions": PARTITIONS, "replication_factor": 1} for name in names}, wait_for_metadata=True
+                {name: {"num_partitions": PARTITIONS, "replication_factor": 1} for name in names},
+                wait_for_metadata=True,
             )
             admin.close()
             for number, (kind, (image, count)) in enumerate(kinds.items()):
@@ -200,9 +202,12 @@ def main() -> int:
                 for which, name in enumerate(("clock", "processor")):
                     ratios = [plain[which] / ours[which] for plain, ours in pairs]
                     plain_ms, our_ms = (
-                        1000 * statistics.median(times[which] for times in side) / count for side in zip(*pairs, strict=True)
+                        1000 * statistics.median(times[which] for times in side) / count
+                        for side in zip(*pairs, strict=True)
                     )
-                    print(f"{kind}, by the {name}: loop {plain_ms:.2f} ms an image, exchange {our_ms:.2f} ms", flush=True)
+                    print(
+                        f"{kind}, by the {name}: loop {plain_ms:.2f} ms an image, exchange {our_ms:.2f} ms", flush=True
+                    )
                     least = LEAST_RATIO if name == "clock" else None
                     good &= show(f"bare loop / serve --kafka, images of {kind}, by the {name}", ratios, least=least)
         finally:
