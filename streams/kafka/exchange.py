@@ -224,9 +224,10 @@ class Exchange:
                 ]
                 self._taken += arrivals
                 return arrivals
-        void, self._taken = len(self._taken), []
+        void = len(self._taken)
         self.settle()
         with self._unless_it_fails("nothing can be read"):
+            self._put_back()
             self._realign(polled)
         if void:
             raise Moved(f"the group moves its partitions; {void} messages are taken again")
@@ -237,10 +238,7 @@ class Exchange:
         transaction under way has failed."""
         self.settle()
         with self._unless_it_fails("nothing can be read"):
-            for arrival in reversed(self._taken):
-                assert self._consumer is not None
-                self._consumer.seek(TopicPartition(*arrival.item.partition), arrival.item.offset)
-            self._taken = []
+            self._put_back()
 
     def commit(self, arrivals: Sequence[Arrival], replies: Sequence[Reply]) -> Future[None]:
         """Begin to send `replies` and to pass `arrivals`, the first of what was taken; gives what becomes of it. The
@@ -360,6 +358,16 @@ class Exchange:
         self.close()
         why = describe_error(error) if str(error) else "no answer in time"
         return StreamError(f"{what} ({self._connection}: {why}); nothing is lost, it is taken again")
+
+    def _put_back(self) -> None:
+        """Have what was taken polled again, as far as its partitions are held still: those that are kept in a rebalance
+        keep their positions, and the group may have no offset for them yet."""
+        if self._consumer is not None:
+            held = self._consumer.assignment()
+            for arrival in reversed(self._taken):
+                if (where := TopicPartition(*arrival.item.partition)) in held:
+                    self._consumer.seek(where, arrival.item.offset)
+        self._taken = []
 
     def _realign(self, polled: Mapping[TopicPartition, Sequence[Any]]) -> None:
         """Put every position where the group is, and what was polled back: it may be what others answered already."""
