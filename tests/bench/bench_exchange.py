@@ -148,7 +148,7 @@ def exchange(bootstrap: str, topic: str, count: int, classifier: Classifier, bro
         pass
     while not ours.take(0.5):
         pass
-    begin(ours._consumer)
+    ours.take_again()
     registry = CollectorRegistry()
     stop = threading.Event()
     responder = Responder(
