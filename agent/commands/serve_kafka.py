@@ -259,6 +259,7 @@ class Responder:
                 self._rest = self._exchange.take(0)
                 if not self._rest and not self._ahead:
                     self._exchange.settle()
+                    self._show_lag()  # of what was just committed, and not once the wait is over
                     self._rest = self._exchange.take(_POLL_S)
                 if not self._rest:
                     return
