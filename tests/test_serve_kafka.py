@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from exporter.release import ReleaseError
 from exporter.runtime import Classifier
 from exporter.serving_metrics import KafkaMetrics
 from streams.formats import Claim, Codec
-from streams.kafka.exchange import Arrival, Reply
+from streams.kafka.exchange import Arrival, Moved, Reply
 from streams.record import Partition, Raw, Reason, Record, Rejected, Unreachable
 from streams.source import StreamError
 from tests.processes import gapstream, running, until
@@ -48,31 +49,76 @@ class ListExchange:
 
     joined = True
 
-    def __init__(self, arrivals: Sequence[Arrival], max_reply_bytes: int = 10**6) -> None:
+    def __init__(self, arrivals: Sequence[Arrival], max_reply_bytes: int = 10**6, held: bool = False) -> None:
+        """`held`: a transaction ends when the next call that waits for it does, and not before."""
         self.max_reply_bytes = max_reply_bytes
         self.left = list(arrivals)
         self.replies: list[Reply] = []
         self.commits: list[int] = []
         self.failures: list[StreamError] = []
+        self.moves: list[int] = []
+        """The partitions move when so many messages are taken."""
         self.closed = False
+        self.under_way: Callable[[], None] | None = None
+        self._taken = 0
+        self._in_transaction = 0
+        self._held = held
 
     def take(self, timeout_s: float) -> Sequence[Arrival]:
-        if not self.left:
+        if self._taken in self.moves:
+            self.moves.remove(self._taken)
+            self._taken = 0
+            self.settle()
+            raise Moved("the group moves its partitions")
+        begin = self._in_transaction + self._taken
+        found = self.left[begin : begin + 10]
+        if not found:
             time.sleep(0.002)
-        return self.left[:10]
+        self._taken += len(found)
+        return found
 
-    def commit(self, arrivals: Sequence[Arrival], replies: Sequence[Reply]) -> None:
+    def take_again(self) -> None:
+        self.settle()
+        self._taken = 0
+
+    def commit(self, arrivals: Sequence[Arrival], replies: Sequence[Reply]) -> Future[None]:
+        self.settle()
+        assert list(arrivals) == self.left[: len(arrivals)] and len(arrivals) <= self._taken
+        self._taken -= len(arrivals)
+        self._in_transaction = len(arrivals)
+        outcome: Future[None] = Future()
+        self.under_way = lambda: self._end(arrivals, replies, outcome)
+        if not self._held:
+            self.under_way()
+        return outcome
+
+    def _end(self, arrivals: Sequence[Arrival], replies: Sequence[Reply], outcome: Future[None]) -> None:
         if self.failures:
-            raise self.failures.pop()
-        assert list(arrivals) == self.left[: len(arrivals)]
-        self.left = self.left[len(arrivals) :]
+            self._failed = self.failures.pop()
+            outcome.set_exception(self._failed)
+            self.under_way = self._raise
+            return
+        self.under_way = None
         self.replies += replies
         self.commits.append(len(arrivals))
+        self._in_transaction = 0
+        outcome.set_result(None)
+        self.left = self.left[len(arrivals) :]
+
+    def _raise(self) -> None:
+        self._taken = self._in_transaction = 0
+        self.under_way = None
+        raise self._failed
+
+    def settle(self) -> None:
+        while self.under_way is not None:
+            self.under_way()
 
     def lag(self) -> dict[Partition, int]:
         return {PLACE: len(self.left)}
 
     def close(self) -> None:
+        assert self.under_way is None
         self.closed = True
 
 
@@ -259,6 +305,123 @@ def test_a_model_that_fails_loses_no_message(error, state):
         pass
 
     assert [json.loads(reply.value)["origin"]["offset"] for reply in exchange.replies] == [0, 1, 2]
+
+
+class Watched:
+    """A classifier that tells `watch` the number of each call before it answers."""
+
+    def __init__(self, classifier: Classifier, watch: Callable[[int], None]) -> None:
+        self._classifier, self._watch, self._calls = classifier, watch, 0
+        self.release = classifier.release
+
+    def classify(self, images: Any, top: int) -> Any:
+        self._calls += 1
+        self._watch(self._calls)
+        return self._classifier.classify(images, top)
+
+
+def offsets(exchange: ListExchange) -> list[int]:
+    return [json.loads(reply.value)["origin"]["offset"] for reply in exchange.replies]
+
+
+def claims(count: int) -> list[Arrival]:
+    return arrivals(
+        *[b""] * count, headers=[("image-url", b"https://example.com/a.png"), ("image-sha256", SHA256.encode())]
+    )
+
+
+def test_while_a_batch_is_in_the_model_the_next_is_fetched_and_the_one_before_committed(state):
+    # given three transactions of ten, each a batch of eight and one of two
+    exchange = ListExchange(claims(30), held=True)
+    fetched = [threading.Event() for _ in range(30)]
+    seen = []
+
+    def fetch(claim: Claim) -> Record:
+        fetched[claim.offset].set()
+        return Record(claim.partition, claim.offset, "", png(picture(1)))
+
+    # when the second transaction's first batch is in the model
+    def watch(call: int) -> None:
+        if call == 3:
+            # then the first transaction is under way, the next batch is fetched, and the one after it is not
+            seen.append((exchange.under_way is not None, list(exchange.commits)))
+            assert all(event.wait(20) for event in fetched[18:20])
+            seen.append(fetched[20].is_set())
+
+    with answering(exchange, Watched(Classifier(state.path), watch), fetch=fetch):
+        pass
+    assert seen == [(True, []), False]
+    assert offsets(exchange) == list(range(30)) and exchange.commits == [10, 10, 10]
+
+
+def test_a_model_that_fails_leaves_the_transaction_before_as_it_is(state):
+    exchange = ListExchange(arrivals(*[png(picture(1))] * 20), held=True)
+    seen = []
+
+    def watch(call: int) -> None:
+        if call == 2:
+            seen.append(exchange.under_way is not None)
+            raise RuntimeError("out of memory")
+
+    with answering(exchange, Watched(Classifier(state.path), watch)) as registry:
+        pass
+
+    assert seen == [True] and offsets(exchange) == list(range(20)) and exchange.commits == [10, 10]
+    value = registry.get_sample_value
+    assert value("gapstream_serve_kafka_transactions_total", {"result": "committed"}) == 2
+    assert value("gapstream_serve_kafka_transactions_total", {"result": "aborted"}) == 0
+
+
+def test_a_transaction_that_fails_takes_what_was_answered_after_it_along(state):
+    # given a transaction that fails while the next messages are in the model
+    exchange = ListExchange(arrivals(*[png(picture(1))] * 30), held=True)
+    exchange.failures = [StreamError("10 messages were not answered")]
+
+    with answering(exchange, Classifier(state.path)) as registry:
+        pass
+
+    # then all come again, in their order
+    assert offsets(exchange) == list(range(30))
+    value = registry.get_sample_value
+    assert value("gapstream_serve_kafka_transactions_total", {"result": "aborted"}) == 1
+    assert value("gapstream_serve_kafka_predictions_total") == 30
+
+
+def test_what_was_taken_before_the_group_moved_its_partitions_is_taken_again(state, caplog):
+    # given partitions that move with a transaction under way and ten messages answered or on their way
+    exchange = ListExchange(arrivals(*[png(picture(1))] * 40), held=True)
+    exchange.moves = [10]
+
+    with answering(exchange, Classifier(state.path)) as registry:
+        pass
+
+    # then each is answered once, and that is no failure
+    assert offsets(exchange) == list(range(40)) and not exchange.moves
+    assert registry.get_sample_value("gapstream_serve_kafka_transactions_total", {"result": "aborted"}) == 0
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_a_stop_waits_for_the_transaction_under_way_and_commits_what_is_answered(state):
+    # given a stop while one transaction is under way and the next batch is in the model
+    exchange = ListExchange(arrivals(*[png(picture(1))] * 30), held=True)
+    stop = threading.Event()
+    seen = []
+
+    def watch(call: int) -> None:
+        if call == 2:
+            seen.append(exchange.under_way is not None)
+            stop.set()
+
+    metrics = KafkaMetrics(CollectorRegistry(), Reason)
+    watched: Any = Watched(Classifier(state.path), watch)
+    fetch = lambda claim: CODEC.fetch(claim, None)  # noqa: E731
+    responder = Responder(exchange, lambda: watched, metrics, stop.is_set, Decoders(10**6), fetch=fetch)  # type: ignore[arg-type]
+    responder.start()
+    responder.join()
+
+    # then both are committed, and the rest is left
+    assert seen == [True] and exchange.commits == [10, 10]
+    assert len(exchange.left) == 10 and exchange.closed
 
 
 def test_a_stop_in_the_middle_commits_what_is_answered_and_leaves_the_rest(state):

@@ -1,6 +1,7 @@
 """`gapstream serve --kafka`: images of topics in, predictions out, each exactly once for readers of committed messages.
 
-A prediction is JSON under its image's key: `release`, `labels` and `scores`, or `error` and `detail`; and `origin`.
+While a batch is in the model, the images of the next are fetched and decoded, and the answers before are committed. A
+prediction is JSON under its image's key: `release`, `labels` and `scores`, or `error` and `detail`; and `origin`.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ import json
 import logging
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -29,7 +31,7 @@ from streams.background import in_background
 from streams.claims import ImageStore
 from streams.dead_letter_format import message_size
 from streams.formats import CONTENT_TYPE, JSON, Claim, Codec
-from streams.kafka.exchange import Arrival, Exchange, Reply
+from streams.kafka.exchange import Arrival, Exchange, Moved, Reply
 from streams.record import Control, Partition, Reason, Record, Rejected, Unreachable
 from streams.source import StreamError
 
@@ -54,12 +56,35 @@ Chosen by hand; a larger longest wait delays the first answers after the brokers
 _FETCHES = 8
 """Images fetched at once, as many as the learner's source fetches; chosen by hand. More ask more of the image store,
 and all of them are in memory, each up to source.max_image_bytes."""
+_AHEAD = 2
+"""Batches whose images are in memory as pixels: one in the model and the one after it, so that the decoders work while
+the model does. More would take more memory and make nothing faster, as the slower of the two is never without work."""
 _OVERHEAD = 256
 """Bytes left free in a message for what `message_size` does not count: lengths, the time, and the head of the batch it
 is sent in, which take about a hundred. A prediction that does not fit is answered by an error that does."""
 
 Refusal = tuple[str, str]
 """The reason why a message has no prediction (streams.record.Reason), and the detail."""
+
+
+Answer = Prediction | Refusal | None
+"""What is said to a message; None for marks, which are passed without an answer."""
+
+
+@dataclass(eq=False)
+class _Batch:
+    """Messages whose images go through the model together, on their way there."""
+
+    arrivals: Sequence[Arrival]
+    taken: float
+    """When they were taken, by time.monotonic()."""
+    last: bool
+    """Whether a transaction ends with them: nothing was taken together with them and comes after them."""
+    items: Sequence[Record | Rejected | Control] = ()
+    """What they stand for, once images elsewhere are fetched."""
+    dropped: bool = False
+    """Whether nobody waits for it any more."""
+    prepared: Future[list[Prepared | Refusal | None]] = field(default_factory=Future)
 
 
 @contextlib.contextmanager
@@ -132,8 +157,20 @@ class Responder:
         self._top = top
         self._headers = frozenset(headers)
         self._max_batch = max_batch
+        self._ahead: deque[_Batch] = deque()
+        """What is prepared for the model, or has been."""
+        self._rest: Sequence[Arrival] = ()
+        """What was taken and is not in `_ahead` yet."""
+        self._answered: list[tuple[Arrival, Answer]] = []
+        """What the next transaction passes."""
+        self._came = self._taken = self._beat = time.monotonic()
+        """When `_rest` was taken; when the first of `_answered` was; a sign of life that threads write and /livez
+        reads."""
+        self._again = False
+        """Whether messages are held no more that were taken and not answered."""
         self._failure = ""
-        self._beat = time.monotonic()  # written by the thread, read by /livez; a float is one assignment
+        self._failures = 0
+        """In a row, without a transaction that ended well."""
         self._shown: set[Partition] = set()
         self._decoders = decoders
         self._thread = threading.Thread(target=self._run, name="kafka-responder", daemon=True)
@@ -161,24 +198,30 @@ class Responder:
         return [] if self._exchange.joined else ["the consumer group has not been joined yet"]
 
     def _run(self) -> None:
-        failures = 0
         while not self._stopping():
             self._beat = time.monotonic()
             classifier = self._classifier()
             try:
                 if classifier is None:
                     time.sleep(_POLL_S)
-                elif arrivals := self._exchange.take(_POLL_S):
-                    self._answer(arrivals, classifier)
-                    failures = 0
-                self._failure = ""
+                else:
+                    self._step(classifier)
                 self._show_lag()
+            except Moved as moved:
+                log.info("%s", moved)
+                self._drop()
             except Exception as error:  # the thread must outlive whatever happens: nobody would start it again
-                failures += 1
-                wait = min(_WAIT_S[0] * 2 ** (failures - 1), _WAIT_S[1])
+                self._drop()
+                self._failures += 1
+                wait = min(_WAIT_S[0] * 2 ** (self._failures - 1), _WAIT_S[1])
                 self._failure = f"{error}; tried again in {wait:.1f} s"
                 log.warning("%s", self._failure, exc_info=not isinstance(error, StreamError))
                 self._sleep(wait)
+        try:
+            self._commit()
+            self._exchange.settle()
+        except Exception as error:
+            log.warning("%s", error, exc_info=not isinstance(error, StreamError))
         self._exchange.close()
         self._decoders.close()
 
@@ -188,66 +231,115 @@ class Responder:
         while time.monotonic() < until and not self._stopping():
             time.sleep(min(0.2, seconds))
 
-    def _answer(self, arrivals: Sequence[Arrival], classifier: Classifier) -> None:
-        """Answer all of them in one transaction, or only the first where it takes long or the end has come."""
-        began = time.monotonic()
-        answers: list[Prediction | Refusal | None] = []
-        while len(answers) < len(arrivals) and not (self._stopping() or time.monotonic() - began > _BATCH_S):
-            self._beat = time.monotonic()
-            answers += self._classified(self._part(arrivals[len(answers) :]), classifier, began + _BATCH_S)
-        if not answers:
+    def _step(self, classifier: Classifier) -> None:
+        """Answer one batch, with the next one in preparation meanwhile and the transaction before under way."""
+        if self._again:
+            self._exchange.take_again()
+            self._again = False
+        self._look_ahead(classifier)
+        if not self._ahead:
+            self._failure = ""
             return
-        done = arrivals[: len(answers)]
+        batch = self._ahead.popleft()
+        answers = self._classified(batch, classifier)
+        if not self._answered:
+            self._taken = batch.taken
+        self._answered += zip(batch.arrivals, answers, strict=False)
+        short = len(answers) < len(batch.arrivals)
+        late = not batch.last and time.monotonic() > batch.taken + _BATCH_S
+        if batch.last or short or late:
+            self._commit()
+        if short or late:
+            self._drop()
+
+    def _look_ahead(self, classifier: Classifier) -> None:
+        """Have _AHEAD batches prepared, as far as there are messages; waits for some where there is nothing to do."""
+        while len(self._ahead) < _AHEAD:
+            if not self._rest:
+                self._rest = self._exchange.take(0)
+                if not self._rest and not self._ahead:
+                    self._exchange.settle()
+                    self._show_lag()  # of what was just committed, and not once the wait is over
+                    self._rest = self._exchange.take(_POLL_S)
+                if not self._rest:
+                    return
+                self._came = time.monotonic()
+            arrivals = self._part(self._rest)
+            self._rest = self._rest[len(arrivals) :]
+            batch = _Batch(arrivals, self._came, not self._rest)
+            batch.prepared = in_background(partial(self._prepare, batch, classifier), "prepare")
+            self._ahead.append(batch)
+
+    def _drop(self) -> None:
+        """Forget what is not in a transaction yet, which is taken again."""
+        for batch in self._ahead:
+            batch.dropped = True
+        self._ahead.clear()
+        self._rest, self._answered = (), []
+        self._again = True
+
+    def _commit(self) -> None:
+        """Begin a transaction that answers all that has an answer. Raises StreamError when the one before has failed,
+        which is waited for."""
+        if not self._answered:
+            return
+        answered, self._answered = self._answered, []
         replies, rejected = [], Counter[str]()
-        for arrival, answer in zip(done, answers, strict=True):
+        for arrival, answer in answered:
             if answer is not None:
                 reply, reason = self._reply(arrival, answer)
                 replies.append(reply)
                 rejected[reason] += 1
-        try:
-            self._exchange.commit(done, replies)
-        except StreamError:  # only transactions count it; messages count when they are committed
+        topics = Counter(arrival.item.partition.topic for arrival, _ in answered)
+        outcome = self._exchange.commit([arrival for arrival, _ in answered], replies)
+        outcome.add_done_callback(partial(self._count, self._taken, topics, rejected))
+
+    def _count(self, taken: float, topics: Counter[str], rejected: Counter[str], outcome: Future[None]) -> None:
+        """Count a transaction that has ended, and what it has answered; called in its thread."""
+        if outcome.exception() is not None:  # only transactions count it; messages count when they are committed
             self._metrics.transactions.labels("aborted").inc()
-            raise
+            return
+        self._failure, self._failures = "", 0
         self._metrics.transactions.labels("committed").inc()
-        self._metrics.seconds.observe(time.monotonic() - began)
-        for topic, count in Counter(arrival.item.partition.topic for arrival in done).items():
+        self._metrics.seconds.observe(time.monotonic() - taken)
+        for topic, count in topics.items():
             self._metrics.records.labels(topic).inc(count)
         self._metrics.predictions.inc(rejected.pop("", 0))
         for reason, count in rejected.items():
             self._metrics.rejected.labels(reason).inc(count)
 
-    def _classified(
-        self, arrivals: Sequence[Arrival], classifier: Classifier, until: float
-    ) -> list[Prediction | Refusal | None]:
-        """Find what is to be said to each message; None for marks, which are passed without an answer. Only the first
-        are answered where decoding takes longer than `until`."""
-        waiting = [
-            in_background(partial(self._fetch, arrival.item), "image-fetch")
-            if isinstance(arrival.item, Claim)
-            else arrival.item
-            for arrival in arrivals
-        ]
-        items = [item.result() if isinstance(item, Future) else item for item in waiting]
+    def _classified(self, batch: _Batch, classifier: Classifier) -> list[Answer]:
+        """Find what is to be said to each message. Only the first are answered where fetching and decoding took until
+        the transaction must end."""
+        found = batch.prepared.result()
         while True:
-            found = list(self._prepared(items, classifier, until))
             usable = [image for image in found if isinstance(image, Prepared)]
             try:
                 predictions = iter(classifier.classify(usable, self._top))
             except ReleaseError as error:  # a new release with another preprocessing came in between
                 log.info("%s", error)
+                found = list(self._prepared(batch, classifier))
                 continue
             return [next(predictions) if isinstance(image, Prepared) else image for image in found]
 
-    def _prepared(
-        self, items: Sequence[Record | Rejected | Control], classifier: Classifier, until: float
-    ) -> Iterator[Prepared | Refusal | None]:
-        """Decode images for the model, or say why one cannot be; None for a mark. Ends after the first that is there at
-        `until` or later: images made to be slow take many seconds each."""
+    def _prepare(self, batch: _Batch, classifier: Classifier) -> list[Prepared | Refusal | None]:
+        """Fetch images that are elsewhere, and decode all."""
+        waiting = [
+            in_background(partial(self._fetch, arrival.item), "image-fetch")
+            if isinstance(arrival.item, Claim)
+            else arrival.item
+            for arrival in batch.arrivals
+        ]
+        batch.items = [item.result() if isinstance(item, Future) else item for item in waiting]
+        return list(self._prepared(batch, classifier))
+
+    def _prepared(self, batch: _Batch, classifier: Classifier) -> Iterator[Prepared | Refusal | None]:
+        """Decode images for the model, or say why one cannot be; None for a mark. Ends after the first that is there
+        when the transaction must end, or later: images made to be slow take many seconds each."""
         preprocess = classifier.release.preprocess
-        images = (item.image for item in items if isinstance(item, Record))
+        images = (item.image for item in batch.items if isinstance(item, Record))
         with contextlib.closing(self._decoders.pixels(images, preprocess)) as decoded:
-            for item in items:
+            for item in batch.items:
                 if isinstance(item, Record):
                     pixels = next(decoded)
                     self._beat = time.monotonic()
@@ -257,7 +349,7 @@ class Responder:
                         yield Prepared(pixels, preprocess)
                 else:
                     yield (item.reason, item.detail) if isinstance(item, Rejected) else None
-                if time.monotonic() > until or self._stopping():
+                if time.monotonic() > batch.taken + _BATCH_S or batch.dropped or self._stopping():
                     return
 
     def _part(self, arrivals: Sequence[Arrival]) -> Sequence[Arrival]:

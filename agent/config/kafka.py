@@ -209,8 +209,8 @@ class ServeKafka(Section):
     """One transaction answers at most this number of messages. More cost less for each message, but the first of them
     waits longer for its answer."""
     fetch_bytes: int = Field(16 * 2**20, ge=2**16)
-    """Messages that were fetched and are not answered yet take about this number of bytes of memory (at least 65536)
-    before fetching waits."""
+    """One fetch brings about this number of bytes of messages (at least 65536). Memory for three is needed: what is
+    answered, what is prepared meanwhile, and what is fetched."""
 
     @model_validator(mode="after")
     def _no_circle(self) -> ServeKafka:

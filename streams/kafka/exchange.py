@@ -17,6 +17,11 @@ offsets that wait for open transactions), with gaps that are closed here:
 - Where the group has no offset, "newest" is another place at every connection: the first becomes the group's offset
   before anything is taken.
 - Waiting for a commit has no end while the brokers are away: here it has.
+
+One transaction is under way while the next messages are taken. What was taken before the group moved its partitions is
+void: it is taken again, by whoever has them then. A transaction that would still pass some of it belongs to an older
+generation of the group, and the brokers refuse it; one that has reached them is waited for, before the move and again
+where the positions are read.
 """
 
 from __future__ import annotations
@@ -24,8 +29,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
 from typing import Any, Literal, NamedTuple
 
 from kafka import ConsumerRebalanceListener, KafkaConsumer, KafkaProducer, OffsetAndMetadata, TopicPartition
@@ -72,6 +79,10 @@ _COMMIT_S = 20
 """Seconds that a commit is waited for: longer than the transaction it belongs to can last. Waiting without end, as
 kafka-python does, would outlast every outage unseen."""
 
+_REVOKED_S = 5
+"""Seconds that a rebalance waits for the transaction under way, which is refused once the group has gone on. The client
+sends no heartbeats meanwhile: half of _SESSION_MS."""
+
 _COMMITTED_MS = 1_000
 """Time that one look at the group's offsets may take. A look that fails is tried again at the next `take`, which must
 not take much longer than it was told."""
@@ -95,6 +106,10 @@ class TopicMissing(NotThere):
         self.topics = list(topics)
 
 
+class Moved(StreamError):
+    """The group moves its partitions: what was taken and is not in a transaction yet is taken again."""
+
+
 class Arrival(NamedTuple):
     """A message that came, and what it stands for."""
 
@@ -113,11 +128,23 @@ class Reply(NamedTuple):
     headers: list[tuple[str, bytes]]
 
 
+class _Transaction(NamedTuple):
+    """A transaction under way."""
+
+    outcome: Future[None]
+    messages: int
+    """How many it passes."""
+    next_offsets: Mapping[Partition, int]
+    due: float
+    """When it is given up, by time.monotonic()."""
+
+
 class Exchange:
     """One member of a consumer group, and the replies it gives. Used from one thread, but for `joined`.
 
-    Whatever fails is raised as StreamError and has changed nothing: the next `take` connects anew and begins where the
-    group is.
+    `take` gives what follows the messages taken before, and `commit` begins to answer the first of those that it has
+    not answered yet, while the next are taken. Whatever fails is raised as StreamError, from there or from the next
+    call, and has changed nothing: the next `take` connects anew and begins where the group is.
     """
 
     def __init__(
@@ -151,9 +178,11 @@ class Exchange:
         self._consumer: KafkaConsumer | None = None
         self._producer: KafkaProducer | None = None
         self._member: Any = None
-        self._assigned = threading.Event()
+        self._revoked, self._assigned = threading.Event(), threading.Event()
         self._positions: dict[Partition, int] = {}
-        self._taken: Sequence[Arrival] = ()
+        self._taken: list[Arrival] = []
+        """What was taken and is in no transaction yet, in its order."""
+        self._under_way: _Transaction | None = None
         self._fetched_again: set[tuple[Partition, int]] = set()
         self.max_reply_bytes = 0
         """Bytes that the output topic takes as one message; 0 before the first messages, read anew after a failure."""
@@ -178,50 +207,67 @@ class Exchange:
     def take(self, timeout_s: float) -> Sequence[Arrival]:
         """Take the next messages to reply to, in the order of their partitions; none when none came within `timeout_s`.
 
-        Those taken before and not passed by `commit` come again. Raises StreamError.
+        Raises Moved when those taken before and not committed are void, and StreamError.
         """
-        try:
+        with self._unless_it_fails("nothing can be read"):
             if self._consumer is None:
                 self._connect()
             assert self._consumer is not None
-            for arrival in reversed(self._taken):
-                self._consumer.seek(TopicPartition(*arrival.item.partition), arrival.item.offset)
-            self._taken = ()
             polled = self._consumer.poll(timeout_ms=int(timeout_s * 1000), max_records=self._max_records)
             # Here, not when the commit needs it: a membership lost meanwhile would be empty by then, and fence nothing.
             self._member = self._consumer.group_metadata()
-            if self._assigned.is_set() or not self.joined:
-                self._realign(polled)
-                return ()
-            self._taken = [
-                arrival
-                for topic_partition, messages in polled.items()
-                for arrival in self._arrivals(topic_partition, messages)
-            ]
-            return self._taken
-        except Exception as error:
-            raise self._disconnected("nothing can be read", error) from error
+            if not (self._revoked.is_set() or self._assigned.is_set()) and self.joined:
+                arrivals = [
+                    arrival
+                    for topic_partition, messages in polled.items()
+                    for arrival in self._arrivals(topic_partition, messages)
+                ]
+                self._taken += arrivals
+                return arrivals
+        void = len(self._taken)
+        self.settle()
+        with self._unless_it_fails("nothing can be read"):
+            self._put_back()
+            self._realign(polled)
+        if void:
+            raise Moved(f"the group moves its partitions; {void} messages are taken again")
+        return ()
 
-    def commit(self, arrivals: Sequence[Arrival], replies: Sequence[Reply]) -> None:
-        """Send `replies` and pass `arrivals`, which are the first of what was taken.
+    def take_again(self) -> None:
+        """Have `take` begin anew with the first message that no transaction has passed. Raises StreamError when the
+        transaction under way has failed."""
+        self.settle()
+        with self._unless_it_fails("nothing can be read"):
+            self._put_back()
 
-        Raises StreamError: readers of committed replies see none of them then, or all, and the group's offsets agree.
+    def commit(self, arrivals: Sequence[Arrival], replies: Sequence[Reply]) -> Future[None]:
+        """Begin to send `replies` and to pass `arrivals`, the first of what was taken; gives what becomes of it. The
+        transaction before is waited for.
+
+        Readers of committed replies see all of them once it has ended well, and the group's offsets agree; else none.
+        Raises StreamError when the transaction before has failed.
         """
-        if self._consumer is None or self._producer is None:
+        self.settle()
+        producer, member = self._producer, self._member
+        if producer is None or self._taken[: len(arrivals)] != list(arrivals):
             raise StreamError("what was taken belongs to a connection that is gone; it is taken again")
         next_offsets = {arrival.item.partition: arrival.item.offset + 1 for arrival in arrivals}
-        producer, member = self._producer, self._member
-        try:
-            transaction = in_background(
-                lambda: _transact(producer, self._output, replies, next_offsets, member), "transaction"
-            )
-            transaction.result(_COMMIT_S)
-        except Exception as error:
-            raise self._disconnected(f"{len(arrivals)} messages were not answered", error) from error
-        self._taken = self._taken[len(arrivals) :]
-        self._positions |= next_offsets
+        outcome = in_background(lambda: _transact(producer, self._output, replies, next_offsets, member), "transaction")
+        self._under_way = _Transaction(outcome, len(arrivals), next_offsets, time.monotonic() + _COMMIT_S)
+        del self._taken[: len(arrivals)]
+        return outcome
+
+    def settle(self) -> None:
+        """Wait for the transaction under way, if there is one. Raises StreamError when it has failed."""
+        transaction, self._under_way = self._under_way, None
+        if transaction is None:
+            return
+        with self._unless_it_fails(f"{transaction.messages} messages were not answered"):
+            transaction.outcome.result(max(0, transaction.due - time.monotonic()))
+        passed = transaction.next_offsets
+        self._positions |= passed
         self._fetched_again = {
-            (partition, offset) for partition, offset in self._fetched_again if offset >= next_offsets.get(partition, 0)
+            (partition, offset) for partition, offset in self._fetched_again if offset >= passed.get(partition, 0)
         }
 
     def lag(self) -> Mapping[Partition, int]:
@@ -236,11 +282,14 @@ class Exchange:
         return lags
 
     def close(self) -> None:
-        """Leave the group, so that others get the partitions at once."""
+        """Leave the group, so that others get the partitions at once. A transaction under way is waited for."""
+        if self._under_way is not None:
+            wait([self._under_way.outcome], max(0, self._under_way.due - time.monotonic()))
+            self._under_way = None
         consumer, self._consumer = self._consumer, None
         producer, self._producer = self._producer, None
         self._member = None
-        self._taken = ()
+        self._taken = []
         self._positions = {}
         if producer is not None:
             abandon(producer)
@@ -251,6 +300,7 @@ class Exchange:
                 log.debug("closing the Kafka client: %s", describe_error(error))
 
     def _connect(self) -> None:
+        self._revoked.clear()
         self._assigned.clear()
         take_large_pieces()
         with self._admin() as admin:
@@ -283,7 +333,25 @@ class Exchange:
                 metrics_enabled=False,
             )
         guard(self._consumer)
-        self._consumer.subscribe(self._topics, listener=_Listener(self._assigned))
+        self._consumer.subscribe(self._topics, listener=_Listener(self._on_revoked, self._on_assigned))
+
+    def _on_revoked(self) -> None:
+        """Void what is taken, once what is under way has passed what it passes; called in a thread of the client."""
+        self._revoked.set()
+        if (transaction := self._under_way) is not None:
+            wait([transaction.outcome], _REVOKED_S)
+
+    def _on_assigned(self) -> None:
+        self._assigned.set()
+        self._revoked.clear()
+
+    @contextlib.contextmanager
+    def _unless_it_fails(self, what: str) -> Iterator[None]:
+        """Make of a failure in the block the StreamError that says `what`, with both clients given up."""
+        try:
+            yield
+        except Exception as error:
+            raise self._disconnected(what, error) from error
 
     def _disconnected(self, what: str, error: Exception) -> StreamError:
         """Give up both clients; returns the error that says so."""
@@ -291,12 +359,22 @@ class Exchange:
         why = describe_error(error) if str(error) else "no answer in time"
         return StreamError(f"{what} ({self._connection}: {why}); nothing is lost, it is taken again")
 
+    def _put_back(self) -> None:
+        """Have what was taken polled again, as far as its partitions are held still: those that are kept in a rebalance
+        keep their positions, and the group may have no offset for them yet."""
+        if self._consumer is not None:
+            held = self._consumer.assignment()
+            for arrival in reversed(self._taken):
+                if (where := TopicPartition(*arrival.item.partition)) in held:
+                    self._consumer.seek(where, arrival.item.offset)
+        self._taken = []
+
     def _realign(self, polled: Mapping[TopicPartition, Sequence[Any]]) -> None:
         """Put every position where the group is, and what was polled back: it may be what others answered already."""
         assert self._consumer is not None
         for topic_partition, messages in polled.items():
             self._consumer.seek(topic_partition, messages[0].offset)
-        if not self.joined:
+        if self._revoked.is_set() or not self.joined:
             return
         self._assigned.clear()
         # An answer that came too late for the call that asked is kept there for the next one, however old it is then.
@@ -368,15 +446,16 @@ class Exchange:
 
 
 class _Listener(ConsumerRebalanceListener):
-    """Says that partitions were assigned; called in the client's thread."""
+    """Says that partitions are taken away and assigned; called in a thread of the client, while `poll` waits for it."""
 
-    def __init__(self, assigned: threading.Event) -> None:
-        self._assigned = assigned
+    def __init__(self, on_revoked: Callable[[], None], on_assigned: Callable[[], None]) -> None:
+        self._on_revoked, self._on_assigned = on_revoked, on_assigned
 
-    def on_partitions_revoked(self, revoked: Any) -> None: ...
+    def on_partitions_revoked(self, revoked: Any) -> None:
+        self._on_revoked()
 
     def on_partitions_assigned(self, assigned: Any) -> None:
-        self._assigned.set()
+        self._on_assigned()
 
 
 def _transact(

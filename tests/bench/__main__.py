@@ -127,6 +127,7 @@ PROGRAMS = (
     Program("serving", "exporter", "serving"),
     Program("ranks", "agent", "ranks"),
     Program("intake", "streams", "intake --waiting-mb 500", intake, broker=True),
+    Program("exchange", "exporter", "exchange", broker=True),
     Program("gpu", "deploy", "gpu", gpu=True),
 )
 

@@ -26,7 +26,7 @@ import psutil
 from PIL import Image
 
 from exporter.runtime import Classifier
-from tests.bench.bench_inference import MODELS, load_clip, two_releases
+from tests.bench.bench_inference import load_clip, model, two_releases
 from tests.bench.results import show
 from tests.processes import free_port, gapstream, get, running, until
 
@@ -85,7 +85,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         state = options.state or Path(scratch)
         if not (state / "CURRENT").exists():
-            two_releases(load_clip(MODELS["tinyclip"]), state)
+            two_releases(load_clip(model("tinyclip")), state)
         classifier = Classifier(state, options.threads, device="cpu")
         port = free_port()
         serving = gapstream(

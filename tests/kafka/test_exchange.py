@@ -6,6 +6,8 @@ import json
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -16,7 +18,7 @@ from kafka.errors import CorruptRecordError
 
 from streams.formats import Codec
 from streams.kafka.connection import Connection
-from streams.kafka.exchange import Arrival, Exchange, Reply
+from streams.kafka.exchange import Arrival, Exchange, Moved, Reply
 from streams.kafka.record_batches import Unreadable
 from streams.record import Control, Partition, Reason, Record, Rejected
 from streams.source import NotThere, StreamError
@@ -51,6 +53,12 @@ def taken(exchange: Exchange) -> list[Arrival]:
     found: list[Arrival] = []
     wait_until(lambda: found.extend(exchange.take(0.5)) or found, 40)
     return found
+
+
+def answer(exchange: Exchange, arrivals: list[Arrival]) -> None:
+    """Answers them and waits for it."""
+    exchange.commit(arrivals, replies(arrivals))
+    exchange.settle()
 
 
 def replies(arrivals: list[Arrival]) -> list[Reply]:
@@ -89,7 +97,7 @@ def test_every_message_gets_its_reply_under_its_key(bootstrap, new_topic, produc
     seen: list[Arrival] = []
     while len(seen) < 22:
         arrivals = taken(exchange)
-        exchange.commit(arrivals, replies(arrivals))
+        answer(exchange, arrivals)
         seen += arrivals
     # then each has a reply in a topic that was made for them, and nothing is left
     assert Counter(type(arrival.item) for arrival in seen) == {Record: 20, Rejected: 1, Control: 1}
@@ -107,11 +115,95 @@ def test_what_was_taken_and_not_passed_comes_again(new_topic, producer, member) 
     play(producer, topic, 10)
     exchange = member(topic)
     first = taken(exchange)
-    exchange.commit(first[:4], replies(first[:4]))
+    answer(exchange, first[:4])
     assert exchange.lag() == {Partition(topic, 0): 6}
+    for _ in range(2):
+        exchange.take_again()
+        assert [arrival.item.offset for arrival in taken(exchange)] == [4, 5, 6, 7, 8, 9]
+
+
+def test_more_is_taken_while_a_transaction_is_under_way(bootstrap, new_topic, producer, member, monkeypatch) -> None:
+    # given a transaction that does not end yet
+    topic = new_topic()
+    play(producer, topic, 6)
+    exchange = member(topic, max_records=2)
+    end = delayed(monkeypatch)
+    first = taken(exchange)
+    outcome = exchange.commit(first, replies(first))
+    # when the next are taken, and taken again
+    second = taken(exchange)
+    assert not outcome.done() and exchange.lag() == {Partition(topic, 0): 6}
+    end.set()
+    exchange.take_again()
+    # then they are those that follow, and each is answered once
+    assert outcome.done() and exchange.lag() == {Partition(topic, 0): 4}
     again = taken(exchange)
-    assert [arrival.item.offset for arrival in again] == [4, 5, 6, 7, 8, 9]
-    assert [arrival.item.offset for arrival in taken(exchange)] == [4, 5, 6, 7, 8, 9]
+    assert [a.item.offset for a in second] == [a.item.offset for a in again] == [2, 3]
+    with pytest.raises(StreamError, match="taken again"):
+        exchange.commit(second[1:], replies(second[1:]))
+    exchange.commit(again, replies(again))
+    third = taken(exchange)
+    answer(exchange, third)
+    assert [one.value for one in read(bootstrap, topic)] == [r.value for r in replies([*first, *again, *third])]
+
+
+def delayed(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """The offsets of a transaction, and so its end, wait for the event."""
+    end = threading.Event()
+    send = KafkaProducer.send_offsets_to_transaction
+
+    def wait_and_send(self: KafkaProducer, *args: Any) -> None:
+        assert end.wait(30)
+        send(self, *args)
+
+    monkeypatch.setattr(KafkaProducer, "send_offsets_to_transaction", wait_and_send)
+    return end
+
+
+@pytest.mark.parametrize("in_time", [True, False])
+def test_a_group_that_moves_its_partitions_waits_for_the_transaction_under_way(
+    in_time, bootstrap, new_topic, producer, member, monkeypatch
+) -> None:
+    # given a member with a transaction under way, and all else taken
+    monkeypatch.setattr("streams.kafka.exchange._REVOKED_S", 30 if in_time else 0)
+    topic = new_topic(2)
+    play(producer, topic, 40)
+    exchange = member(topic, max_records=5)
+    end = delayed(monkeypatch)
+    first = taken(exchange)
+    outcome = exchange.commit(first, replies(first))
+    seen = len(first)
+    while seen < 40:
+        seen += len(taken(exchange))
+    # when another one joins, and the transaction goes on once the group moves its partitions, or has moved them
+    other = member(topic, max_records=5)
+    left = threading.Event()
+
+    def join() -> None:
+        wait_until(lambda: left.is_set() or (other.take(0.2) and False), 60)
+        other.close()
+
+    threads = [threading.Thread(target=join)]
+    until = exchange._revoked.is_set if in_time else lambda: other.joined
+    threads.append(threading.Thread(target=lambda: wait_until(until, 60) or end.set()))
+    for thread in threads:
+        thread.start()
+    with pytest.raises(StreamError) as error:
+        wait_until(lambda: exchange.take(0.2) and False, 60)
+    # then what was taken is void, and the transaction ends well only where it was waited for
+    assert isinstance(error.value, Moved) == in_time
+    assert (outcome.exception() is None) == in_time
+    left.set()
+    for thread in threads:
+        thread.join()
+    # and each message has one answer
+    rest = 35 if in_time else 40
+    while rest:
+        arrivals = taken(exchange)
+        answer(exchange, arrivals)
+        rest -= len(arrivals)
+    found = Counter(one.value for one in read(bootstrap, topic))
+    assert len(found) == 40 and max(found.values()) == 1
 
 
 def test_a_reply_that_is_not_delivered_takes_its_whole_transaction_with_it(
@@ -129,11 +221,12 @@ def test_a_reply_that_is_not_delivered_takes_its_whole_transaction_with_it(
     # when they are sent
     with pytest.raises(StreamError, match="3 messages were not answered"):
         exchange.commit(arrivals, large)
+        exchange.settle()
     # then none of them can be read, and the messages are answered at the second try, once
     again = taken(exchange)
     assert exchange.max_reply_bytes < 2000
     assert [arrival.item.offset for arrival in again] == [0, 1, 2]
-    exchange.commit(again, replies(again))
+    answer(exchange, again)
     assert len(read(bootstrap, topic)) == 3
 
 
@@ -146,12 +239,12 @@ def test_a_member_the_group_has_gone_on_without_changes_nothing(bootstrap, new_t
     exchange._member = exchange._member._replace(generation_id=exchange._member.generation_id + 7)
     # when it answers
     with pytest.raises(StreamError, match="metadata mismatch"):
-        exchange.commit(arrivals, replies(arrivals))
+        answer(exchange, arrivals)
     # then nobody sees that, and what it wanted to pass is not passed with the next transaction either
     play(producer, topic, 1, start=5)
     again = taken(exchange)
     assert [arrival.item.offset for arrival in again][:2] == [0, 1]
-    exchange.commit(again[:2], replies(again[:2]))
+    answer(exchange, again[:2])
     assert len(read(bootstrap, topic)) == 2
     consumer = KafkaConsumer(bootstrap_servers=bootstrap, group_id=topic)
     assert consumer.committed(TopicPartition(topic, 0)) == 2
@@ -164,12 +257,13 @@ def test_a_membership_lost_in_the_background_lets_nothing_through_unfenced(new_t
     play(producer, topic, 5)
     exchange = member(topic)
     first = taken(exchange)
-    exchange.commit(first[:2], replies(first[:2]))
+    answer(exchange, first[:2])
+    exchange.take_again()
     second = taken(exchange)
     exchange._consumer._coordinator.maybe_leave_group()
     # when it answers nevertheless
     with pytest.raises(StreamError, match="metadata mismatch"):
-        exchange.commit(second, replies(second))
+        answer(exchange, second)
     # then the messages wait for the group's next member
     assert [arrival.item.offset for arrival in taken(member(topic))] == [2, 3, 4]
 
@@ -180,7 +274,7 @@ def test_kept_partitions_follow_the_group_and_not_their_own_memory(bootstrap, ne
     play(producer, topic, 8)
     exchange = member(topic)
     first = taken(exchange)
-    exchange.commit(first[:2], replies(first[:2]))
+    answer(exchange, first[:2])
     other = member(topic)
     other._connect()
     other._producer.begin_transaction()
@@ -189,6 +283,8 @@ def test_kept_partitions_follow_the_group_and_not_their_own_memory(bootstrap, ne
     other._producer.commit_transaction()
     # when it joins again
     exchange._consumer._coordinator.request_rejoin()
+    with pytest.raises(Moved, match="6 messages are taken again"):
+        wait_until(lambda: exchange.take(0.5) and False, 40)
     # then it takes what follows theirs
     assert [arrival.item.offset for arrival in taken(exchange)] == [6, 7]
 
@@ -206,7 +302,7 @@ def test_what_comes_after_the_newest_is_passed_over_by_no_failure_and_no_restart
     arrivals = taken(exchange)
     exchange._member = exchange._member._replace(generation_id=exchange._member.generation_id + 7)
     with pytest.raises(StreamError, match="metadata mismatch"):
-        exchange.commit(arrivals, replies(arrivals))
+        answer(exchange, arrivals)
     producer.send(topic, JPEG, partition=1).get(10)
     # then who comes next takes both, and nothing older
     seen: set[tuple[int, int]] = set()
@@ -253,7 +349,7 @@ def test_a_batch_that_cannot_be_read_is_fetched_once_more_and_then_passed(
     item = arrivals[1].item
     assert isinstance(item, Rejected) and item.reason == Reason.UNDECODABLE and arrivals[1].raw is None
     # and once it is passed, nothing of it is remembered
-    exchange.commit(arrivals, replies(arrivals))
+    answer(exchange, arrivals)
     assert not exchange._fetched_again
 
 
@@ -267,12 +363,16 @@ def test_members_that_come_and_go_answer_everything_once(bootstrap, new_topic, p
         while not ends[name].is_set():
             try:
                 arrivals = exchange.take(0.2)
-                if arrivals:
-                    exchange.commit(arrivals, replies(list(arrivals)))
-                    counts[name] += len(arrivals)
+                if arrivals:  # answered while the next are taken
+                    outcome = exchange.commit(arrivals, replies(list(arrivals)))
+                    outcome.add_done_callback(partial(count, name, len(arrivals)))
             except StreamError:
                 counts["failures"] += 1
         exchange.close()
+
+    def count(name: str, messages: int, outcome: Future[None]) -> None:
+        if outcome.exception() is None:
+            counts[name] += messages
 
     one = threading.Thread(target=work, args=("one", member(topic, max_records=10)))
     two = threading.Thread(target=work, args=("two", member(topic, max_records=10)))
