@@ -137,6 +137,26 @@ def test_a_task_of_few_classes_fits_about_what_a_task_of_all_does(clip, monkeypa
     assert moved == pytest.approx(whole, rel=0.1) and abs(ratio(*one_by_one) / whole - 1) > 0.2
 
 
+def test_with_many_classes_fewer_images_are_moved(clip, monkeypatch):
+    tokens, labels = stream(clip)
+    seen: list[int] = []
+    moved = LeftOut.moved
+
+    def watched(left: LeftOut, index: Tensor, to: Tensor) -> Tensor:
+        seen.append(len(index))
+        return moved(left, index, to)
+
+    monkeypatch.setattr(LeftOut, "moved", watched)
+    for scores in (10**6, 4 * 30, 4 * 30 - 1, 0):
+        monkeypatch.setattr("agent.methods.gapstream.MOVED_SCORES", scores)
+        method = learner(clip)
+        method.update(task_of(1, tokens[labels < 3], labels[labels < 3]), silent)
+        method.update(task_of(2, tokens[labels == 3], labels[labels == 3]), silent)
+        assert method.weights != START
+    # two tasks each, of which the first has no other classes; twelve images are moved four times
+    assert seen == [0, 48, 0, 30, 0, 29, 0, 0]
+
+
 def forgotten(state: LearnerState) -> LearnerState:
     """The same state as the version made it that did not count embeddings."""
     return LearnerState({key: tensor for key, tensor in state.tensors.items() if key != "embeddings"}, state.values)

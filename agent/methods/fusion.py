@@ -86,7 +86,7 @@ class LeftOut:
         solved, inverse = self.solved, self._inverse[index]
         centred = self._means(to) + self.stretch(index, to)[:, None] * self.residual[index]
         distance = (solved.means * solved.rows).sum(1) - 2 * centred @ solved.rows.T
-        along = (inverse * centred).sum(1)[:, None] - inverse @ solved.means.T
+        along = (inverse * centred).sum(1)[:, None] - (self._inverse @ solved.means.T)[index]
         return -solved.images / 2 * (distance + self._gone[1][index][:, None] * along.square())
 
     def stretch(self, index: Tensor, to: Tensor) -> Tensor:
