@@ -192,7 +192,7 @@ class FleetSite:
         self._looked_at = commit
 
     def _send(self, topic: Topic, commit: Path, sha256: str, data: mmap.mmap) -> None:
-        sequence = max(int(self._clock() * 1000), self._blobs.own_sequence + 1)
+        sequence = max(int(self._clock() * 1000), self._blobs.own_sequence + 1, self._sent + 1)
         version = commit_number(commit.name) or 1
         # Not the keys of the state that is there, so that a publisher that dies here leaves it whole. What was sent
         # last is known here before it has come back; what failed half-way is not in `_published`.
@@ -201,7 +201,7 @@ class FleetSite:
         blob = Blob(self._site, sequence, version, sha256, len(data), topic.chunk_bytes, generation)
         self._sent = sequence
         topic.send(self._site, cut(blob, data))
-        more = range(blob.chunks, self._blobs.own_chunks(generation))
+        more = reversed(range(blob.chunks, self._blobs.own_chunks(generation)))  # as it counts down, one by one
         topic.send(self._site, [ended(self._site, generation * GENERATION + index, sequence) for index in more])
         self._published = blob
         self._metrics.fleet_published(blob.bytes)

@@ -17,7 +17,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 FORMAT = 2
-"""Format of the file; one of another number is refused. 1 had no means of embeddings."""
+"""Format of the file that is written. Of format 1, which had no means of embeddings, files are read too; one of another
+number is refused."""
 
 FACTS = "gapstream"
 """The only key of the file's metadata: of several, safetensors writes now one and now another first."""
@@ -100,9 +101,11 @@ def check(path: Path) -> Shared:
 
 
 def _checked(path: Path, said: Any, file: Any) -> Shared:
-    if not isinstance(said, dict) or said.get("format") != FORMAT:
+    if not isinstance(said, dict) or said.get("format") not in (1, FORMAT):
         raise SharedRefused(f"it is not of format {FORMAT}; another version of gapstream made it, or none")
     schema = SCHEMAS.get(said["method"])
+    if schema is not None and said["format"] == 1:
+        schema = {name: shape for name, shape in schema.items() if name != "embeddings"}
     if schema is None or set(file.keys()) != set(schema):
         raise SharedRefused(f"it has not the tensors of a learner of {' or '.join(SCHEMAS)}")
     tensors = {name: _finite(name, file.get_slice(name), schema[name], file) for name in schema}

@@ -20,6 +20,7 @@ from agent.config import Config
 from agent.fleet_states import Shared, SharedRefused, check, facts
 from agent.layout import FLEET, MEMBER, SHARED
 from agent.methods.base import NOTHING, Counted, LearnerState, TaskData
+from agent.methods.gapstream import Gapstream
 from agent.methods.merging import MergeError
 from agent.methods.publishing import SiteLearner, incoming
 from agent.model.images import StoredTokens
@@ -55,8 +56,9 @@ class FleetTrainer(Trainer):
         if commit is not None and (commit / MEMBER).exists():
             known = load_file(commit / MEMBER)
             self._learner.fusion = known.get("fusion")
-            self._learner.held = _loaded(known, "", self._method.classes)
-            self._learner.last = _loaded(known, "last.", self._method.classes)
+            width = self._clip.embed_dim if isinstance(self._method, Gapstream) else 0
+            self._learner.held = _loaded(known, "", self._method.classes, width)
+            self._learner.last = _loaded(known, "last.", self._method.classes, width)
             self._learner.task = int(known.get("last.task", 0))
         self._roots = last.roots if (last := last_report(commit)) else set()
         self._read: dict[str, tuple[Blob, _Other | str]] = {}
@@ -92,7 +94,7 @@ class FleetTrainer(Trainer):
 
     def _take_up(self) -> None:
         """Answer with what this site and the others have learned by now."""
-        found = self._others(self._method.state())
+        found = self._others(self._learner.own())
         others = {site: other.state for site, (_, other) in found.items() if isinstance(other, _Other)}
         failed = ""
         try:
@@ -190,12 +192,13 @@ def _saved(prefix: str, images: Counted, classes: Sequence[str]) -> dict[str, to
     return {prefix + name: tensor for name, tensor in rows.items()}
 
 
-def _loaded(known: Mapping[str, torch.Tensor], prefix: str, classes: Sequence[str]) -> Counted:
+def _loaded(known: Mapping[str, torch.Tensor], prefix: str, classes: Sequence[str], width: int) -> Counted:
+    """Read what `_saved` gave; `width`: of the embeddings that the method counts apart."""
     if prefix + "features" not in known:
         return NOTHING
     features, names = known[prefix + "features"], tuple(classes[at] for at in known[prefix + "classes"].tolist())
     # An earlier version kept no embeddings; those means that these images are in are then not known either.
-    unknown = torch.full((len(names), 1), torch.nan)
+    unknown = torch.full((len(names), width), torch.nan)
     return Counted(features, known.get(prefix + "embeddings", unknown), names)
 
 

@@ -42,8 +42,7 @@ IN_PROGRESS = 2
 is there only for chunks that come out of order."""
 
 GENERATION = 500_000_000
-"""The number of the first chunk of the second generation of keys: half of the nine digits that a number may have. An
-earlier version, which knew one generation, refuses these chunks, and sees each second blob."""
+"""The number of the first chunk of the second generation of keys: half of the nine digits that a number may have."""
 
 LARGEST = 2**53
 """Whole numbers in a header are below this: JSON's are exact up to it."""

@@ -269,7 +269,8 @@ def test_every_state_that_cannot_have_been_counted_is_refused(clip, tmp_path):
         (good | {"more": good["counts"]}, said), ({k: v for k, v in good.items() if k != "counts"}, said),
         (good | {"fusion": good["fusion"][:1]}, said), (good | {"counts": good["counts"][:0]}, said),
         *((good, said | change) for change in (
-            {"format": 1}, {"method": "mgclip"}, {"method": []}, {"classes": ["red"]}, {"classes": ["red", "Red"]},
+            {"format": 1}, {"format": 3}, {"method": "mgclip"}, {"method": []}, {"classes": ["red"]},
+            {"classes": ["red", "Red"]},
             {"classes": ["red", ""]}, {"classes": ["red", "x" * 2000]}, {"classes": "ab"}, {"classes": ["red", 3]},
             {"task": -1}, {"task": "3"}, {"depth": 1.5}, {"roots": [1]}, {"roots": 3}, {"model": None}, {"model": {}},
             {"model": {"name": 1, "sha256": "", "prompt": ""}},
@@ -291,6 +292,43 @@ def test_every_state_that_cannot_have_been_counted_is_refused(clip, tmp_path):
             check(tmp_path / "bad")
     with pytest.raises(SharedRefused):
         check(tmp_path / "nowhere")
+
+
+def test_what_an_earlier_version_published_is_added_with_embeddings_that_are_not_known(clip, tmp_path):
+    # given a file of format 1, which had no class means of embeddings
+    other, own = Sender(clip, "gapstream", least=1), Sender(clip, "gapstream", least=1)
+    other.learn(tiny_task(clip, 1, ["red", "green"]))
+    own.learn(tiny_task(clip, 1, ["blue", "black"], seed=1))
+    path = written(tmp_path, other)
+    tensors = {key: tensor for key, tensor in load_file(path).items() if key != "embeddings"}
+    said = json.loads(facts("gapstream", IDENTITY, 3, ["root"], other.learner.own().values, ["red", "green"])[FACTS])
+    save_file(tensors, path, {FACTS: json.dumps(said | {"format": 1})})
+    # when
+    answers = own.learner.answers(lambda: built(clip, "gapstream"), {"other": received(own.method, path)})
+    # then
+    known = answers.state().tensors["embeddings"].isfinite().all(1)
+    assert dict(zip(answers.classes, known.tolist(), strict=True)) == {
+        "black": True, "blue": True, "green": False, "red": False,
+    }  # fmt: skip
+    assert answers.inference_module().from_tokens(tiny_task(clip, 1, ["red"]).tokens.tensor)[2].isfinite().all()
+
+
+def test_without_other_sites_the_weights_are_the_learners_own_again(clip, tmp_path):
+    other, own = Sender(clip, "gapstream", least=1), Sender(clip, "gapstream", least=1)
+    other.learn(tiny_task(clip, 1, ["red", "green"]))
+    own.learn(tiny_task(clip, 1, ["blue", "black"], seed=1))
+    own.learner.answers(lambda: built(clip, "gapstream"), {"other": received(own.method, written(tmp_path, other))})
+    assert own.learner.fusion is not None
+    assert own.learner.answers(lambda: built(clip, "gapstream"), {}) is own.method
+    assert own.learner.own().tensors["fusion"].tolist() == list(astuple(own.method.weights))
+
+
+def test_a_task_of_single_images_leaves_the_images_that_the_weights_are_fitted_to(clip):
+    site = Sender(clip, "gapstream", least=1)
+    site.learn(tiny_task(clip, 1, ["red", "green"]))
+    before = site.learner.last
+    site.learn(tiny_task(clip, 2, ["blue", "black"], per_class=1))
+    assert before.classes and site.learner.last is before and site.learner.task == 1
 
 
 def test_a_scatter_that_is_none_is_refused(clip, tmp_path):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from agent.commands.merge import merge_states
 from agent.fleet_states import check
@@ -248,6 +248,23 @@ def test_a_forgotten_site_is_answered_without(sites, tmp_path):
     commit = a.renew()
     assert set(commit.report.classes) == {"ship", "cat"} and commit.report.fleet.sites == ()
     assert set(answers(a, images_of("ship", count=1))) == {"ship", "cat"}
+
+
+def test_a_site_of_an_earlier_version_goes_on_with_what_it_held_back(tmp_path):
+    # given a commit whose images that wait have no embeddings
+    a = SiteBench(tmp_path, "a", evaluation={"holdout_fraction": 0})
+    commit = a.teach([*images_of("ship", count=8), *images_of("cat", count=2)])
+    kept = {key: tensor for key, tensor in load_file(commit.path / MEMBER).items() if key in ("features", "classes")}
+    save_file(kept, commit.path / MEMBER)
+    a.begin(commit.path)
+    # when another image has to wait with them, and then they leave
+    commit = a.teach(images_of("cat", count=1, start=2))
+    held = load_file(commit.path / MEMBER)
+    assert held["embeddings"].isfinite().all(1).tolist() == [False, False, True]
+    commit = a.teach(images_of("cat", count=2, start=3))
+    # then their class leaves, and the mean of its embeddings, which was counted from the first on, with it
+    sent = load_file(commit.path / SHARED)
+    assert sent["counts"].tolist() == [8, 5] and sent["embeddings"].any(1).all()
 
 
 def test_what_is_held_back_is_in_the_commit_and_leaves_later_after_a_restart(tmp_path):

@@ -344,6 +344,24 @@ def test_a_learner_whose_adapters_were_taken_away_goes_on_from_its_state_bit_for
     assert_same(broken.state(), whole.state())
 
 
+def test_a_learner_that_has_adapted_goes_on_from_its_state_bit_for_bit(clip, eager):
+    # given one that goes on, and one that begins anew before each task
+    tokens, labels = stream(clip, per_class=30)
+    whole, broken = learner(clip, drift_budget=WIDE), learner(clip, drift_budget=WIDE)
+    for number, part in enumerate((labels == 0, labels < 2, labels == 2, labels > 1, labels < 4), 1):
+        task = task_of(number, tokens[part], labels[part])
+        again = learner(clip, drift_budget=WIDE)
+        if number > 1:
+            again.load_state(broken.state())
+        broken = again
+        for method in (whole, broken):
+            method.update(task, silent)
+        assert_same(broken.state(), whole.state())
+    assert whole._adapted
+    kept = broken.state().tensors["untouched_names"]
+    assert torch.equal(kept, whole._clip_names()) and not torch.equal(kept, whole._class_names())
+
+
 def test_a_state_without_adapters_takes_away_those_of_the_learner_that_loads_it(clip, eager):
     tokens, labels = stream(clip)
     still, moved, fresh = learner(clip), *(learner(clip, drift_budget=WIDE) for _ in range(2))

@@ -235,6 +235,7 @@ def _fleet(config: Config) -> Iterator[Finding]:
     if topic.chunk_bytes <= 0:
         text = f"max.message.bytes of {name} is too small: a message has no room for a part of a state"
         yield Finding("fleet", "problem", text, "raise it to 1048588, the usual one")
+        return
     if topic.policy not in ("compact", ""):
         text = f"{name} has cleanup.policy={topic.policy}, which loses the states of sites that learn nothing for long"
         yield Finding("fleet", "warning", text, "set it to compact")

@@ -122,9 +122,9 @@ class Fusion:
     def fitted(self, real: Scored, moved: Scored) -> Fusion:
         """Fit both by cross entropy on images none of which may have been learned by what scored it.
 
-        real: images of the task. moved: what stands for the classes that have none in the task, perhaps nothing. Every
-        class counts alike. The numbers lean on the ones they were with the strength of a log-normal prior of deviation
-        1, so that a few images cannot throw them far.
+        real: images of the task. moved: what stands for the classes that have none in the task, perhaps nothing. Each
+        of the two counts by the number of classes that it stands for. The numbers lean on the ones they were with the
+        strength of a log-normal prior of deviation 1, so that a few images cannot throw them far.
         """
         last = math.log(self.temperature), math.log(self.text_weight)
         # logarithms of the temperature, the text weight, and the temperature of moved images

@@ -318,7 +318,8 @@ class Gapstream:
             before = real.text[here] if trial.images is None else scale * trial.images @ trial.names.T
             after = scale * self._embed(task, trial.held) @ self._class_names().T
             gains = self._fusion.losses(visual, before, labels) - self._fusion.losses(visual, after, labels)
-            gain, error = gains.mean().item(), (gains.std() / math.sqrt(len(gains))).item()
+            # Ranks of unlike processors may differ in the last bits, and must not in what they decide.
+            gain, error = ranks.agreed([gains.mean().item(), (gains.std() / math.sqrt(len(gains))).item()])
             decided = replace(decided, kept=stay(gain, error), gain=gain, error=error)
         if not decided.kept:
             self._student.load_tensors(trial.adapters)
@@ -384,6 +385,10 @@ class Gapstream:
         }
         # with a budget they are there before they are used: a state's size depends on the classes alone
         adapters = self._student.tensors() if self._adapted or self._budget else {}
+        if (
+            adapters
+        ):  # encoded again all at once they would differ in the last bits, and so would what is fitted to them
+            adapters["untouched_names"] = self._clip_names().clone()
         depth = {"depth": self._depth} if self._depth else {}
         return LearnerState(tensors | adapters, {"classes": list(self._classes), **depth})
 
@@ -406,7 +411,7 @@ class Gapstream:
         if added:
             self._student.load_tensors(tensors)
         self._adapted = any(bool(tensor.any()) for tensor in added)
-        self._untouched_names = self._names[:0] if self._adapted else self._names
+        self._untouched_names = tensors.get("untouched_names", self._names[:0]) if self._adapted else self._names
         self._solved, self.calibration = None, NOTHING
 
 

@@ -57,15 +57,17 @@ class SiteLearner:
     held: Counted = NOTHING
     """What the learner has counted of images that do not leave yet, on the CPU."""
     last: Counted = NOTHING
-    """The images of the last task that the fusion is fitted to, on the CPU; nothing for a method without one."""
+    """The images that the fusion is fitted to, on the CPU: of the last task that had some which can be left out of
+    their class. Nothing for a method without a fusion."""
     task: int = 0
     """Number of that task."""
     fusion: Tensor | None = None
     """The fusion's two numbers among the classes of all sites, float64 [2]; None until they were fitted."""
 
     def own(self) -> LearnerState:
-        """Give the learner's state, with the fusion that is fitted to all sites."""
+        """Give the learner's state on the CPU, where the others' are, with the fusion that is fitted to all sites."""
         state = self.method.state()
+        state = LearnerState({name: tensor.cpu() for name, tensor in state.tensors.items()}, state.values)
         if "fusion" not in state.tensors:
             return state
         fitted = bool((state.tensors["fusion"] != torch.tensor(astuple(START), dtype=torch.float64)).any())
@@ -84,7 +86,7 @@ class SiteLearner:
         parts = [stay] if stay.classes else []
         parts += [_on_cpu(counted(task, torch.tensor(index)))] if index else []
         self.held = _together(parts)
-        if isinstance(self.method, Gapstream):
+        if isinstance(self.method, Gapstream) and self.method.calibration.classes:
             self.last, self.task = _on_cpu(self.method.calibration), task.number
 
     def sends(self) -> tuple[dict[str, Tensor], list[str]]:
@@ -97,6 +99,7 @@ class SiteLearner:
         Raises MergeError, and what torch raises of numbers that cannot be solved.
         """
         if not others:
+            self.fusion = None
             return self.method
         made = build()
         made.load_state(together(made.name, self.own(), others))
@@ -167,10 +170,11 @@ def incoming(
         if not torch.allclose(mine[:1].cpu(), theirs, rtol=0, atol=ALIKE):
             raise MergeError("their random features are not the same; only sites with one method.seed can be added")
     _check_scatter(tensors["scatter"], widths[1])
-    embeddings = tensors["embeddings"]
-    if embeddings.shape[1] != own.tensors["embeddings"].shape[1] or len(embeddings) != len(counts):
+    embed_dim = own.tensors["embeddings"].shape[1]
+    # Sent as 0, which no mean is, where they were not counted; by an earlier version not at all.
+    embeddings = tensors.get("embeddings", torch.zeros(len(counts), embed_dim))
+    if embeddings.shape != (len(counts), embed_dim):
         raise MergeError("its class means of embeddings are not those of its classes, or of another width")
-    # Sent as 0, which no mean is, where they were not counted.
     embeddings = embeddings.masked_fill(~embeddings.any(1, keepdim=True), float("nan"))
     tensors = {**tensors, "embeddings": embeddings}
     same = {name: own.tensors[name] for name in (*RANDOM, "names")}

@@ -89,8 +89,8 @@ class Sharing:
             own = {"host": socket.gethostname(), "process": os.getpid(), "device": str(self._clip.device)}
             shares = [_share(own, {"seconds": wall, "waited_s": ranks.waited_s() - waited})]
             for member in self._with:
-                shares.append(_share(member.facts, member.connection.receive(self._settings.timeout_s)))
-        except (ranks.RankGone, dist.DistError, Gone, TimeoutError) as error:
+                shares.append(_share(member.facts, self._heard(member)))
+        except (ranks.RankGone, dist.DistError, Gone) as error:
             raise RankLost(self._whom(error)) from error
         finally:
             torch.set_num_threads(threads)
@@ -188,6 +188,13 @@ class Sharing:
         )
         with ranks.group(store, 0, size, settings.timeout_s, self._clip.device):
             yield
+
+    def _heard(self, member: Member) -> dict[str, Any]:
+        """Wait for what a rank says of its part. Raises Gone, as TimeoutError may be of the disk."""
+        try:
+            return member.connection.receive(self._settings.timeout_s)
+        except TimeoutError as error:
+            raise Gone(f"nothing came in {self._settings.timeout_s:g} s") from error
 
     def _whom(self, error: Exception) -> str:
         """Say which ranks are lost, as far as that can be told."""

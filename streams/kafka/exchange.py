@@ -227,8 +227,11 @@ class Exchange:
         void = len(self._taken)
         self.settle()
         with self._unless_it_fails("nothing can be read"):
+            # First what came last: what was taken before it lies further back.
+            for topic_partition, messages in polled.items():
+                self._consumer.seek(topic_partition, messages[0].offset)
             self._put_back()
-            self._realign(polled)
+            self._realign()
         if void:
             raise Moved(f"the group moves its partitions; {void} messages are taken again")
         return ()
@@ -369,11 +372,9 @@ class Exchange:
                     self._consumer.seek(where, arrival.item.offset)
         self._taken = []
 
-    def _realign(self, polled: Mapping[TopicPartition, Sequence[Any]]) -> None:
-        """Put every position where the group is, and what was polled back: it may be what others answered already."""
+    def _realign(self) -> None:
+        """Put every position where the group is: what was polled may be what others answered already."""
         assert self._consumer is not None
-        for topic_partition, messages in polled.items():
-            self._consumer.seek(topic_partition, messages[0].offset)
         if self._revoked.is_set() or not self.joined:
             return
         self._assigned.clear()

@@ -289,6 +289,31 @@ def test_kept_partitions_follow_the_group_and_not_their_own_memory(bootstrap, ne
     assert [arrival.item.offset for arrival in taken(exchange)] == [6, 7]
 
 
+def test_what_was_taken_before_a_move_comes_again_where_the_group_has_no_offset_yet(
+    new_topic, producer, member, monkeypatch
+) -> None:
+    # given a new group that has taken the first messages and committed nothing
+    topic = new_topic()
+    play(producer, topic, 6)
+    exchange = member(topic, max_records=2)
+    assert [arrival.item.offset for arrival in taken(exchange)] == [0, 1]
+    # when the group moves while the next ones come, and the partition is kept
+    polled = exchange._consumer.poll
+
+    def poll(*args: Any, **options: Any) -> Any:
+        found = polled(*args, **options)
+        if found:
+            exchange._on_assigned()
+        return found
+
+    monkeypatch.setattr(exchange._consumer, "poll", poll)
+    with pytest.raises(Moved, match="2 messages are taken again"):
+        wait_until(lambda: exchange.take(0.5) and False, 40)
+    monkeypatch.undo()
+    # then they come again from the first
+    assert [arrival.item.offset for arrival in taken(exchange)] == [0, 1]
+
+
 def test_what_comes_after_the_newest_is_passed_over_by_no_failure_and_no_restart(new_topic, producer, member) -> None:
     # given a member that begins at the newest of two partitions with messages
     topic = new_topic(2)
