@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from agent.methods.publishing import SiteLearner, incoming
 from agent.model.clip import Clip
 from tests.devices import *  # noqa: F403
 from tests.simulated_cuda import CUDA, simulated_cuda
-from tests.tiny import tiny_clip, tiny_timm_clip
+from tests.test_merging import built
+from tests.tiny import silent, tiny_clip, tiny_task, tiny_timm_clip
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -214,3 +216,17 @@ def test_mixed_precision_on_the_device_computes_in_bfloat16_and_only_there():
     with torch.autocast("cuda", dtype=torch.bfloat16):
         assert (there(2, 3) @ there(3, 2)).dtype == torch.bfloat16
     assert (there(2, 3) @ there(3, 2)).dtype == torch.float32
+
+
+def test_a_site_of_a_fleet_on_a_gpu_adds_what_others_published_from_theirs(clip):
+    sites = [SiteLearner(built(clip, "gapstream"), least=1) for _ in range(2)]
+    for number, (site, names) in enumerate(zip(sites, (["red", "green"], ["blue", "black"]), strict=True)):
+        task = tiny_task(clip, 1, names, seed=number)
+        site.method.update(task, silent)
+        site.learned(task)
+    tensors, classes = sites[1].sends()
+    assert all(tensor.device.type == "cpu" for tensor in tensors.values())
+    other = incoming(sites[0].own(), tensors, classes, sites[1].own().values.get("depth", 0), True)
+    answers = sites[0].answers(lambda: built(clip, "gapstream"), {"other": other})
+    assert sorted(answers.classes) == ["black", "blue", "green", "red"] and sites[0].fusion is not None
+    assert answers.inference_module().rows.device.type == "cuda"
