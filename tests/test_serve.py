@@ -524,17 +524,20 @@ def test_no_exception_ends_the_search_for_a_first_release(error, state, monkeypa
 def test_swaps_under_load_neither_drop_nor_mix_an_answer(state, monkeypatch):
     monkeypatch.setattr(serve, "FOLLOW_S", 0.02)
     image = png(picture(3))
-    expected = {}
+    expected, releases = {}, {}
     for number in (1, 2):
         [answer] = Classifier(state.path / "commits" / f"{number:06d}" / "release").classify([image], top=0)
         expected[answer.release] = answer
+        releases[number] = answer.release
     done = threading.Event()
+    answers: list[tuple[int, Any]] = []
 
-    def client() -> list[tuple[int, Any]]:
-        answers = []
+    def client() -> None:
         while not done.is_set():
             answers.append(classify(server, image, image, query="?top=0"))
-        return answers
+
+    def answered_by(number: int, since: int) -> bool:
+        return any(answer.get("release") == releases[number] for _, answer in answers[since:])
 
     with serving(state.path) as server, ThreadPoolExecutor(4) as pool:
         wait_for(lambda: ask(server, "/readyz")[0] == 200)
@@ -545,9 +548,12 @@ def test_swaps_under_load_neither_drop_nor_mix_an_answer(state, monkeypatch):
                 state.point(number)
                 classes = {1: 5, 2: 7}[number]
                 wait_for(lambda classes=classes: len(ask(server, "/v1/labels")[1]["classes"]) == classes)
+                swapped = len(answers)
+                wait_for(lambda number=number, swapped=swapped: answered_by(number, swapped))
         finally:
             done.set()
-        answers = [answer for client in clients for answer in client.result()]
+        for one in clients:
+            one.result()
 
     assert {answer["release"] for _, answer in answers} == expected.keys()
     for status, answer in answers:

@@ -235,13 +235,14 @@ def _fleet(config: Config) -> Iterator[Finding]:
     if topic.chunk_bytes <= 0:
         text = f"max.message.bytes of {name} is too small: a message has no room for a part of a state"
         yield Finding("fleet", "problem", text, "raise it to 1048588, the usual one")
-        return
     if topic.policy not in ("compact", ""):
         text = f"{name} has cleanup.policy={topic.policy}, which loses the states of sites that learn nothing for long"
         yield Finding("fleet", "warning", text, "set it to compact")
     if topic.partitions != 1:
         text = f"{name} has {topic.partitions} partitions, and a fleet uses one for each site"
         yield Finding("fleet", "warning", text, "one partition is enough for all of them")
+    if topic.chunk_bytes <= 0:
+        return
     now = time.time() * 1000
     others = [
         f"{site} (commit {blob.version}, {age((now - blob.sequence) / 1000)} old)"
