@@ -55,7 +55,7 @@ _WAIT_S = (0.5, 30)
 Chosen by hand; a larger longest wait delays the first answers after the brokers are back by as much."""
 _FETCHES = 8
 """Images fetched at once, as many as the learner's source fetches; chosen by hand. More ask more of the image store,
-and all of them are in memory, each up to source.max_image_bytes."""
+and those of _AHEAD batches are in memory, each up to source.max_image_bytes."""
 _AHEAD = 2
 """Batches whose images are in memory as pixels: one in the model and the one after it, so that the decoders work while
 the model does. More would take more memory and make nothing faster, as the slower of the two is never without work."""
@@ -154,6 +154,8 @@ class Responder:
         self._metrics = metrics
         self._stopping = stopping
         self._fetch = fetch
+        self._fetching = threading.Semaphore(_FETCHES)
+        """Held while an image is fetched: two batches fetch theirs at a time."""
         self._top = top
         self._headers = frozenset(headers)
         self._max_batch = max_batch
@@ -325,13 +327,18 @@ class Responder:
     def _prepare(self, batch: _Batch, classifier: Classifier) -> list[Prepared | Refusal | None]:
         """Fetch images that are elsewhere, and decode all."""
         waiting = [
-            in_background(partial(self._fetch, arrival.item), "image-fetch")
+            in_background(partial(self._in_turn, arrival.item), "image-fetch")
             if isinstance(arrival.item, Claim)
             else arrival.item
             for arrival in batch.arrivals
         ]
         batch.items = [item.result() if isinstance(item, Future) else item for item in waiting]
         return list(self._prepared(batch, classifier))
+
+    def _in_turn(self, claim: Claim) -> Record | Rejected:
+        """Fetch an image once fewer than _FETCHES are being fetched."""
+        with self._fetching:
+            return self._fetch(claim)
 
     def _prepared(self, batch: _Batch, classifier: Classifier) -> Iterator[Prepared | Refusal | None]:
         """Decode images for the model, or say why one cannot be; None for a mark. Ends after the first that is there
