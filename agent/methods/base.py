@@ -58,6 +58,10 @@ class TaskData:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def names(self, index: Tensor) -> tuple[str, ...]:
+        """Give the class names of some images: index int64 [n] on the CPU."""
+        return tuple(self.classes[label] for label in self.labels[index].tolist())
+
 
 @dataclass(frozen=True)
 class Counted:

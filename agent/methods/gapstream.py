@@ -114,7 +114,8 @@ class Gapstream:
         """The same by the untouched one; both may lack the last names, see `_class_names`."""
         self._solved: Solved | None = None
         self.calibration = NOTHING
-        """The images of the last task that the fusion was fitted to; not kept in the state."""
+        """The images of the last task that the fusion was fitted to, for a site of a fleet. It is not in the state, and
+        the next task does not use it."""
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -151,8 +152,7 @@ class Gapstream:
         trial = self._adapt(task, chosen, held, watch, on_progress) if adapts else None
         made = trial.training.update() if trial else untrained(task, watch, started, on_progress)
         trained = time.perf_counter()
-        features, embeddings = self._count(task, labels, chosen, on_progress)
-        self.calibration = Counted(features, embeddings, tuple(task.classes[at] for at in task.labels[chosen].tolist()))
+        self.calibration = self._count(task, labels, chosen, on_progress)
         self._fusion, real = self._fitted(self.calibration, task.number)
         adaptation = self._decide(real, task, chosen, trial) if trial else None
         fused = {"temperature": self._fusion.temperature, "text_weight": self._fusion.text_weight}
@@ -224,9 +224,9 @@ class Gapstream:
         return ranks.encoded(task.tokens, index, self.encode_tokens, BATCH)
 
     @torch.no_grad()
-    def _count(self, task: TaskData, labels: Tensor, chosen: Tensor, on_progress: OnProgress) -> tuple[Tensor, Tensor]:
-        """Count all images of the task into the statistics; gives features [n, M] and embeddings [n, D] of the chosen
-        ones, int64 [n] in ascending order."""
+    def _count(self, task: TaskData, labels: Tensor, chosen: Tensor, on_progress: OnProgress) -> Counted:
+        """Count all images of the task into the statistics; gives what the chosen ones, int64 [n] in ascending order,
+        are counted by."""
         among = torch.zeros(len(task), dtype=torch.bool)
         among[chosen] = True
         kept, embeddings = [], []
@@ -244,7 +244,7 @@ class Gapstream:
         self._statistics.sum()
         self._solved = self._statistics.solve(self._prior)
         features, embedding = (ranks.of_all(task.tokens, chosen, torch.cat(rows)) for rows in (kept, embeddings))
-        return features, embedding
+        return Counted(features, embedding, task.names(chosen))
 
     def _features(self, task: TaskData, index: Tensor, on_progress: OnProgress) -> tuple[Tensor, Tensor]:
         """Compute random features float32 [n, M] and untouched embeddings [n, D] of some images, in batches of few
@@ -267,8 +267,7 @@ class Gapstream:
     @torch.no_grad()
     def counted(self, task: TaskData, index: Tensor) -> Counted:
         """Compute what some images of a task, int64 [n], are counted by."""
-        names = tuple(task.classes[at] for at in task.labels[index].tolist())
-        return Counted(*self._features(task, index, lambda progress: None), names)
+        return Counted(*self._features(task, index, lambda progress: None), task.names(index))
 
     @torch.no_grad()
     def fitted(self, images: Counted, number: int) -> Fusion:

@@ -55,8 +55,7 @@ class Ncm(UntouchedMethod):
     def counted(self, task: TaskData, index: Tensor) -> Counted:
         """Compute what some images of a task, int64 [n], are counted by."""
         features = torch.cat([self._clip.encode_tokens(task.tokens.batch(part)) for part in index.split(256)])
-        names = tuple(task.classes[at] for at in task.labels[index].tolist())
-        return Counted(features, features[:, :0], names)
+        return Counted(features, features[:, :0], task.names(index))
 
     def inference_module(self) -> InferenceModule:
         check_learned(self.classes)

@@ -79,13 +79,13 @@ class SiteLearner:
     def learned(self, task: TaskData) -> None:
         """Keep what is needed of a task that the learner has counted."""
         counted: Callable[[TaskData, Tensor], Counted] = self.method.counted  # type: ignore[attr-defined]
-        names = [task.classes[label] for label in task.labels.tolist()]
+        names = task.names(torch.arange(len(task)))
         images = Counter(names) + Counter(self.held.classes)
         stay = self.held.of([at for at, name in enumerate(self.held.classes) if images[name] < self.least])
         index = [at for at, name in enumerate(names) if images[name] < self.least]
         parts = [stay] if stay.classes else []
         parts += [_on_cpu(counted(task, torch.tensor(index)))] if index else []
-        self.held = _together(parts)
+        self.held = _concatenated(parts)
         if isinstance(self.method, Gapstream) and self.method.calibration.classes:
             self.last, self.task = _on_cpu(self.method.calibration), task.number
 
@@ -101,15 +101,16 @@ class SiteLearner:
         if not others:
             self.fusion = None
             return self.method
-        made = build()
-        made.load_state(together(made.name, self.own(), others))
+        made, own = build(), self.own()
+        made.load_state(together(made.name, own, others))
         if isinstance(made, Gapstream) and isinstance(self.method, Gapstream) and self.last.classes:
             # It leans on what the learner has by itself: the same images are not to count once more with every release.
             made.weigh(self.method.weights)
             fitted = torch.tensor(astuple(made.fitted(self.last, self.task)), dtype=torch.float64)
             if self.fusion is None or (fitted / self.fusion).log().abs().max() >= SETTLED:
                 self.fusion = fitted
-            made.weigh(Fusion(*_mean_fusion([self.own(), *others.values()]).tolist()))
+            own = LearnerState({**own.tensors, "fusion": self.fusion}, {**own.values, "fitted": True})
+            made.weigh(Fusion(*_mean_fusion([own, *others.values()]).tolist()))
         return made
 
 
@@ -220,7 +221,7 @@ def _on_cpu(images: Counted) -> Counted:
     return Counted(images.features.cpu(), images.embeddings.cpu(), images.classes)
 
 
-def _together(parts: Sequence[Counted]) -> Counted:
+def _concatenated(parts: Sequence[Counted]) -> Counted:
     if not parts:
         return NOTHING
     features, embeddings = (torch.cat(rows) for rows in zip(*((p.features, p.embeddings) for p in parts), strict=True))
