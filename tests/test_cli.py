@@ -41,11 +41,10 @@ def archive(tmp_path) -> Path:
 
 @pytest.fixture(scope="module")
 def release(tmp_path_factory) -> Path:
-    from exporter.trace_cache import user_cache
     from tests.test_text import Exports
     from tests.tiny import tiny_clip
 
-    return Exports(tiny_clip(), tmp_path_factory.mktemp("made"), user_cache()).release().path
+    return Exports(tiny_clip(), tmp_path_factory.mktemp("made")).release().path
 
 
 def test_wrong_usage_is_exit_code_2(capsys):

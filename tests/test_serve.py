@@ -29,7 +29,6 @@ from exporter.batcher import Batcher
 from exporter.runtime import Classifier, NamesError, Prediction, Prepared
 from exporter.serve import Server
 from exporter.serving_metrics import ServeMetrics
-from exporter.trace_cache import user_cache
 from tests.test_deploy import program
 from tests.test_runtime import State, Toy, picture, png
 from tests.test_text import Exports
@@ -229,7 +228,7 @@ def test_a_clock_that_is_set_back_does_not_make_the_event_loop_dead(server, monk
 @pytest.fixture(scope="module")
 def naming(tmp_path_factory) -> Iterator[tuple[Server, Classifier]]:
     """A server of a release with a text part."""
-    release = Exports(tiny_clip(), tmp_path_factory.mktemp("releases"), user_cache()).release()
+    release = Exports(tiny_clip(), tmp_path_factory.mktemp("releases")).release()
     with serving(release.path, max_names=2, max_name_chars=20) as server:
         wait_for(lambda: ask(server, "/readyz")[0] == 200)
         yield server, Classifier(release.path, threads=1)

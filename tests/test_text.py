@@ -30,7 +30,7 @@ from exporter.release import Release, ReleaseError
 from exporter.runtime import Classifier, NamesError, Prepared
 from exporter.text import CLEANUPS, name_encoder
 from exporter.text_export import TextToRelease
-from exporter.trace_cache import TraceCache, user_cache
+from exporter.trace_cache import user_cache
 from tests.tiny import tiny_clip, tiny_timm_clip
 
 LEARNED = ("cat", "dog", "big red ship")
@@ -103,10 +103,10 @@ def test_texts_are_cleaned_as_open_clip_does_it(name):
 class Exports:
     """Releases of a tiny CLIP, made by one exporter into numbered folders."""
 
-    def __init__(self, clip: Clip, path: Path, traces: TraceCache | None = None) -> None:
+    def __init__(self, clip: Clip, path: Path) -> None:
         self.clip = clip
         self.path = path
-        self.exporter = OnnxExporter(max_batch=4, traces=traces)
+        self.exporter = OnnxExporter(max_batch=4, traces=user_cache())
         self.made: list[Release] = []
 
     def release(self, adapted: float = 0.0, classes: Sequence[str] = LEARNED, **changes: object) -> Release:
@@ -162,7 +162,7 @@ def test_a_later_release_is_not_traced_again_and_shares_what_learning_never_chan
 
 
 def test_shared_files_are_written_where_the_release_before_has_them_damaged(clip, tmp_path):
-    exports = Exports(clip, tmp_path, user_cache())
+    exports = Exports(clip, tmp_path)
     first = exports.release()
     (first.path / "tokenizer.json").write_text("damaged")
 
@@ -197,7 +197,7 @@ def test_a_model_without_a_tokenizer_to_release_is_released_without_names(clip, 
     def none() -> tuple[str, str]:
         raise ModelError("the tokenizer of X, a Y, cannot be released")
 
-    release = Exports(clip, tmp_path, user_cache()).release(tokenizer=none)
+    release = Exports(clip, tmp_path).release(tokenizer=none)
 
     assert "a Y, cannot be released" in release.text.refused and release.text_files == []
     assert len(Classifier(release.path).classify([picture()])[0].labels) == 3
@@ -209,7 +209,7 @@ def test_a_fault_of_the_machine_is_raised_and_makes_no_release_without_names(cli
         raise fault
 
     with pytest.raises(type(fault)):
-        Exports(clip, tmp_path, user_cache()).release(tokenizer=fails)
+        Exports(clip, tmp_path).release(tokenizer=fails)
 
 
 def picture(seed: int = 0) -> Image.Image:
@@ -344,7 +344,7 @@ def test_a_newer_release_answers_with_its_own_text_tower(exports, tmp_path):
 
 
 def test_a_damaged_text_part_is_noticed_when_a_name_is_asked_for_and_read_once(clip, tmp_path, monkeypatch):
-    release = Exports(clip, tmp_path, user_cache()).release()
+    release = Exports(clip, tmp_path).release()
     (release.path / "text.npy").write_bytes(b"damaged")
     classifier = Classifier(release.path)
 
@@ -359,7 +359,7 @@ def test_a_damaged_text_part_is_noticed_when_a_name_is_asked_for_and_read_once(c
 
 
 def test_a_text_part_that_answers_otherwise_than_in_training_is_not_used(clip, tmp_path):
-    release = Exports(clip, tmp_path, user_cache()).release()
+    release = Exports(clip, tmp_path).release()
     np.save(release.path / "text.npy", np.load(release.path / "text.npy") + np.float32(0.1))
     releases.write(replace(release, files={name: releases.digest(release.path / name) for name in release.files}))
 

@@ -39,7 +39,7 @@ class Bench:
     """A state folder, a spool, and tasks from images."""
 
     def __init__(self, folder: Path, **settings: object) -> None:
-        evaluation = {"holdout_fraction": 0.2, "test_archive": "bundled", "test_per_class": 5}
+        evaluation = {"holdout_fraction": 0.2, "test_archive": "bundled", "test_per_class": 5, "probe_per_class": 5}
         base = {"state": {"path": folder / "state"}, "evaluation": evaluation, "release": {"max_batch": 4}}
         self.config = Config.model_validate(base | {"method": MGCLIP} | settings)
         self.store = CommitStore(folder / "state", 3)

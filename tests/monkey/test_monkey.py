@@ -18,7 +18,7 @@ SEED = os.environ.get("SEED", "1")
         ("records", 3000),
         ("images", 1000),
         ("faults", 30),
-        ("kills", 10),
+        ("kills", 7),
         pytest.param("brokers", 30, marks=pytest.mark.slow),
     ],
 )
