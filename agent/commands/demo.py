@@ -103,6 +103,7 @@ def demo_config(state: Path) -> Config:
         {
             "state.path": str(state),
             "evaluation.test_archive": "bundled",
+            "evaluation.holdout_fraction": "0",  # the test images are scored, and all others learned
             "http.port": str(_free_port(9187)),
             "agent.log_level": "WARNING",  # more lines would tear the live view apart
         },
