@@ -235,6 +235,7 @@ class ArchiveSource:
         item = self._stream[offset]
         if item is None:
             return Control(self._partition, offset, ControlKind.TASK_BOUNDARY)
+        path = printable(item.entry.path)
         image = None  # kept for the dead letter where it could be read and is of no use
         try:
             image = item.entry.read()
@@ -242,10 +243,10 @@ class ArchiveSource:
             if item.class_name in self._archive.unusable:
                 raise self._archive.unusable[item.class_name]
         except Unusable as unusable:
-            path = printable(item.entry.path)
             detail = f"{path}: {unusable.detail}"
             return Rejected(self._partition, offset, unusable.reason, detail, Raw(path.encode(), image))
-        return Record(self._partition, offset, item.class_name, image)
+        # With its path as the key, so that a dead letter also names the file when the image is found broken later.
+        return Record(self._partition, offset, item.class_name, image, raw=Raw(path.encode(), image))
 
 
 @dataclass(frozen=True, slots=True)

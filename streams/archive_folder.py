@@ -200,15 +200,19 @@ def _below(entries: Sequence[Entry], split: str, fallback: Sequence[str], archiv
     images = [entry for entry in entries if _depth(entry, split) >= 2]
     deeper = next((entry.path for entry in images if _depth(entry, split) > 2), None)
     tops = sorted({entry.path.split("/")[0] for entry in entries if "/" in entry.path})
+    beside = sum("/" not in entry.path for entry in entries)
     where = f"below {split!r} in {archive}" if split else f"in {archive}"
     if deeper is not None:
+        above = deeper.rpartition("/")[0].rpartition("/")[0]
         raise ArchiveError(
-            f"{printable(deeper)} lies too deep {where}; expected `[split/]class name/image`, and the split as one of"
-            f" the top folders: {name_list(tops)}"
+            f"{printable(deeper)} lies too deep {where}; expected `[split/]class name/image`. Name the folder that has"
+            f" the class folders in it as the split ({printable(above)!r} for this image), or move the images up; got"
+            f" top folders: {name_list(tops)}"
         )
     if not images:
         raise ArchiveError(
             f"no images {where}; expected `[split/]class name/image`, got top folders: {name_list(tops) or 'none'}"
+            + (f", and files that lie in no folder: {beside}" if beside else "")
         )
     return images
 

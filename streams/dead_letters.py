@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -44,6 +45,8 @@ class FileDeadLetters:
         self._written = 0
         self._failed: OSError | None = None
         self._committed: Offsets = {}
+        self._untold: Counter[str] = Counter()
+        """Letters of each reason that were put since a commit was last told of."""
         self._next: dict[str, dict[Partition, int]] = {}
         """Name of a file of this process -> the offsets that follow its letters."""
         self.removed = 0
@@ -60,6 +63,7 @@ class FileDeadLetters:
             assert self._file is not None
             self._file.write(line)
             self._written += len(line)
+            self._untold[rejected.reason] += 1
             ends = self._next.setdefault(Path(self._file.name).name, {})
             ends[rejected.partition] = max(rejected.offset + 1, ends.get(rejected.partition, 0))
         except OSError as error:
@@ -84,8 +88,15 @@ class FileDeadLetters:
             ) from self._failed
 
     def committed(self, offsets: Offsets) -> None:
-        """Note that a commit has passed the letters before `offsets`: the bound may remove them from now on."""
+        """Note that a commit has passed the letters before `offsets`: the bound may remove them from now on.
+
+        Logs how many were set aside since the commit before, and why: an archive is often learned with nobody looking
+        at metrics."""
         self._committed = offsets
+        if self._untold:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in self._untold.most_common())
+            log.warning("records set aside in %s: %s", self._folder, reasons)
+            self._untold.clear()
         if self._file is None or self._failed:
             return
         try:

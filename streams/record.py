@@ -110,7 +110,7 @@ class Record(NamedTuple):
     timestamp_s: float | None = None
     """When the record was produced, seconds since the epoch; None when the stream does not say."""
     raw: Raw | None = None
-    """Present when the image came inside something else (headers, an envelope) that a dead letter must repeat."""
+    """What a dead letter must repeat beside the image: the headers or envelope around it, the path of its file."""
 
 
 @dataclass(frozen=True, slots=True)

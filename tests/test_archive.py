@@ -166,6 +166,10 @@ class TestBadInput:
             assert item.detail.startswith(f"{name}: ")
             assert item.raw and item.raw.value == (None if item.reason == Reason.TOO_LARGE else expected[name].data)
         assert len(items) == len(odd)
+        # and the others carry both too, for the dead letter of one that cannot be decoded later
+        passed = {item.raw.key.decode(): item for item in items if isinstance(item, Record) and item.raw}
+        assert passed.keys() | rejected.keys() == {f"a/{n:03d}" for n in range(len(odd))}
+        assert all(item.raw.value == item.image for item in passed.values() if item.raw)
 
     def test_a_damaged_zip_entry_costs_that_record_only(self, tmp_path):
         path = zipped(tmp_path / "data.zip", images("a", 3))

@@ -48,9 +48,10 @@ def test_a_split_may_lie_deeper(tmp_path, make):
     ("files", "split", "message"),
     [
         ({}, "", "no images in .*; expected .*, got top folders: none"),
-        ({"1.jpg": JPEG, ".hidden/x/1.jpg": JPEG}, "", "no images in "),
+        ({"1.jpg": JPEG, ".hidden/x/1.jpg": JPEG}, "", "no images in .*, and files that lie in no folder: 1$"),
         (images("a", 1, "train/"), "test", "no images below 'test' .* got top folders: train"),
-        (images("a", 1, "set/train/"), "", "set/train/a/000.jpg lies too deep .* the top folders: set"),
+        (images("a", 1, "set/train/"), "", r"set/train/a/000.jpg lies too deep .* \('set/train' for .* folders: set$"),
+        (images("a", 1, "photos/"), "", r"photos/a/000.jpg lies too deep .* as the split \('photos' for this image\)"),
         (images("a", 1, "train/") | {"train/a/more/1.jpg": JPEG}, "train", "too deep below 'train'"),
     ],
 )

@@ -235,10 +235,24 @@ def test_data_without_test_images_is_refused(config: Config, tmp_path: Path) -> 
     flat["source"]["archive"]["path"] = tmp_path / "probe"
     with pytest.raises(BenchError, match="no split folder"):
         list_images(Config.model_validate(flat))
+    pictures_of(tmp_path / "alone" / "train", {"grey stone": (99, 99, 99)}, 2)
+    flat["source"]["archive"]["path"] = tmp_path / "alone"
+    with pytest.raises(BenchError, match=r"no split folder `test` or `val` .* evaluation.test_split"):
+        list_images(Config.model_validate(flat))
 
     pictures_of(tmp_path / "data" / "train", {"grey stone": (99, 99, 99)}, 2)
     with pytest.raises(BenchError, match="no test images of grey stone"):
         list_images(config)
+
+
+def test_a_task_without_an_image_that_can_be_decoded_is_named(config: Config, clip: Clip, tmp_path: Path) -> None:
+    for file in (tmp_path / "data" / "train" / "white").iterdir():
+        file.write_bytes(b"nothing")
+    flat = config.model_dump()
+    flat["source"]["archive"] |= {"classes_per_task": 1, "class_order": ["red", "white", "green", "blue"]}
+    broken = Config.model_validate(flat)
+    with pytest.raises(BenchError, match=r"^no image of task 2 can be decoded"):
+        load_data(list_images(broken), clip, broken, tmp_path)
 
 
 def test_wrong_arguments_are_a_configuration_mistake(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

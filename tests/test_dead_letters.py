@@ -187,3 +187,17 @@ def test_a_folder_that_cannot_be_listed_ends_no_agent_and_costs_no_letter(tmp_pa
         dead.committed({Partition("images", 0): 2})
 
     assert [letter["offset"] for letter in letters(tmp_path)] == [1]
+
+
+def test_each_commit_tells_in_the_log_what_was_set_aside_since_the_one_before(tmp_path, caplog):
+    dead = FileDeadLetters(tmp_path, max_bytes=2**20)
+    dead.put(rejected(1))
+    dead.put(rejected(2))
+    dead.put(Rejected(Partition("images", 0), 3, Reason.EMPTY, "cat/2.jpg: no bytes"))
+    assert not caplog.messages
+    dead.committed({Partition("images", 0): 9})
+    dead.committed({Partition("images", 0): 10})
+    assert caplog.messages == [f"records set aside in {tmp_path}: 2 truncated, 1 empty"]
+    dead.put(rejected(11))
+    dead.committed({Partition("images", 0): 12})
+    assert caplog.messages[1:] == [f"records set aside in {tmp_path}: 1 truncated"]

@@ -50,7 +50,7 @@ def commit(path, number):
     ]  # fmt: skip
     history[0]["adaptation"] = {"kept": False, "epochs": 0, "drift": 0.3, "budget": 0.25, "images": 30}
     matrix = [[0.9 if other <= task else None for other in range(number)] for task in range(number)]
-    scores = {"task": number, "last": 0.9, "zero_shot": 0.5, "gap": history[-1]["gap"]}
+    scores = {"task": number, "test_images": 1234, "last": 0.9, "zero_shot": 0.5, "gap": history[-1]["gap"]}
     report = Report.from_json({**scores, "matrix": matrix, "history": history})
     return Commit(number, path, {PARTITION: 7}, "f", ("<b>wren</b>",), number, {}, report, None)
 
@@ -83,6 +83,7 @@ def test_the_status_page_shows_what_happens_and_follows_a_commit(tab, metrics, s
 
     # then accuracy, charts and counts are those of the last
     assert text(tab, "accuracy-now").startswith("90.0 %")
+    assert "all classes, 1\u202f234 held-back images" in text(tab, "accuracy-now")
     assert "2 tasks learned, commit 2 is current" in text(tab, "lead")
     assert text(tab, "adaptation") == "Task 1 adapted: undone, no epochs, 120 % of the gap budget."
     assert tab.evaluate("document.querySelectorAll('#accuracy path').length") == 3

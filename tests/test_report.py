@@ -38,6 +38,7 @@ def made_up_state(state: Path, tasks=5, classes=None, refused=None, released=Tru
         "task": tasks,
         "classes": classes,
         "samples": 486 * tasks,
+        "test_images": 1234,
         "matrix": matrix,
         "avg": sum(entry["accuracy"] for entry in history) / tasks,
         "last": last["accuracy"],
@@ -114,7 +115,8 @@ def test_the_page_shows_the_numbers_of_the_current_commit(tmp_path):
     assert "10 classes learned in 5 tasks" in html
     assert "82.0 %" in html  # Last
     assert "42.0 %" in html  # untouched
-    assert "40.0 points more" in html
+    assert "82.0 % of 1,234 held-back images right, 40.0 points more" in html
+    assert "all classes, 1,234 held-back images" in html and "over the 5 tasks" in html
     assert "class 0, class 1" in html
     assert "2.4e-06" in html
     assert "cifar10-sample/0 up to 2704" in html
@@ -128,9 +130,12 @@ def test_the_page_needs_nothing_from_elsewhere(tmp_path):
 
 
 def test_one_task_with_one_class_and_nothing_else_measured_is_a_page_too(tmp_path):
-    nothing = dict.fromkeys(["forgetting", "backward_transfer", "retention", "zero_shot", "predict_before_learn"])
-    html = page(made_up_state(tmp_path, tasks=1, classes=["wren"], released=False, **nothing))
+    nothing = dict.fromkeys(
+        ["last", "forgetting", "backward_transfer", "retention", "zero_shot", "predict_before_learn"]
+    )
+    html = page(made_up_state(tmp_path, tasks=1, classes=["wren"], released=False, test_images=0, **nothing))
     assert "1 class learned in 1 task</h1>" in html
+    assert "no held-back images yet" in html and "over one task" in html
     assert "Nothing has been released yet" in html
     assert "points" not in html.partition("<script")[0].partition("lead")[2].partition("</p>")[0]
 

@@ -24,6 +24,7 @@ from exporter.image_header import ImageError
 from streams.archive import ArchiveSource
 from streams.archive_folder import ArchiveFolder, Entry
 from streams.record import Unusable
+from streams.source import ArchiveError
 
 log = logging.getLogger(__name__)
 
@@ -70,13 +71,21 @@ def list_images(config: Config, tasks: int = 0) -> Listing:
     groups = groups[:tasks] if tasks else groups
     # A stream's labels that differ in case are one class; the test folder's may be spelled another way.
     spelling = {name.casefold(): name for group in groups for name, _ in group}
-    test = ArchiveFolder(settings.test_archive or archive.path, settings.test_split, ("test", "val"), **bounds)
+    no_split = (
+        f"{archive.path} has no split folder `test` or `val` beside its training images; expected "
+        "train/class name/image and test/class name/image, the name of another split as evaluation.test_split, or "
+        "evaluation.test_archive"
+    )
+    try:
+        test = ArchiveFolder(settings.test_archive or archive.path, settings.test_split, ("test", "val"), **bounds)
+    except ArchiveError as error:
+        if settings.test_archive or settings.test_split:
+            raise
+        # The training images were found in it, so it is the split that is missing, whatever the layout looks like.
+        raise BenchError(no_split) from error
     trained = {entry.path for group in groups for _, entry in group}
     if not settings.test_archive and any(e.path in trained for name in test.classes for e in test.images(name)):
-        raise BenchError(
-            f"{test.path} has no split folder `test` or `val` beside its training images; expected "
-            "train/class name/image and test/class name/image, or evaluation.test_archive"
-        )
+        raise BenchError(no_split)
     listed = [
         (spelling[name.casefold()], entry)
         for name in test.classes
@@ -187,8 +196,13 @@ def load_data(
         return TaskData(number, *of(rows), CroppedImages(read, clip, decoders))
 
     *learned, test, probe = sections
-    if not all(learned) or not test:
-        raise BenchError("a task or the test set has no image that can be decoded; see the warnings above")
+    empty = [f"task {number}" for number, rows in enumerate(learned, 1) if not rows]
+    empty += [] if test else ["the test set"]
+    if empty:
+        raise BenchError(
+            f"no image of {', '.join(empty[:5])} can be decoded, see the warnings above; mend these images or take "
+            "their classes out of the archive"
+        )
     return Data(
         tuple(learnable(number, rows) for number, rows in enumerate(learned, 1)),
         _scored(*of(test), clip, config.evaluation.batch_size),

@@ -182,7 +182,7 @@ class Training:
             self._trained.load_tensors(self._state)
             log.warning(
                 "task %d: epoch %d was rolled back (loss %g, drift %s, budget %s); %d of %d epochs are kept",
-                self._task.number, self._run, loss, drift, self._budget, self.kept, self._run,
+                self._task.number, self._run, loss, drift and f"{drift:.3g}", self._budget, self.kept, self._run,
             )  # fmt: skip
             return False
         self._state, self._after, self._loss = self._trained.tensors(), statistics, loss
