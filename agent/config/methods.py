@@ -98,7 +98,7 @@ class Gapstream(Section):
     (5000: 50 MB, and 20 MB per 1000 classes), as does what an update computes; 5000 take it 0.5 GB of memory."""
     prior_images: float = Field(300, gt=0)
     """The scatter that was measured is mixed with a sphere that weighs as much as this number of images. More is
-    steadier where images are few, less is sharper where they are many."""
+    steadier where images are few or many labels are wrong (3000), less is sharper where they are many."""
 
 
 class RanPac(Section):
