@@ -413,8 +413,7 @@ def _whole(said: Mapping[str, Any], name: str) -> int:
 
 
 def _blob(site: str, said: Mapping[str, Any], number: int, value: bytes) -> Blob:
-    """Read what the chunk of this number says of its blob. Raises BlobRefused, also where the blob has no such chunk.
-    """
+    """Read what the chunk of this number says of its blob. Raises BlobRefused, also where it has no such one."""
     sha256 = said.get("sha256")
     if said.get("site") != site or not isinstance(sha256, str) or not _SHA256.fullmatch(sha256):
         raise BlobRefused(f"a chunk of {site} says that it is another's, or has no sha256")
