@@ -201,7 +201,7 @@ class FleetSite:
         blob = Blob(self._site, sequence, version, sha256, len(data), topic.chunk_bytes, generation)
         self._sent = sequence
         topic.send(self._site, cut(blob, data))
-        more = reversed(range(blob.chunks, self._blobs.own_chunks(generation)))  # as it counts down, one by one
+        more = [index for index in self._blobs.own_chunks(generation) if index >= blob.chunks]
         topic.send(self._site, [ended(self._site, generation * GENERATION + index, sequence) for index in more])
         self._published = blob
         self._metrics.fleet_published(blob.bytes)

@@ -16,6 +16,9 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from agent.values import MOST_IMAGES
+from streams.record import Unusable, canonical_label
+
 FORMAT = 2
 """Format of the file that is written. Of format 1, which had no means of embeddings, files are read too; one of another
 number is refused."""
@@ -25,6 +28,14 @@ FACTS = "gapstream"
 
 NAME_CHARS = 1000
 """Characters of a class name at most: chosen by hand, well above the default of source.max_label_chars."""
+
+FUSION = (1e-9, 1e9)
+"""Between these are the two numbers of a fusion: chosen by hand, six powers of ten and more from those that a learner
+begins with, and close enough to 1 that the answers of all sites are finite."""
+
+_BLOCK = 2**20
+"""Numbers of a tensor that are in memory at once while it is looked at, 4 MB: chosen by hand, so that the agent process
+stays as small as it is whatever comes."""
 
 SCHEMAS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "gapstream": {
@@ -108,17 +119,23 @@ def _checked(path: Path, said: Any, file: Any) -> Shared:
         schema = {name: shape for name, shape in schema.items() if name != "embeddings"}
     if schema is None or set(file.keys()) != set(schema):
         raise SharedRefused(f"it has not the tensors of a learner of {' or '.join(SCHEMAS)}")
-    tensors = {name: _finite(name, file.get_slice(name), schema[name], file) for name in schema}
-    classes, counts, width = said["classes"], tensors["counts"], tensors["means"].shape[1]
-    _check_names(classes, len(counts))
-    if (counts < 1).any() or (counts != np.floor(counts)).any() or tensors["means"].shape[0] != len(counts):
-        raise SharedRefused("its counts are no numbers of images, or not those of its class means")
+    shapes = {name: _shape(name, file.get_slice(name), asked) for name, asked in schema.items()}
+    classes, [number, width] = said["classes"], shapes["means"]
+    _check_names(classes, number)
+    if shapes["counts"] != [number]:
+        raise SharedRefused("its counts are not those of its class means")
+    counts = file.get_tensor("counts")
+    if not ((counts >= 1) & (counts <= MOST_IMAGES) & (counts == np.floor(counts))).all():
+        raise SharedRefused("its counts are no numbers of images")
     if said["method"] == "gapstream":
-        random = sum(tensors[f"random.{name}"].shape[1] for name in ("tokens", "embedding"))
-        if tensors["scatter"].shape[0] != width * (width + 1) // 2 or random != width:
+        random = sum(shapes[f"random.{name}"][1] for name in ("tokens", "embedding"))
+        if shapes["scatter"] != [width * (width + 1) // 2] or random != width:
             raise SharedRefused(f"its scatter and its random features are not of {width} features, as its means are")
-        if tensors["fusion"].shape != (2,) or (tensors["fusion"] <= 0).any():
-            raise SharedRefused("its fusion is not two numbers above 0")
+        fusion = file.get_tensor("fusion") if shapes["fusion"] == [2] else np.zeros(2)
+        if not ((fusion >= FUSION[0]) & (fusion <= FUSION[1])).all():
+            raise SharedRefused(f"its fusion is not two numbers from {FUSION[0]:g} to {FUSION[1]:g}")
+    for name in schema:
+        _check_finite(name, file.get_slice(name))
     model = {key: said["model"][key] for key in ("name", "sha256", "prompt")}
     task, depth, roots = said["task"], said["depth"], said["roots"]
     if not all(isinstance(text, str) for text in (*model.values(), *roots)):
@@ -129,26 +146,35 @@ def _checked(path: Path, said: Any, file: Any) -> Shared:
     return Shared(path, said["method"], model, task, frozenset(roots), depth, fitted, tuple(classes), images, width)
 
 
-def _finite(name: str, stored: Any, shape: tuple[str, ...], file: Any) -> np.ndarray:
-    """Read a tensor of as many dimensions as `shape` names, float32 (the fusion float64), finite, a row at least."""
+def _shape(name: str, stored: Any, shape: tuple[str, ...]) -> list[int]:
+    """Give a tensor's shape: as many dimensions as `shape` names, float32 (the fusion float64), a row at least."""
     kind = "F64" if name == "fusion" else "F32"
-    dimensions = stored.get_shape()
+    dimensions: list[int] = stored.get_shape()
     fits = len(dimensions) == len(shape) and all(
         size == 1 if asked == "1" else size >= 1 for size, asked in zip(dimensions, shape, strict=True)
     )
     if stored.get_dtype() != kind or not fits:
         raise SharedRefused(f"its {name} is {stored.get_dtype()} {dimensions}, expected {kind} [{', '.join(shape)}]")
-    tensor: np.ndarray = file.get_tensor(name)
-    # A sum is finite only where all its parts are; it needs no copy of the tensor.
-    if not math.isfinite(float(tensor.sum(dtype=np.float64))):
-        raise SharedRefused(f"its {name} has numbers that are not finite")
-    return tensor
+    return dimensions
+
+
+def _check_finite(name: str, stored: Any) -> None:
+    rows, *others = stored.get_shape()
+    step = max(1, _BLOCK // math.prod(others))
+    for start in range(0, rows, step):
+        if not np.isfinite(stored[start : min(start + step, rows)]).all():
+            raise SharedRefused(f"its {name} has numbers that are not finite")
 
 
 def _check_names(classes: Any, count: int) -> None:
-    if not isinstance(classes, list) or not all(isinstance(name, str) and name for name in classes):
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         raise SharedRefused("its classes are no names")
-    if any(len(name) > NAME_CHARS for name in classes):
-        raise SharedRefused(f"a class name of it is longer than {NAME_CHARS} characters")
+    for name in classes:
+        try:
+            canonical = canonical_label(name, NAME_CHARS)
+        except Unusable as error:
+            raise SharedRefused(f"a class name of it is none: {error}") from error
+        if canonical != name:
+            raise SharedRefused(f"its class name {name!r} is none that a stream can bring, as {canonical!r} would be")
     if len({name.casefold() for name in classes}) != len(classes) or len(classes) != count:
         raise SharedRefused("its class names are not as many as its counts, or one is there twice")

@@ -19,7 +19,7 @@ from agent import methods
 from agent.config import Config
 from agent.fleet_states import Shared, SharedRefused, check, facts
 from agent.layout import FLEET, MEMBER, SHARED
-from agent.methods.base import NOTHING, Counted, LearnerState, TaskData
+from agent.methods.base import NOTHING, Counted, InferenceModule, LearnerState, TaskData
 from agent.methods.gapstream import Gapstream
 from agent.methods.merging import MergeError
 from agent.methods.publishing import SiteLearner, incoming
@@ -99,7 +99,7 @@ class FleetTrainer(Trainer):
         failed = ""
         try:
             answers = self._learner.answers(lambda: methods.build(self._clip, self._config.method), others)
-            self._module = answers.inference_module() if answers.classes else None
+            self._module = _finite(answers.inference_module()) if answers.classes else None
             self._answers = answers
         # Whatever peers sent, and however little memory there is for it: this site answers on.
         except (MergeError, ArithmeticError, ValueError, LookupError, RuntimeError, MemoryError) as error:
@@ -118,7 +118,7 @@ class FleetTrainer(Trainer):
         for site, (blob, path) in sorted(kept(self._folder).items()):
             before = self._read.get(site)
             known = before is not None and before[0] == blob
-            result = before[1] if before is not None and known else self._opened(own, site, blob, path)
+            blob, result = before if before is not None and known else self._opened(own, site, blob, path)
             read[site] = blob, result
             if isinstance(result, _Other):
                 shared = [roots[root] for root in sorted(result.shared.roots) if root in roots]
@@ -134,8 +134,16 @@ class FleetTrainer(Trainer):
         self._read = read
         return judged
 
-    def _opened(self, own: LearnerState, site: str, blob: Blob, path: Path) -> _Other | str:
-        """Read a site's state; a text says why it cannot be added."""
+    def _opened(self, own: LearnerState, site: str, blob: Blob, path: Path) -> tuple[Blob, _Other | str]:
+        """Read a site's state, or the one that takes its place meanwhile; a text says why it cannot be added."""
+        while True:
+            result = self._judged(own, site, blob, path)
+            newer = None if path.exists() else kept(self._folder).get(site)
+            if not isinstance(result, str) or newer is None or newer[0] == blob:
+                return blob, result
+            blob, path = newer
+
+    def _judged(self, own: LearnerState, site: str, blob: Blob, path: Path) -> _Other | str:
         here = self._fleet.site
         try:
             if digest(path)[1] != blob.sha256:
@@ -151,7 +159,7 @@ class FleetTrainer(Trainer):
             return f"what {site} published is not used: {error}"
         except (MergeError, RuntimeError) as error:
             return f"{here} and {site} cannot be merged: {error}"
-        except OSError as error:  # replaced by a newer one this moment: that one is read next time
+        except OSError as error:
             return f"what {site} published cannot be read: {error.strerror or error}"
 
     def _complete(
@@ -209,6 +217,13 @@ def _told(blob: Blob, result: _Other | str, failed: str) -> Site:
         return replace(told, refused=result)
     shared = result.shared
     return replace(told, classes=len(shared.classes), images=sum(shared.images), refused=failed or None)
+
+
+def _finite(module: InferenceModule) -> InferenceModule:
+    """Raise ArithmeticError unless what a module answers by has finite numbers."""
+    if not all(bool(getattr(module, name).isfinite().all()) for name in module.class_tensors):
+        raise ArithmeticError("the sum of all sites has numbers that are not finite")
+    return module
 
 
 def _words(method: str, sha256: str, prompt: str) -> str:

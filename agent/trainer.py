@@ -72,6 +72,13 @@ _PACKAGES = ("gapstream", "torch", "open_clip_torch", "timm", "numpy", "pillow")
 """Packages whose versions are noted in a report, since they can change a score: models, arithmetic, image decoding."""
 
 
+_RESTORE = "Nothing was changed: restore the configuration, or set state.path to a new folder to start over"
+"""What to do where an agent's state folder was learned under other settings."""
+
+_AS_IT_WAS = "Nothing was made: give the command the configuration that its agent has"
+"""What to do where a state folder that is merged was."""
+
+
 class LearnerError(Exception):
     """A checkpoint cannot be continued; the message says what differs and what to do."""
 
@@ -179,7 +186,7 @@ class Trainer:
         """
         learners = self._read_alike({name: commit.path for name, commit in commits.items()})
         state = merge(self._method.name, learners)
-        self._continue(state, next(iter(commits)))
+        self._continue(state, next(iter(commits)), _AS_IT_WAS)
         self._module = self._method.inference_module()
         settings = self._config.evaluation
         others = [
@@ -188,7 +195,6 @@ class Trainer:
         ]
         self._holdout.join(others, spellings(learners))
         of = tuple(_origin(name, commit, learners[name]) for name, commit in commits.items())
-
         nothing = TaskData(1, (), torch.zeros(0, dtype=torch.int64), StoredTokens(torch.empty(0), self._clip.device))
         before = self._evaluator.before(self._method, self._module, nothing, _unheard)
         report = self._evaluator.after(self._method, self._module, nothing, None, before, None, _unheard)
@@ -395,30 +401,28 @@ class Trainer:
                     f"{whose} and {other} cannot be merged: the one was learned by {_in_words(first)}, the other by "
                     f"{_in_words(values)}. Only learners under the same settings can"
                 )
-        self._check(first, whose)
+        self._check(first, whose, _AS_IT_WAS)
         return {
             name: LearnerState(load_file(commit / LEARNER_TENSORS), saved[name]["facts"])
             for name, commit in commits.items()
         }
 
-    def _check(self, saved: Mapping[str, Any], whose: str) -> None:
-        """Raise LearnerError unless a checkpoint's settings are the configured ones."""
+    def _check(self, saved: Mapping[str, Any], whose: str, cure: str = _RESTORE) -> None:
+        """Raise LearnerError, which names the cure, unless a checkpoint's settings are the configured ones."""
         wanted = self._learned_under()
         if _compatibility(saved) != _compatibility(wanted):
             raise LearnerError(
-                f"{whose} was learned by {_in_words(saved)}, but the configuration says {_in_words(wanted)}. Nothing "
-                "was changed: restore the configuration, or set state.path to a new folder to start over"
+                f"{whose} was learned by {_in_words(saved)}, but the configuration says {_in_words(wanted)}. {cure}"
             )
 
-    def _continue(self, state: LearnerState, whose: str) -> None:
-        """Go on from a checkpoint. Raises LearnerError."""
+    def _continue(self, state: LearnerState, whose: str, cure: str = _RESTORE) -> None:
+        """Go on from a checkpoint. Raises LearnerError, which names the cure."""
         try:
             self._method.load_state(state)
         except (KeyError, RuntimeError) as error:  # what torch says of other names and other shapes
             raise LearnerError(
                 f"{whose} was learned with other settings below method.{self._method.name} than the configuration "
-                f"has ({str(error).splitlines()[0]}). Nothing was changed: restore them, or set state.path to a new "
-                "folder to start over"
+                f"has ({str(error).splitlines()[0]}). {cure}"
             ) from error
         except ValueError as error:  # what a method says of a state that another version wrote
             raise LearnerError(

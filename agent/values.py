@@ -13,6 +13,10 @@ from typing import Any
 from agent.scoring.report import Adaptation, Report
 from streams.record import Offsets, Partition, Reason
 
+MOST_IMAGES = 2**40
+"""Images that another site of a fleet may have counted of a class, at most: chosen by hand, more than anybody counts,
+and few enough that float32 sums over all sites, also of what so many images add to a scatter, are finite."""
+
 
 @dataclass(frozen=True, slots=True)
 class Progress:

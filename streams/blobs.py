@@ -16,6 +16,7 @@ The folder:
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import mmap
@@ -128,14 +129,23 @@ def kept(folder: Path) -> dict[str, tuple[Blob, Path]]:
     """Read which blobs are kept in a folder, and where: site -> blob and file. What cannot be read is left out."""
     found: dict[str, tuple[Blob, Path]] = {}
     for path in sorted(folder.glob("*.json")):
-        try:
-            blob = Blob(**json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
-            continue
-        file = _file(folder, blob, "blob")
-        if blob.site == path.name.removesuffix(".json") and file.exists() and file.stat().st_size == blob.bytes:
-            found[blob.site] = blob, file
+        before = None
+        while (blob := _entry(path)) is not None and blob != before:
+            file, before = _file(folder, blob, "blob"), blob
+            # Gone, where a newer one has taken its place since the entry was read: then that one is kept.
+            with contextlib.suppress(FileNotFoundError):
+                if blob.site == path.name.removesuffix(".json") and file.stat().st_size == blob.bytes:
+                    found[blob.site] = blob, file
+                break
     return found
+
+
+def _entry(path: Path) -> Blob | None:
+    """Read which blob a site's file says is kept; None where it cannot be read."""
+    try:
+        return Blob(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 @dataclass
@@ -146,6 +156,11 @@ class _Part:
     path: Path
     present: set[int] = field(default_factory=set)
 
+    @property
+    def arrived(self) -> int:
+        """Bytes that its chunks take."""
+        return min(self.blob.bytes, len(self.present) * self.blob.chunk_bytes)
+
 
 @dataclass
 class _Own:
@@ -155,8 +170,8 @@ class _Own:
     """The newest one."""
     present: set[int] = field(default_factory=set)
     """Its chunks."""
-    chunks: int = 0
-    """One more than the largest index of a chunk, of whichever blob, that is not ended."""
+    there: set[int] = field(default_factory=set)
+    """Chunks, of whichever blob, that are not ended."""
 
 
 class Blobs:
@@ -209,23 +224,26 @@ class Blobs:
             raise BlobRefused(f"a chunk of {site} is dated more than a day ahead of this machine's clock")
         self._seen.add(site)
         if site == self._own:
+            blob = None if value is None else _blob(site, said, number, value)
             self.own_sequence = max(self.own_sequence, sequence)
-            self._note_own(number, None if value is None else _blob(site, said))
+            self._note_own(number, blob)
             return False
         if value is None:
             return number == 0 and self._forget(site, sequence)
         newest = self._kept.get(site)
         if sequence <= max(self._done_with.get(site, 0), newest.sequence if newest else 0):
             return False  # older, or delivered again
-        blob = _blob(site, said)
-        index = number - blob.generation * GENERATION
-        if not 0 <= index < blob.chunks or len(value) != blob.length(index):
-            raise BlobRefused(f"{site} sent a chunk {number} of {len(value)} bytes, which its blob does not have")
+        blob = _blob(site, said, number, value)
+        index = number % GENERATION
         part = self._parts.get((site, sequence)) or self._begin(blob)
         if part.blob != blob:
             raise BlobRefused(f"{site} sent chunks of two blobs as one of sequence {sequence}")
         if index in part.present:
             return False
+        # By what has come, not by what is said: one chunk of a large blob must not take the room of others.
+        if (taken := self._taken()) + len(value) > self._max_bytes:
+            self._end(part)
+            self._refuse(blob, f"for what {site} sent there is no room: {taken} bytes are taken of fleet.max_bytes")
         with part.path.open("r+b") as file:
             file.seek(index * blob.chunk_bytes)
             file.write(value)
@@ -249,9 +267,9 @@ class Blobs:
         self._seen = set()
         self._own_generations = (_Own(), _Own())
 
-    def own_chunks(self, generation: int) -> int:
-        """Give one more than the largest index of the own site's chunks of a generation that came and are not ended."""
-        return self._own_generations[generation].chunks
+    def own_chunks(self, generation: int) -> list[int]:
+        """Give the indices of the own site's chunks of a generation that came and are not ended, the largest first."""
+        return sorted(self._own_generations[generation].there, reverse=True)
 
     def next_generation(self) -> int:
         """Give the generation of keys for the own site's next blob: not that of the newest one of which the topic has
@@ -265,9 +283,9 @@ class Blobs:
         own = self._own_generations[generation]
         if blob is None:
             own.present.discard(index)
-            own.chunks = index if index + 1 == own.chunks else own.chunks
+            own.there.discard(index)
             return
-        own.chunks = max(own.chunks, index + 1)
+        own.there.add(index)
         if own.blob is None or blob.sequence > own.blob.sequence:
             own.blob, own.present = blob, set()
         if blob == own.blob:
@@ -283,16 +301,19 @@ class Blobs:
         sites = self._kept.keys() | {site for site, _ in self._parts}
         if blob.site not in sites and len(sites) >= self._max_sites:
             self._refuse(blob, f"{blob.site} is one site too many, at most {self._max_sites} are kept")
-        taken = sum(one.bytes for one in self._kept.values()) + sum(part.blob.bytes for part in self._parts.values())
-        if blob.bytes > self._max_bytes // 2 or taken + blob.bytes > self._max_bytes:
+        if blob.bytes > self._max_bytes // 2:
             self._refuse(
                 blob,
-                f"{blob.site} sent {blob.bytes} bytes, and {taken} are taken of the {self._max_bytes} of "
-                "fleet.max_bytes, of which one site's may take half",
+                f"what {blob.site} sends has {blob.bytes} bytes; one site's may take half of the {self._max_bytes} of "
+                "fleet.max_bytes",
             )
         part = self._parts[blob.site, blob.sequence] = _Part(blob, _file(self._folder, blob, "part"))
         part.path.touch()
         return part
+
+    def _taken(self) -> int:
+        """Give the bytes that the folder takes."""
+        return sum(one.bytes for one in self._kept.values()) + sum(part.arrived for part in self._parts.values())
 
     def _complete(self, part: _Part) -> bool:
         """Put a blob whose chunks are all there in the place of the one before. Raises BlobRefused."""
@@ -387,17 +408,21 @@ def _said(headers: Sequence[tuple[str, bytes | None]]) -> dict[str, Any]:
 def _whole(said: Mapping[str, Any], name: str) -> int:
     value = said.get(name)
     if type(value) is not int or not 0 < value < LARGEST:
-        raise BlobRefused(f"a chunk's {name} is {str(value)[:50]}, expected a whole number above 0")
+        raise BlobRefused(f"a chunk's {name} is {str(value)[:50]!r}, expected a whole number above 0")
     return value
 
 
-def _blob(site: str, said: Mapping[str, Any]) -> Blob:
-    """Read what a chunk says of its blob. Raises BlobRefused."""
+def _blob(site: str, said: Mapping[str, Any], number: int, value: bytes) -> Blob:
+    """Read what the chunk of this number says of its blob. Raises BlobRefused, also where it has no such one."""
     sha256 = said.get("sha256")
     if said.get("site") != site or not isinstance(sha256, str) or not _SHA256.fullmatch(sha256):
         raise BlobRefused(f"a chunk of {site} says that it is another's, or has no sha256")
     numbers = {name: _whole(said, name) for name in ("sequence", "version", "bytes", "chunk_bytes")}
     generation = said.get("generation", 0)  # of an earlier version, which had one
     if type(generation) is not int or generation not in (0, 1):
-        raise BlobRefused(f"a chunk's generation is {str(generation)[:50]}, expected 0 or 1")
-    return Blob(site=site, sha256=sha256, generation=generation, **numbers)
+        raise BlobRefused(f"a chunk's generation is {str(generation)[:50]!r}, expected 0 or 1")
+    blob = Blob(site=site, sha256=sha256, generation=generation, **numbers)
+    index = number - generation * GENERATION
+    if not 0 <= index < min(blob.chunks, GENERATION) or len(value) != blob.length(index):
+        raise BlobRefused(f"{site} sent a chunk {number} of {len(value)} bytes, which its blob does not have")
+    return blob

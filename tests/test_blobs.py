@@ -137,7 +137,7 @@ def test_the_own_sites_next_blob_takes_the_keys_that_its_newest_complete_one_has
         deliver(store, topic.values())
         assert store.next_generation() == generation, written
         store.begin_anew()
-        assert store.next_generation() == 0 and store.own_chunks(0) == store.own_chunks(1) == 0
+        assert store.next_generation() == 0 and store.own_chunks(0) == store.own_chunks(1) == []
 
 
 def test_what_is_delivered_again_changes_nothing(tmp_path):
@@ -159,9 +159,21 @@ def test_sites_do_not_disturb_each_other_and_the_own_one_is_only_noted(tmp_path)
         if chunk is not None:
             store.take(chunk.key, chunk.value, chunk.headers)
     assert contents(tmp_path) == {"b": OLD, "c.d-1": NEW}
-    assert (store.own_sequence, store.own_chunks(0), store.own_chunks(1)) == (7, 5, 0)
+    assert (store.own_sequence, store.own_chunks(0), store.own_chunks(1)) == (7, [4, 3, 2, 1, 0], [])
     deliver(store, [ended("a", 4, 8), ended("a", 3, 8)])
-    assert store.own_chunks(0) == 3
+    assert store.own_chunks(0) == [2, 1, 0]
+
+
+def test_a_chunk_of_the_own_site_that_somebody_made_up_costs_one_end_and_not_those_of_all_numbers_below(tmp_path):
+    store, far = opened(tmp_path), blob(OLD, 1, "a")[0]
+    said = json.loads(dict(far.headers)[HEADER]) | {"bytes": 2**52, "chunk_bytes": 1}
+    far = replace(far, key=b"a/499999999", value=b"x", headers=((HEADER, json.dumps(said).encode()),))
+    assert deliver(store, [far]) == [] and store.own_chunks(0) == [499_999_999]
+    deliver(store, [ended("a", 499_999_999, 2)])
+    assert store.own_chunks(0) == []
+    # what its blob cannot have is refused as another site's is
+    assert len(deliver(store, [replace(far, value=b"xx"), replace(blob(OLD, 1, "a")[0], key=b"a/9")])) == 2
+    assert store.own_chunks(0) == []
 
 
 def test_damage_is_refused_and_leaves_what_was_there(tmp_path):
@@ -223,6 +235,32 @@ def test_bytes_and_sites_have_bounds_and_each_blob_beyond_is_refused_once(tmp_pa
     [refused] = deliver(store, blob(b"y", 1, "d"))
     assert "at most 2" in refused
     assert contents(tmp_path) == {"b": OLD, "c": OLD}
+
+
+def test_what_is_said_of_a_large_blob_takes_no_room_and_what_comes_of_it_does(tmp_path):
+    # given a blob and beginnings of three that say they are half of all that there may be
+    store = opened(tmp_path, max_bytes=30)
+    assert deliver(store, [*blob(OLD, 1, "b"), *(blob(b"x" * 15, 1, site)[0] for site in "cde")]) == []
+    # then there is still room for what comes as a whole
+    assert deliver(store, blob(NEW, 2, "b")[:2]) == [] and contents(tmp_path) == {"b": OLD}
+    # until what came takes all of it: 10 that are kept, 12 and 8
+    [refused] = deliver(store, blob(NEW, 2, "b")[2:])
+    assert "no room: 30 bytes are taken" in refused and contents(tmp_path) == {"b": OLD}
+    assert deliver(store, blob(NEW, 3, "b")[:2]) == []
+
+
+def test_a_blob_that_is_replaced_while_the_folder_is_read_is_not_missing(tmp_path, monkeypatch):
+    store = opened(tmp_path)
+    deliver(store, blob(OLD, 1))
+    read = blobs.Path.read_text
+
+    def replaced_meanwhile(path: Path, **keys: str) -> str:
+        text = read(path, **keys)
+        deliver(store, blob(NEW, 2))
+        return text
+
+    monkeypatch.setattr(blobs.Path, "read_text", replaced_meanwhile)
+    assert contents(tmp_path) == {"b": NEW}
 
 
 def test_a_restart_keeps_what_was_complete_and_sweeps_the_rest(tmp_path):

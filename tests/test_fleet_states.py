@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import astuple, replace
 from pathlib import Path
@@ -263,7 +264,9 @@ def test_every_state_that_cannot_have_been_counted_is_refused(clip, tmp_path):
         (spoiled("means", (0, 0), float("nan")), said), (spoiled("embeddings", (0, 0), float("nan")), said),
         (spoiled("scatter", 5, float("inf")), said),
         (spoiled("counts", 0, -1), said), (spoiled("counts", 0, 0), said), (spoiled("counts", 0, 1.5), said),
-        (spoiled("counts", 0, float("inf")), said), (spoiled("fusion", 0, 0), said), (spoiled("fusion", 1, -1), said),
+        (spoiled("counts", 0, float("inf")), said), (spoiled("counts", 0, 1e38), said), (spoiled("fusion", 0, 0), said),
+        (spoiled("fusion", 1, -1), said), (spoiled("fusion", 1, 1e300), said), (spoiled("fusion", 0, 1e-300), said),
+        (spoiled("fusion", 0, float("nan")), said), (spoiled("counts", 0, float("nan")), said),
         (good | {"means": good["means"][:1]}, said), (good | {"means": good["means"][:, :-1].contiguous()}, said),
         (good | {"scatter": good["scatter"][:-1]}, said), (good | {"counts": good["counts"].double()}, said),
         (good | {"more": good["counts"]}, said), ({k: v for k, v in good.items() if k != "counts"}, said),
@@ -271,6 +274,8 @@ def test_every_state_that_cannot_have_been_counted_is_refused(clip, tmp_path):
         *((good, said | change) for change in (
             {"format": 1}, {"format": 3}, {"method": "mgclip"}, {"method": []}, {"classes": ["red"]},
             {"classes": ["red", "Red"]},
+            {"classes": ["red", "a\x00"]}, {"classes": ["red", "a\nb"]}, {"classes": ["red", "\x1b[2J"]},
+            {"classes": ["red", "\ud800"]}, {"classes": ["red", " a"]},
             {"classes": ["red", ""]}, {"classes": ["red", "x" * 2000]}, {"classes": "ab"}, {"classes": ["red", 3]},
             {"task": -1}, {"task": "3"}, {"depth": 1.5}, {"roots": [1]}, {"roots": 3}, {"model": None}, {"model": {}},
             {"model": {"name": 1, "sha256": "", "prompt": ""}},
@@ -292,6 +297,33 @@ def test_every_state_that_cannot_have_been_counted_is_refused(clip, tmp_path):
             check(tmp_path / "bad")
     with pytest.raises(SharedRefused):
         check(tmp_path / "nowhere")
+
+
+def test_a_large_state_is_looked_at_block_by_block_and_a_number_at_its_end_found(tmp_path, monkeypatch):
+    means = torch.zeros(3, 40)
+    means[2, 39] = float("inf")
+    for block in (1, 64, 80, 1000):
+        monkeypatch.setattr("agent.fleet_states._BLOCK", block)
+        for rows, message in ((2, None), (3, "its means has numbers that are not finite")):
+            tensors = {"counts": torch.ones(rows), "means": means[:rows].clone()}
+            save_file(tensors, tmp_path / "state", facts("ncm", IDENTITY, 1, ["root"], {}, ["a", "b", "c"][:rows]))
+            if message is None:
+                assert check(tmp_path / "state").images == (1, 1)
+            else:
+                with pytest.raises(SharedRefused, match=message):
+                    check(tmp_path / "state")
+
+
+def test_numbers_that_no_images_have_are_refused(clip, name):
+    # given finite numbers, which in a sum with those of all others would not be finite any more
+    own, other = Sender(clip, name, least=1), Sender(clip, name, least=1)
+    other.learn(tiny_task(clip, 1, ["red", "green"]))
+    tensors, classes = other.sends()
+    for key in {"means", "embeddings", "scatter"} & tensors.keys():
+        for factor, refused in ((1, False), (1e30, True)):
+            sent = {**tensors, key: factor * tensors[key]}
+            with pytest.raises(MergeError, match="that it sent has") if refused else contextlib.nullcontext():
+                incoming(own.method.state(), sent, classes, own.method.state().values.get("depth", 0), True)
 
 
 def test_what_an_earlier_version_published_is_added_with_embeddings_that_are_not_known(clip, tmp_path):

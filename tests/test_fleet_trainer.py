@@ -240,6 +240,22 @@ def test_a_damaged_file_or_a_failure_leaves_the_site_answering_alone(sites, tmp_
     assert a.renew().report.fleet.sites[0].refused is None
 
 
+def test_a_state_that_is_replaced_while_it_is_read_is_added_as_the_newer_one_is(sites, tmp_path, monkeypatch):
+    a, real = copied(sites[0], tmp_path / "a"), FleetTrainer._judged
+    deliver(sites[1], a)
+    again = iter([True])
+
+    def replaced_meanwhile(trainer: FleetTrainer, *arguments: Any) -> Any:
+        if next(again, False):
+            deliver(sites[1], a)
+        return real(trainer, *arguments)
+
+    monkeypatch.setattr(FleetTrainer, "_judged", replaced_meanwhile)
+    report = a.renew().report
+    assert [(one.site, one.sequence, one.refused) for one in report.fleet.sites] == [("b", 2, None)]
+    assert report.classes == ("cat", "dog", "ship")
+
+
 def test_a_forgotten_site_is_answered_without(sites, tmp_path):
     a = copied(sites[0], tmp_path / "a")
     deliver(sites[1], a)

@@ -258,9 +258,10 @@ def test_other_settings_are_refused_naming_both_sides(sites, tmp_path):
         with pytest.raises(MergeError, match=message):
             merge_states([sites["a"], other.config.state.path], tmp_path / "out", settings())
     both = [sites["a"], sites["b"]]
-    with pytest.raises(LearnerError, match=r"a/state was learned by .* but the configuration says .*'one {}'"):
+    cure = "Nothing was made: give the command the configuration that its agent has"
+    with pytest.raises(LearnerError, match=rf"a/state was learned by .* the configuration says .*'one {{}}'.*{cure}"):
         merge_states(both, tmp_path / "out", settings(**{"model.prompt": "one {}"}))
-    with pytest.raises(LearnerError, match=r"a/state was learned with other settings below method\.gapstream"):
+    with pytest.raises(LearnerError, match=rf"a/state was learned with other settings .* 32 features\)\. {cure}"):
         merge_states(both, tmp_path / "out", settings(**{"method.gapstream.features": 32}))
     assert not (tmp_path / "out").exists()
 
@@ -294,7 +295,8 @@ def test_folders_without_a_learner_or_with_something_in_the_way_are_refused(site
     (tmp_path / "file").touch()
     for states, out, message in (
         ([a], "out", "alone is merged already; name two state folders or more"),
-        ([a, tmp_path / "nowhere"], "out", r"nothing is learned in .*nowhere yet"),
+        ([a, tmp_path / "nowhere"], "out", "nowhere is no folder; expected the state folder of an agent"),
+        ([a, tmp_path / "file"], "out", "file is no folder"),
         ([a, tmp_path / "empty"], "out", r"nothing is learned in .*empty yet"),
         ([a, b], "file", "file exists and is not empty"),
         ([a, b], "empty", "empty exists and is not empty"),

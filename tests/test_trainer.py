@@ -363,5 +363,7 @@ def test_a_checkpoint_of_the_same_method_with_other_sizes_is_refused(tmp_path):
     bench = Bench(tmp_path, method=small)
     _, commit = bench.learn(unreleased(Trainer(bench.config, None)), bench.task(images_of("cat", "ship")))
     other = Config.model_validate(bench.config.model_dump() | {"method": {"name": "gapstream"}})
-    with pytest.raises(LearnerError, match=r"other settings below method\.gapstream .*\(.*3000.*\).*restore them"):
+    with pytest.raises(
+        LearnerError, match=r"other settings below method\.gapstream .*\(.* 528 numbers .* 5000 features\).*restore"
+    ):
         Trainer(other, commit.path)

@@ -98,6 +98,8 @@ def merge_states(states: list[Path], out: Path, config: Config) -> Commit:
 
 def _newest(state: Path) -> Commit:
     """Read and verify the current commit of a folder; an agent may run there. Raises StateError."""
+    if not state.is_dir():
+        raise StateError(f"{state} is no folder; expected the state folder of an agent (its state.path)")
     folder = current_commit(state)
     try:
         commit = CommitStore(state, 1).verified()

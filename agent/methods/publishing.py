@@ -21,6 +21,7 @@ the mean of what was fitted, weighted by images.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass
@@ -33,6 +34,7 @@ from agent.methods.fusion import Fusion
 from agent.methods.gapstream import START, Gapstream
 from agent.methods.merging import ALIKE, MergeError, merge
 from agent.methods.training import packed, unpack
+from agent.values import MOST_IMAGES
 
 RANDOM = ("random.tokens", "random.embedding")
 """Tensors that are drawn from the seed, the same at every site."""
@@ -40,6 +42,10 @@ RANDOM = ("random.tokens", "random.embedding")
 ROUNDING = 1e-4
 """Share of the mean variance that is added before a scatter is asked whether it is one: float32 sums of millions of
 images are off by less, and what nobody could have counted is off by more."""
+
+REACH = 1.01
+"""Times that a mean may be as long as one of images can be: chosen by hand, for half precision and what is subtracted
+of images that are held back."""
 
 SETTLED = 0.1
 """A fusion that was fitted anew is published where the logarithm of one of its numbers moved by this or more, since a
@@ -160,6 +166,7 @@ def incoming(
         raise MergeError(f"class means of {widths[0]} and {widths[1]} features cannot be added")
     counts = tensors["counts"].long().tolist()
     if "scatter" not in tensors:
+        _check_reach("means", tensors["means"], 1)
         return LearnerState({"means": tensors["means"]}, {"classes": classes, "counts": counts})
     if depth != own.values.get("depth", 0):
         raise MergeError(f"random features of the blocks {own.values.get('depth', 0)} and {depth} cannot be added")
@@ -170,12 +177,16 @@ def incoming(
             raise MergeError(f"{numbers} cannot be added; an earlier version began with other numbers of each")
         if not torch.allclose(mine[:1].cpu(), theirs, rtol=0, atol=ALIKE):
             raise MergeError("their random features are not the same; only sites with one method.seed can be added")
-    _check_scatter(tensors["scatter"], widths[1])
+    # Directions have the length 1, so that random features are no longer than all projections together.
+    reach = math.sqrt(sum(own.tensors[name].double().square().sum().item() for name in RANDOM))
+    _check_reach("means", tensors["means"], reach)
+    _check_scatter(tensors["scatter"], widths[1], reach)
     embed_dim = own.tensors["embeddings"].shape[1]
     # Sent as 0, which no mean is, where they were not counted; by an earlier version not at all.
     embeddings = tensors.get("embeddings", torch.zeros(len(counts), embed_dim))
     if embeddings.shape != (len(counts), embed_dim):
         raise MergeError("its class means of embeddings are not those of its classes, or of another width")
+    _check_reach("means of embeddings", embeddings, 1)
     embeddings = embeddings.masked_fill(~embeddings.any(1, keepdim=True), float("nan"))
     tensors = {**tensors, "embeddings": embeddings}
     same = {name: own.tensors[name] for name in (*RANDOM, "names")}
@@ -207,10 +218,21 @@ def _mean_fusion(states: Sequence[LearnerState]) -> Tensor:
     return (images / images.sum() @ torch.stack([state.tensors["fusion"].cpu() for state in fitted]).log()).exp()
 
 
-def _check_scatter(triangle: Tensor, width: int) -> None:
-    """Raise MergeError unless a scatter is one: no direction varies by less than nothing."""
+def _check_reach(name: str, means: Tensor, reach: float) -> None:
+    """Raise MergeError where a mean is longer than what it can be the mean of."""
+    longest = means.double().norm(dim=1).max().item()
+    if longest > REACH * reach:
+        raise MergeError(f"one of the {name} that it sent has the length {longest:.3g}, where {reach:.3g} is the most")
+
+
+def _check_scatter(triangle: Tensor, width: int, reach: float) -> None:
+    """Raise MergeError unless a scatter is one: no direction varies by less than nothing, and all of them together by
+    no more than so many images can."""
     scatter = torch.zeros(width, width)
     unpack(triangle, scatter)
+    total = scatter.diagonal().double().sum().item()
+    if total > MOST_IMAGES * reach**2:
+        raise MergeError(f"the scatter that it sent has a variance of {total:.3g}, which no images have")
     mean = scatter.trace() / width
     scatter.diagonal().add_(ROUNDING * mean.clamp_min(1e-12))
     if torch.linalg.cholesky_ex(scatter).info:

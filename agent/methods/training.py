@@ -286,7 +286,10 @@ def packed(symmetric: Tensor) -> Tensor:
 
 def unpack(triangle: Tensor, symmetric: Tensor) -> None:
     """Put what `packed` gave into the lower triangle of `symmetric` [M, M]. Raises RuntimeError for another M."""
-    for at, row in enumerate(triangle.split(list(range(1, len(symmetric) + 1)))):
+    width = len(symmetric)
+    if len(triangle) != width * (width + 1) // 2:  # torch would name every row
+        raise RuntimeError(f"a triangle of {len(triangle)} numbers is not that of {width} features")
+    for at, row in enumerate(triangle.split(list(range(1, width + 1)))):
         symmetric[at, : at + 1] = row
 
 
