@@ -148,6 +148,26 @@ def test_completion_imports_the_command_that_is_typed_alone():
     assert commands == {"arguments", "predict"}
 
 
+@pytest.mark.parametrize(
+    ("configured", "in_force"),
+    [
+        ({}, {"GOMP_SPINCOUNT": "1000"}),
+        ({"GOMP_SPINCOUNT": "5"}, {"GOMP_SPINCOUNT": "5"}),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, {}),
+    ],
+)
+def test_threads_that_wait_let_go_of_their_cores_unless_the_environment_says_how_they_wait(
+    monkeypatch, capsys, configured, in_force
+):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "")  # so that what `main` sets is taken back after the test
+        monkeypatch.delenv(name)
+    for name, value in configured.items():
+        monkeypatch.setenv(name, value)
+    main(["config", "--example"])
+    assert {name: value for name, value in os.environ.items() if name == "GOMP_SPINCOUNT"} == in_force
+
+
 @pytest.mark.parametrize("file", ["cli.py", "__main__.py"])
 def test_global_completion_finds_its_mark(file):
     # activate-global-python-argcomplete looks there, the former for the installed command
