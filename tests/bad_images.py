@@ -32,6 +32,16 @@ class OddImage(NamedTuple):
     """Where a broken image is found out; meaningless where `reason` is None."""
 
 
+def slow_image(rows: int) -> bytes:
+    """Give an image whose values are decoded in Python, one by one, in some 0.7 ms of the processor for every row on a
+    core that is fast, and more on others; each row has 6 kB."""
+    return b"P3 1000 %d 255\n" % rows + b"0 " * 3000 * rows
+
+
+TOO_SLOW = 666
+"""Rows of an image of nearly as many values as are taken; it takes some times the 0.1 s that tests give it."""
+
+
 def picture(mode: str = "RGB", size: tuple[int, int] = (48, 32), seed: int = 0) -> Image.Image:
     """Noise over a gradient: nothing in it compresses away. `size` is (width, height)."""
     image = Image.frombytes("RGB", size, _pixels(size, seed))

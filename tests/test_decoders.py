@@ -22,7 +22,18 @@ from exporter import decoder, decoders
 from exporter.decoders import ATTEMPTS, REQUEST_IMAGES, Busy, Decoders, DecodersError, TooManyPixels
 from exporter.image_header import ImageError
 from exporter.preprocess import Preprocess, decode, planes
-from tests.bad_images import MAX_PIXELS, all_images, encoded, jpeg_with_scans, picture, png_chunk, png_of, webp_of
+from tests.bad_images import (
+    MAX_PIXELS,
+    TOO_SLOW,
+    all_images,
+    encoded,
+    jpeg_with_scans,
+    picture,
+    png_chunk,
+    png_of,
+    slow_image,
+    webp_of,
+)
 
 PREPROCESS = Preprocess(32, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
 LARGE = Preprocess(1300, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3), "bilinear", "longest")
@@ -58,11 +69,6 @@ def gone(pid: int) -> bool:
 def grey_png(width: int, height: int) -> bytes:
     """A black PNG, small as a file and as large as it says."""
     return png_of(width, height, bytes((width + 1) * height))
-
-
-def slow() -> bytes:
-    """An image that takes more than a second, as each of its 2 million values is decoded in Python."""
-    return b"P3 1000 666 255\n" + b"0 " * 3 * 666_000
 
 
 @pytest.mark.parametrize("preprocess", [PREPROCESS, LARGE], ids=["small", "large"])
@@ -111,13 +117,13 @@ def test_a_picture_is_small_upright_and_shows_what_is_there(two):
 
 
 def test_an_image_that_takes_too_long_is_a_bomb_and_its_neighbours_are_decoded(two, monkeypatch):
-    monkeypatch.setattr(decoder, "CPU_S", 0.3)
+    monkeypatch.setattr(decoder, "CPU_S", 0.1)
     monkeypatch.setattr(decoder, "CPU_S_PER_PIXEL", 0.0)
     monkeypatch.setattr(decoder, "WALL_TIMES", 100)  # whatever else the machine has to do
-    images = [GOOD] * 10 + [slow()] + [GOOD] * 10
+    images = [GOOD] * 10 + [slow_image(TOO_SLOW)] + [GOOD] * 10
     found = list(two.pixels(images, PREPROCESS))
     bomb = found.pop(10)
-    assert isinstance(bomb, ImageError) and bomb.reason == "bomb" and "0.3 s of processor time" in bomb.detail
+    assert isinstance(bomb, ImageError) and bomb.reason == "bomb" and "0.1 s of processor time" in bomb.detail
     assert len(found) == 20 and all(isinstance(one, np.ndarray) for one in found)
 
 
@@ -194,7 +200,7 @@ def test_processes_killed_from_outside_cost_no_image(two):
 
 
 def test_a_process_that_stands_still_is_killed_and_blames_no_image(two, monkeypatch):
-    monkeypatch.setattr(decoder, "CPU_S", 0.2)
+    monkeypatch.setattr(decoder, "CPU_S", 0.1)
     dying(monkeypatch, "SIGSTOP", b"still")
     with pytest.raises(DecodersError, match="did not answer in time"):
         list(two.pixels([GOOD + b"still"], PREPROCESS))
@@ -244,7 +250,7 @@ def test_what_is_cancelled_is_never_decoded(monkeypatch):
     monkeypatch.setattr(decoders, "Decoder", Counting)
     monkeypatch.setattr(decoder, "WALL_TIMES", 100)  # whatever else the machine has to do
     with closing(Decoders(MAX_PIXELS, workers=1)) as pool:
-        first = futures(pool, slow())
+        first = futures(pool, slow_image(TOO_SLOW))
         wait_for(lambda: begun)
         left = futures(pool, *[grey_png(100, 100)] * 3)
         for one in left:
@@ -293,7 +299,7 @@ def test_reading_ahead_is_bounded():
 
 def test_what_waits_when_it_is_closed_fails_at_once_and_what_comes_later_too():
     pool = Decoders(MAX_PIXELS, workers=1)
-    waiting = futures(pool, slow(), *[GOOD] * 3)
+    waiting = futures(pool, slow_image(TOO_SLOW), *[GOOD] * 3)
     wait_for(lambda: pids(pool))
     running = pids(pool)
     began = time.monotonic()
@@ -313,7 +319,7 @@ def test_no_process_outlives_a_parent_that_is_killed():
     code = (
         "import time; from exporter.decoders import Decoders; from exporter.preprocess import Preprocess; "
         "from tests.test_decoders import *; pool = Decoders(MAX_PIXELS, 2); "
-        "list(pool.pixels([GOOD] * 64, PREPROCESS)); futures(pool, *[slow()] * 2); "
+        "list(pool.pixels([GOOD] * 64, PREPROCESS)); futures(pool, *[slow_image(TOO_SLOW)] * 2); "
         "wait_for(lambda: len(pids(pool)) == 2); print(*pids(pool), flush=True); time.sleep(100)"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)

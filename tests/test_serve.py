@@ -29,6 +29,7 @@ from exporter.batcher import Batcher
 from exporter.runtime import Classifier, NamesError, Prediction, Prepared
 from exporter.serve import Server
 from exporter.serving_metrics import ServeMetrics
+from tests.bad_images import TOO_SLOW, slow_image
 from tests.test_deploy import program
 from tests.test_runtime import State, Toy, picture, png
 from tests.test_text import Exports
@@ -327,8 +328,7 @@ def test_requests_with_and_without_names_go_through_the_model_together(naming):
 
 
 def slow_images(count: int) -> list[bytes]:
-    """Images of 2 million values that are decoded one by one, in more than a second each."""
-    return [b"P3 1000 %d 255\n" % (666 - number) + b"0 " * 3 * 666_000 for number in range(count)]
+    return [slow_image(666 - number) for number in range(count)]
 
 
 def test_a_lone_image_does_not_wait_for_another_requests_many(state):
@@ -389,12 +389,12 @@ def test_a_provider_that_was_asked_for_and_does_not_answer_is_a_warning_and_the_
 
 
 def test_an_image_that_outlasts_its_limits_is_answered_with_its_error(state, monkeypatch):
-    monkeypatch.setattr("exporter.decoder.CPU_S", 0.2)
+    monkeypatch.setattr("exporter.decoder.CPU_S", 0.1)
     monkeypatch.setattr("exporter.decoder.CPU_S_PER_PIXEL", 0.0)
     monkeypatch.setattr("exporter.decoder.WALL_TIMES", 100)  # whatever else the machine has to do
     with serving(state.path) as server:
         wait_for(lambda: ask(server, "/readyz")[0] == 200)
-        status, answer = classify(server, png(picture(1)), *slow_images(1), png(picture(2)))
+        status, answer = classify(server, png(picture(1)), slow_image(TOO_SLOW), png(picture(2)))
         assert status == 200
         first, bomb, last = answer["predictions"]
         assert bomb["error"] == "bomb" and "processor time" in bomb["detail"]

@@ -28,6 +28,7 @@ from streams.formats import Claim, Codec
 from streams.kafka.exchange import Arrival, Moved, Reply
 from streams.record import Partition, Raw, Reason, Record, Rejected, Unreachable
 from streams.source import StreamError
+from tests.bad_images import TOO_SLOW, slow_image
 from tests.processes import gapstream, running, until
 from tests.test_runtime import State, Toy, picture, png
 
@@ -204,9 +205,9 @@ def test_what_cannot_be_answered_gets_its_reason_and_stops_nothing(state):
 
 
 def test_a_poison_message_is_answered_with_its_error_and_the_partition_goes_on(state, monkeypatch):
-    monkeypatch.setattr("exporter.decoder.CPU_S", 0.2)
+    monkeypatch.setattr("exporter.decoder.CPU_S", 0.1)
     monkeypatch.setattr("exporter.decoder.CPU_S_PER_PIXEL", 0.0)
-    image, poison = png(picture(1)), b"P3 1000 300 255\n" + b"0 " * 3 * 300_000
+    image, poison = png(picture(1)), slow_image(TOO_SLOW)
     exchange = ListExchange(arrivals(image, poison, image))
     exchange.left[1] = Arrival(Record(PLACE, 1, "", poison), 1001, Raw(b"key 1", poison))
 

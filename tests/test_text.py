@@ -153,7 +153,7 @@ def test_any_number_of_names_has_the_embeddings_of_training(exports):
 
 def test_a_later_release_is_not_traced_again_and_shares_what_learning_never_changes(exports):
     first, second = exports.made
-    assert second.seconds["trace"] < 0.1 and second.seconds["text"] < first.seconds["text"]
+    assert second.seconds["trace"] == 0
     for name in ("text.onnx.data", "tokenizer.json"):
         assert (first.path / name).samefile(second.path / name)
     assert first.files["text.onnx"] != second.files["text.onnx"] and first.id != second.id

@@ -25,7 +25,7 @@ from streams.archive_folder import ArchiveFolder
 from streams.buffer import Task
 from streams.record import Partition, Reason, Record
 from streams.spool import Spool
-from tests.bad_images import bad_images, good_images
+from tests.bad_images import TOO_SLOW, bad_images, good_images, slow_image
 
 SAMPLE = Partition("sample", 0)
 FACTS = Provenance("f", (), {}, {})
@@ -210,17 +210,16 @@ def test_broken_images_are_set_aside_with_their_reason_and_the_rest_is_learned(t
 
 
 def test_an_image_that_outlasts_its_limits_is_rejected_alone(tmp_path, monkeypatch):
-    # given an image that takes two seconds to decode, among others
-    monkeypatch.setattr("exporter.decoder.CPU_S", 0.5)
+    # given an image that takes longer to decode, among others
+    monkeypatch.setattr("exporter.decoder.CPU_S", 0.1)
     monkeypatch.setattr("exporter.decoder.CPU_S_PER_PIXEL", 0.0)
     monkeypatch.setattr("exporter.decoder.WALL_TIMES", 100)  # whatever else the machine has to do
-    poison = b"P3 1000 666 255\n" + b"0 " * 3 * 666_000
     bench = Bench(tmp_path)
     good = images_of("cat", "ship", count=4)
 
     # when the task is learned
     outcome, _ = bench.learn(
-        unreleased(Trainer(bench.config, None)), bench.task([*good[:4], ("cat", poison), *good[4:]])
+        unreleased(Trainer(bench.config, None)), bench.task([*good[:4], ("cat", slow_image(TOO_SLOW)), *good[4:]])
     )
 
     # then it is set aside, and the others are not

@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 
-from agent.commits import CommitStore
+from agent.commits import CommitStore, StateError
 from agent.config import Config
 from agent.layout import has_learned
 from agent.scoring.report import Report
@@ -116,9 +116,10 @@ class Agent:
 
 
 def current(state: Path) -> Commit | None:
+    """Look without changing anything, since an agent may be at work; None also where it removes what is looked at."""
     try:
-        return CommitStore(state, 3).current()
-    except OSError:  # looked at while it changes
+        return CommitStore(state, 3).verified()
+    except (OSError, StateError):
         return None
 
 
