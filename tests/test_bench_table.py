@@ -37,7 +37,7 @@ def test_rows_of_programs_that_were_not_run_stay_and_all_keep_their_order():
         (table.swap, '{"p99_ratio": 1.5, "limit": 2.0}\n', [1.5]),
         (table.memory, '{"ratio": 1.03, "limit": 1.15}\n', [1.03]),
         (table.precision, '{"model": "m"}\n{"model": "m", "batch": 1, "faster": [1.2, 0.4, 4.7]}\n', [1.2]),
-        (table.intake, 'x\n{"ratio_20000": 1.1, "ratio_1000": 0.78, "peak_mb": 103}\n', [0.78, 1.1]),
+        (table.intake, 'x\n{"ratio_20000_clock": 1.1, "ratio_1000_clock": 0.78, "peak_mb": 103}\n', [0.78, 1.1]),
         (
             table.start,
             "agent, from a commit to /readyz      6.00 s (from 5.00 to 7.00; below 15)\n"

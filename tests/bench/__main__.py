@@ -66,8 +66,11 @@ def precision(output: str) -> list[Result]:
 
 def intake(output: str) -> list[Result]:
     last = json_lines(output)[-1]
-    names = sorted((name for name in last if name.startswith("ratio_")), key=lambda name: (len(name), name))
-    return [result(f"bare poll loop / intake, {name.removeprefix('ratio_')} B", [last[name]]) for name in names]
+    found = []
+    for name in sorted((name for name in last if name.startswith("ratio_")), key=lambda name: (len(name), name)):
+        size, by = name.removeprefix("ratio_").split("_")
+        found.append(result(f"bare poll loop / intake, records of {size} B, by the {by}", [last[name]]))
+    return found
 
 
 def start(output: str) -> list[Result]:

@@ -41,8 +41,8 @@ def photo() -> bytes:
     return encoded.getvalue()
 
 
-def ask(port: int, image: bytes, clients: int, images: int) -> None:
-    """Send `images` requests from `clients` threads, each over one connection."""
+def ask(port: int, image: bytes, clients: int, images: int) -> float:
+    """Send `images` requests from `clients` threads, each over one connection; gives the seconds it took."""
     left = iter(range(images))
     lock = threading.Lock()
 
@@ -57,10 +57,12 @@ def ask(port: int, image: bytes, clients: int, images: int) -> None:
             assert answer.read() and answer.status == 200
 
     asking = [threading.Thread(target=client) for _ in range(clients)]
+    began = time.perf_counter()
     for thread in asking:
         thread.start()
     for thread in asking:
         thread.join()
+    return time.perf_counter() - began
 
 
 def used(process: psutil.Process) -> float:
@@ -80,7 +82,7 @@ def main() -> int:
     options = parser.parse_args()
     image = photo()
     if options.ask:
-        ask(options.ask, image, options.clients, options.images)
+        print(ask(options.ask, image, options.clients, options.images))
         return 0
     with tempfile.TemporaryDirectory() as scratch:
         state = options.state or Path(scratch)
@@ -103,13 +105,15 @@ def main() -> int:
                     classifier.classify([image] * 16)
                 loop = (time.perf_counter() - began, time.process_time() - cpu)
                 loop = tuple(seconds / (options.images // 16 * 16) for seconds in loop)
-                before, began = used(watched), time.perf_counter()
-                subprocess.run(asking, check=True)
-                server = (time.perf_counter() - began, used(watched) - before)
+                before = used(watched)
+                # by the clients' own clock: they import torch before they ask
+                took = float(subprocess.run(asking, check=True, stdout=subprocess.PIPE, text=True).stdout)
+                server = (took, used(watched) - before)
                 server = tuple(seconds / options.images for seconds in server)
                 if turn:  # the first warms up
                     rows.append((loop, server))
-    for which, name in enumerate(("clock", "processor")):
+    good = True
+    for which, (name, wanted) in enumerate({"clock": 0.92, "processor": None}.items()):
         ratios = [loop[which] / server[which] for loop, server in rows]
         print(
             json.dumps(
@@ -122,8 +126,9 @@ def main() -> int:
                 }
             )
         )
-        show(f"bare loop / serve at {options.clients} clients, an image, by the {name}", ratios)
-    return 0
+        kept = show(f"bare loop / serve at {options.clients} clients, an image, by the {name}", ratios, least=wanted)
+        good = good and kept
+    return int(not good)
 
 
 if __name__ == "__main__":
