@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from agent.config import Method, Model
 from agent.methods.base import LearnerState, TaskData, task_generator
-from agent.methods.discriminant import MEAN_PRIOR_IMAGES, RandomFeatures
+from agent.methods.discriminant import MEAN_PRIOR_IMAGES, RandomFeatures, Solved
 from agent.methods.fusion import LeftOut
 from agent.methods.gapstream import LEAST_HELD, Gapstream, stay
 from agent.methods.training import GapWatch, local_loss
@@ -41,6 +41,13 @@ def stream(clip: Clip, per_class: int = 12) -> tuple[Tensor, Tensor]:
     return task.tokens.tensor[order], task.labels[order]
 
 
+def uneven(tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the second class a half, of the third three images, of the others all."""
+    place = F.one_hot(labels).cumsum(0)[torch.arange(len(labels)), labels]
+    kept = place <= torch.tensor([len(labels), len(labels) // 8, 3, len(labels)])[labels]
+    return tokens[kept], labels[kept]
+
+
 def task_of(number: int, tokens: Tensor, labels: Tensor) -> TaskData:
     present = labels.unique()
     renamed = torch.searchsorted(present, labels)
@@ -57,29 +64,30 @@ def reference(
     labels: Tensor,
     prior: float,
     asked: Tensor,
+    solved: Solved,
     variance: Tensor | None = None,
-    centre: Tensor | None = None,
 ) -> Tensor:
-    """-1/2 squared Mahalanobis distance to every shrunk class mean, computed from all images at once: [n, C]."""
+    """-1/2 squared Mahalanobis distance to every shrunk class mean, without what noise adds to the mean's length,
+    computed from all images at once, with the noise and centre of `solved`: [n, C]."""
     means = torch.stack([features[labels == c].mean(0) for c in range(len(NAMES))])
     residual = features - means[labels]
     variance = (features - features.mean(0)).square().mean() if variance is None else variance
     covariance = (residual.T @ residual + prior * variance * torch.eye(features.shape[1])) / (len(features) + prior)
-    centre = means.mean(0) if centre is None else centre
-    counts = torch.bincount(labels, minlength=len(NAMES))[:, None]
-    shrunk = (counts * means + MEAN_PRIOR_IMAGES * centre) / (counts + MEAN_PRIOR_IMAGES)
-    away = asked[:, None] - shrunk
-    return -torch.einsum("ncm,ncm->nc", away @ torch.linalg.inv(covariance), away) / 2
+    counts = torch.bincount(labels, minlength=len(NAMES))
+    weights = counts / (counts + MEAN_PRIOR_IMAGES)
+    away = asked[:, None] - solved.centre.double() - weights[:, None] * (means - solved.centre.double())
+    distance = torch.einsum("ncm,ncm->nc", away @ torch.linalg.inv(covariance), away)
+    return -(distance - weights.square() / counts * solved.noise.double() * (len(features) + prior)) / 2
 
 
 def test_the_prediction_is_the_discriminant_of_all_images_beside_the_texts(clip):
-    tokens, labels = stream(clip)
+    tokens, labels = uneven(*stream(clip))
     method = learner(clip)
     method.update(task_of(1, tokens, labels), silent)
     known, embedding = features(method, clip, tokens), clip.encode_tokens(tokens).double()
     text = clip.logit_scale * embedding @ clip.encode_names(NAMES).double().T
     fusion = method._fusion
-    fused = fusion.temperature * reference(known, labels, 7, known) + fusion.text_weight * text
+    fused = fusion.temperature * reference(known, labels, 7, known, method._solve()) + fusion.text_weight * text
     got = method.inference_module().from_tokens(tokens)[2]
     assert torch.allclose(got.double(), fused.softmax(-1), atol=1e-3)
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from agent.methods.discriminant import MEAN_PRIOR_IMAGES, Solved
+from agent.methods.discriminant import MEAN_PRIOR_IMAGES, Solved, noise_of_mean
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,7 @@ class LeftOut:
         row, centred = solved.rows[labels] / solved.weights[labels][:, None], mean + residual
         own, gone = self._gone
         # squared distances to all means, by the whole scatter and then by the one left; up to a constant per row
-        norms = (solved.means * solved.rows).sum(1)
-        distance = norms - 2 * centred @ solved.rows.T + (centred * (inverse + row)).sum(1)[:, None]
+        distance = solved.norms - 2 * centred @ solved.rows.T + (centred * (inverse + row)).sum(1)[:, None]
         along = (inverse * centred).sum(1)[:, None] - inverse @ solved.means.T
         distance = distance + gone[:, None] * along.square()
         # The own class's mean moves away as well, and is drawn more to the centre: the image is then at a * residual +
@@ -78,14 +77,15 @@ class LeftOut:
         left = (count - 1) / (count - 1 + MEAN_PRIOR_IMAGES)
         a, b, across = 1 + left / (count - 1), 1 - left, (inverse * mean).sum(1)
         direct = a.square() * own + 2 * a * b * across + b.square() * (mean * row).sum(1)
-        distance[at, labels] = direct + gone * (a * own + b * across).square()
+        direct = direct + gone * (a * own + b * across).square()
+        distance[at, labels] = direct - noise_of_mean(count - 1, solved.noise)
         return -solved.images / 2 * distance
 
     def moved(self, index: Tensor, to: Tensor) -> Tensor:
         """Score some of the images moved to other classes: int64 [m] each -> [m, C], up to a constant per row."""
         solved, inverse = self.solved, self._inverse[index]
         centred = self._means(to) + self.stretch(index, to)[:, None] * self.residual[index]
-        distance = (solved.means * solved.rows).sum(1) - 2 * centred @ solved.rows.T
+        distance = solved.norms - 2 * centred @ solved.rows.T
         along = (inverse * centred).sum(1)[:, None] - (self._inverse @ solved.means.T)[index]
         return -solved.images / 2 * (distance + self._gone[1][index][:, None] * along.square())
 

@@ -354,7 +354,7 @@ class Gapstream:
         check_learned(self.classes)
         solved = self._solve()
         scale, rows = self._fusion.temperature * solved.images, solved.rows
-        bias = -scale / 2 * (solved.means * rows).sum(1)
+        bias = -scale / 2 * solved.norms
         names = self._fusion.text_weight * self._clip.logit_scale * self._class_names()
         tower = merged(self._clip.image, {})
         adapted = self._student.merged_image_tower() if self._adapted else None

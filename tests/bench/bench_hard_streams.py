@@ -156,6 +156,8 @@ def main() -> int:
             "5 images a class": (tiny, tasks_of(tiny, [5] * 100, 10)),
             "20 images a class": (tiny, tasks_of(tiny, [20] * 100, 10)),
             "1 to 100 images a class": (tiny, tasks_of(tiny, uneven, 10)),
+            "from 300 to 1, each half as many": (cifar, tasks_of(cifar, [max(1, 300 >> k) for k in range(10)], 2)),
+            "one of 300, nine of 5": (cifar, tasks_of(cifar, [300] + [5] * 9, 2)),
             "one class at a time": (cifar, tasks_of(cifar, [300] * 10, 1)),
             "classes that come back": (cifar, back),
             "three domains, one after the other": (mixed, tasks_of(mixed, [300] * 16 + [20] * 100, 10, range(116))),
