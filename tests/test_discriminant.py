@@ -45,6 +45,13 @@ def test_the_noise_is_what_new_images_differ_by_from_their_class(counts):
     assert torch.stack(found).mean() == pytest.approx(float(torch.stack(expected).mean()), rel=0.15)
 
 
+@pytest.mark.parametrize("counts", [[1, 1], [2, 1], [2, 2], [3, 1, 1], [5, 5]])
+def test_of_a_handful_of_images_the_noise_is_no_more_than_can_be_known(counts):
+    noise = torch.stack([solved(counts, seed).noise for seed in range(200)])
+    assert noise.isfinite().all() and noise.min() >= 0 and noise.max() < 60
+    assert (noise > 0).all() == (max(counts) > 1)
+
+
 @pytest.mark.parametrize("images", [1, 3, 20])
 def test_a_mean_of_few_images_is_in_the_mean_as_long_as_the_true_one(images):
     counts, found, true = [100, 100, 100, 100, 100, images], [], []
