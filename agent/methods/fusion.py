@@ -29,7 +29,7 @@ class LeftOut:
     """It scores n learned images as the discriminant would had each of them alone not been learned.
 
     The scatter loses a matrix of rank one, so that its inverse follows from the whole one's (Sherman and Morrison);
-    centre, prior and the count of images that scales it stay.
+    centre, prior, noise and the count of images that scales it stay.
     """
 
     solved: Solved

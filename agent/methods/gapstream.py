@@ -5,17 +5,17 @@ equation 4) as long as the modality gap stays within the drift budget; what cros
 task's images is held back from them. On these the cross entropy of the whole prediction, with and without the new
 adapters, decides whether they stay: adapters are kept only where they pay, by more than the standard error.
 
-*Compensate.* The visual space gets second-order statistics of the *untouched* tower's features, which no adapter
-moves: what was counted stays true, however often the towers adapt, and two learners' statistics can be added. (1)
-Images become random features (ReLU of random projections, as in RanPAC, arXiv 2307.02251) of two depths, as earlier
-layers often tell classes apart that the embedding merges (LayUP, arXiv 2312.08888): of every token at the tower's
-`depth`, averaged over the tokens, and of the embedding. (2) A class mean, and one within-class scatter shared by all
-classes, are updated exactly; a linear discriminant follows in closed form, its scatter shrunk toward a sphere as if by
-a fixed number of images. (3) A prediction is the softmax of temperature * discriminant + weight * similarity of the
-adapted towers' embeddings; both numbers minimise the cross entropy on some of the task's images, each scored as if it
-had not been learned (leave one out, in closed form, up to the discriminant's centre and prior), and on what stands for
-images of all other classes (agent/methods/fusion.py). So texts lead where images are few, and images where they are
-many.
+*Compensate.* The visual space gets second-order statistics of the *untouched* tower's features, which no adapter moves:
+what was counted stays true, however often the towers adapt, and two learners' statistics can be added. (1) Images
+become random features (ReLU of random projections, as in RanPAC, arXiv 2307.02251) of two depths, as earlier layers
+often tell classes apart that the embedding merges (LayUP, arXiv 2312.08888): of every token at the tower's `depth`,
+averaged over the tokens, and of the embedding. (2) A class mean, and one within-class scatter shared by all classes,
+are updated exactly; a linear discriminant follows in closed form, its scatter shrunk toward a sphere and its means
+toward the mean of all images, each as if by a fixed number of images. (3) A prediction is the softmax of temperature *
+discriminant + weight * similarity of the adapted towers' embeddings; both numbers minimise the cross entropy on some of
+the task's images, each scored as if it had not been learned (leave one out, in closed form, up to the discriminant's
+centre and prior), and on what stands for images of all other classes (agent/methods/fusion.py). So texts lead where
+images are few, and images where they are many.
 
 With a drift budget of 0 neither tower moves. The statistics do not depend on how a stream is cut into tasks, but for
 the rounding.
