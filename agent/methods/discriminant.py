@@ -31,8 +31,8 @@ images what is noise. Chosen on training images that no comparison uses, right o
 100 classes of 1 to 100 images 35.9, 46.5, 45.8; 16 classes of 300 and 100 of 20 images 54.2, 57.2, 57.8; 100 classes of
 5 images 45.4, 46.3, 45.9, of 20 53.4, 54.1, 54.4, of 100 59.9, 60.1, 60.3; 10 of 300 71.7, 71.8, 71.8."""
 PROBES = 16
-"""Random signs that a trace is estimated by: that of 1,000 images in 5,000 features within 1 %. The solve for the class
-means costs more."""
+"""Random signs that a trace is estimated by: that of 1,000 images in 5,000 features within 1 %. It costs as much as
+to solve for eight class means."""
 MOST_COUNTED = 0.95
 """What is left of a counted image's distance is taken for 1 minus this at least. Of a handful of images the probes say
 too little, and might say that nothing is left; of 100 in 5,000 features it is 0.1."""
